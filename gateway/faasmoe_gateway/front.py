@@ -12,9 +12,9 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
@@ -24,6 +24,7 @@ from faasmoe_gateway.accounts import Accounts, TenantAccount
 from faasmoe_gateway.connections import KNOWN_CLIENT_EXTENSION
 from faasmoe_gateway.demand_reporter import DemandReporter
 from faasmoe_gateway.held_request import ClientGone, HeldRequest, HoldBudget
+from faasmoe_gateway.lease_client import LeaseClient
 from faasmoe_gateway.limits import Hold
 from faasmoe_gateway.model_routes import ModelRoute
 from faasmoe_gateway.refusal import Refusal, invalid_api_key, model_not_found, send_json
@@ -47,7 +48,11 @@ logger = logging.getLogger(__name__)
 
 GENERATING_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 SAVE_INTERVAL_S = 5.0
+MAX_RENEWALS = 3  # of leases for one request: one for each limit that it needs tokens of
 _TENANT_PATH = re.compile(r"/([^/]+)(/v1(?:/.*)?)", re.DOTALL)
+
+
+Taken = TypeVar("Taken")
 
 
 @dataclass(slots=True)
@@ -98,6 +103,7 @@ class Front:
         front_token: what to show routers.
         hold_timeout_s: how long requests wait for a router that is away.
         demand: reports requests to whoever starts routers; None if they are always there.
+        leases: renews leases of limits; None if this is the only gateway.
         page: where the live page is; None for none.
         budget: bounds what all requests hold.
         clock: returns monotonic seconds.
@@ -112,6 +118,7 @@ class Front:
         front_token: str,
         hold_timeout_s: float,
         demand: DemandReporter | None = None,
+        leases: LeaseClient | None = None,
         page: RouterAddress | None = None,
         budget: HoldBudget | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -120,6 +127,7 @@ class Front:
         self._directory = directory
         self._accounts = accounts
         self._demand = demand or DemandReporter(None)
+        self._leases = leases
         self._page = page
         self._budget = budget or HoldBudget()
         self._clock = clock
@@ -182,7 +190,8 @@ class Front:
         account = None if tenant is None else self._accounts.of(tenant.name)
         headers: dict[str, str] = {}
         if account is not None:
-            account.limiter.count_request(self._clock())
+            limiter = account.limiter
+            await self._take(lambda: limiter.count_request(self._clock()))
             headers = account.check_budgets(self._wall_clock())
         call = await self._read_call(scope, request, path, tenant, account)
         request.address(path, tenant="" if tenant is None else tenant.name)
@@ -232,8 +241,8 @@ class Front:
         }
 
     def _usage(self, tenant: TenantEntry) -> dict[str, Any]:
-        usage, now_s = self._accounts.of(tenant.name).usage, self._wall_clock()
-        periods = {period: usage.in_period(now_s, period) for period in PERIODS}
+        account, now_s = self._accounts.of(tenant.name), self._wall_clock()
+        periods = {period: account.in_period(now_s, period) for period in PERIODS}
         return {
             "object": "usage",
             "tenant": tenant.name,
@@ -282,7 +291,9 @@ class Front:
         generates = call.path in GENERATING_PATHS
         if call.account is not None and generates:
             limiter = call.account.limiter
-            hold = limiter.hold(call.max_input_tokens, call.max_output_tokens, self._clock())
+            hold = await self._take(
+                lambda: limiter.hold(call.max_input_tokens, call.max_output_tokens, self._clock())
+            )
             client.headers |= limiter.headers(self._clock())
         n_tokens = call.max_input_tokens + call.max_output_tokens
         route = self._routes[call.model.name]
@@ -298,6 +309,16 @@ class Front:
                 await self._run(relay, request, client)
             finally:
                 self._settle(call, hold, relay)
+
+    async def _take(self, take: Callable[[], Taken]) -> Taken:
+        """Take tokens of limits, with further leases if they do not suffice; raises Refusal."""
+        for _ in range(MAX_RENEWALS):
+            try:
+                return take()
+            except Refusal as refusal:
+                if refusal.status != 429 or self._leases is None or not await self._leases.renew():
+                    raise
+        return take()
 
     def _settle(self, call: Call, hold: Hold, relay: Relay) -> None:
         meter = relay.meter
@@ -327,7 +348,14 @@ class Front:
 
     async def _run_lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
-        jobs = [asyncio.create_task(job()) for job in (self._refresh, self._save, self._demand.run)]
+        work: list[Callable[[], Coroutine[Any, Any, None]]] = [
+            self._refresh,
+            self._save,
+            self._demand.run,
+        ]
+        if self._leases is not None:
+            work.append(self._leases.run)
+        jobs = [asyncio.create_task(job()) for job in work]
         await send({"type": "lifespan.startup.complete"})
         await receive()
         for job in jobs:

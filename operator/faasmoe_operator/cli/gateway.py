@@ -59,8 +59,10 @@ def shared_environment(
     cors_origins: Sequence[str],
     keep_alive_s: float | None,
     page_socket: Path | None,
+    lease_socket: Path | None,
+    index: int,
 ) -> dict[str, str]:
-    """Return the complete environment of the gateway of several models.
+    """Return the complete environment of a gateway of several models.
 
     Args:
         file: models and tenants.
@@ -72,12 +74,16 @@ def shared_environment(
         cors_origins: origins of web pages that may call the API.
         keep_alive_s: how long unused connections are kept; None for the default.
         page_socket: Unix socket of the live page; None for none.
+        lease_socket: where it leases tokens of limits; None if it is the only gateway.
+        index: its number, from 0.
     """
     return _variables(
         {
             "HOST": endpoint.host,
             "PORT": endpoint.port,
             "LISTEN_FD": listen_fd,
+            "INDEX": index,
+            "LEASE_SOCKET": lease_socket,
             "GATEWAY_FILE": file,
             "STATE_DIR": state_path,
             "FRONT_TOKEN": front_token,

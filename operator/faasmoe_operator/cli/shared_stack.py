@@ -58,6 +58,7 @@ from faasmoe_operator.plan.router_weights import router_weights_bytes, widest_ro
 GATEWAY_FILE_NAME = "gateway.json"
 MODELS_FILE_NAME = "models.json"
 DEMAND_SOCKET_NAME = "demand.sock"
+LEASE_SOCKET_NAME = "leases.sock"
 ROUTER_PROCESS_BYTES = 200_000_000  # beside its weights
 DEFAULT_MODEL_LEN = 8192  # of a router whose model has a longer context
 
@@ -76,6 +77,7 @@ class SharedSpec:
         keep_alive_s: how long unused connections of clients are kept; None for the default.
         memory_bytes: memory of all functions and routers together; None for no limit.
         live_page: the page that the gateway forwards to; None for none.
+        n_gateways: gateways that accept clients.
     """
 
     deployment: Deployment
@@ -87,6 +89,17 @@ class SharedSpec:
     keep_alive_s: float | None
     memory_bytes: int | None = None
     live_page: LivePageOptions | None = None
+    n_gateways: int = 1
+
+    @property
+    def lease_socket(self) -> Path | None:
+        """Where gateways lease tokens of limits; None if there is only one."""
+        return self.folder / LEASE_SOCKET_NAME if self.n_gateways > 1 else None
+
+    @property
+    def gateway_file(self) -> Path:
+        """The file of models and tenants."""
+        return self.folder / GATEWAY_FILE_NAME
 
     @property
     def folder(self) -> Path:
@@ -210,6 +223,9 @@ async def running_shared_stack(spec: SharedSpec, logs: LogSinks) -> AsyncIterato
     children: dict[str, SupervisedChild | Zygote] = {}
     failures: list[asyncio.Task[Never]] = []
     async with AsyncExitStack() as stack:
+        sockets = {name: spec.router_sockets(name) for name in spec.specs}
+        file = spec.deployment.gateway_file(sockets, spec.max_model_lens)
+        write_private(spec.gateway_file, file.dumps().decode())
         zygotes = _RouterZygotes(stack, logs)
         for kind, context in _shared_contexts(spec, logs).items():
             children[kind], failure = await stack.enter_async_context(context)
@@ -229,12 +245,17 @@ async def running_shared_stack(spec: SharedSpec, logs: LogSinks) -> AsyncIterato
         stack.callback(listener.close)
         demand_socket = spec.folder / DEMAND_SOCKET_NAME
         await stack.enter_async_context(links.listening(demand_socket))
-        child, failure = await stack.enter_async_context(
-            _supervised_gateway(spec, logs, listener, demand_socket, front_token=front_token)
-        )
-        failures.append(failure)
-        stack.callback(listener.close)  # before the gateway stops, which then refuses clients
-        children = {"gateway": child, **children, **zygotes.by_name}
+        gateways = {}
+        for index in range(spec.n_gateways):
+            name = f"gateway {index}" if index else "gateway"
+            gateways[name], failure = await stack.enter_async_context(
+                _supervised_gateway(
+                    spec, logs, listener, demand_socket, front_token=front_token, index=index
+                )
+            )
+            failures.append(failure)
+        stack.callback(listener.close)  # before gateways stop, which then refuse clients
+        children = {**gateways, **children, **zygotes.by_name}
         yield SharedProcesses(routers, children, tuple(failures))
 
 
@@ -250,16 +271,14 @@ def _supervised_gateway(
     demand_socket: Path,
     *,
     front_token: str,
+    index: int,
 ) -> SupervisedContext:
-    file = spec.folder / GATEWAY_FILE_NAME
-    sockets = {name: spec.router_sockets(name) for name in spec.specs}
-    content = spec.deployment.gateway_file(sockets, spec.max_model_lens).dumps()
-    write_private(file, content.decode())
+    suffix = f"-{index}" if index else ""
     return supervised(
-        "gateway",
+        f"gateway{suffix}",
         gateway.COMMAND,
         environment=gateway.shared_environment(
-            file,
+            spec.gateway_file,
             spec.endpoint,
             front_token=front_token,
             state_path=spec.deployment.state_path,
@@ -268,8 +287,10 @@ def _supervised_gateway(
             cors_origins=spec.cors_origins,
             keep_alive_s=spec.keep_alive_s,
             page_socket=spec.folder / live_page.SOCKET_NAME if spec.live_page else None,
+            lease_socket=spec.lease_socket,
+            index=index,
         ),
-        log=logs.sink("gateway"),
+        log=logs.sink(f"gateway{suffix}"),
         grace_s=gateway.GRACE_S,
         pass_fds=(listener.fileno(),),
     )
@@ -349,6 +370,8 @@ def _shared_contexts(spec: SharedSpec, logs: LogSinks) -> dict[str, SupervisedCo
             file,
             port=spec.shared.port,
             token=spec.shared.token,
+            gateway_file=spec.gateway_file,
+            lease_socket=spec.lease_socket,
             page_variables=(
                 spec.live_page.control_variables(spec.folder) if spec.live_page else None
             ),

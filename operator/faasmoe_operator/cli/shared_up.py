@@ -13,7 +13,10 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from faasmoe_contracts.atomic_file import write_atomically
 from faasmoe_contracts.store import Store
+from faasmoe_contracts.tenant_usage import USAGE_FILE_NAME as FIRST
+from faasmoe_contracts.tenant_usage import dump_usage, read_usage, usage_file, usage_files
 from faasmoe_operator.aio import gather_limited
 from faasmoe_operator.api.v1alpha1 import MoEModel
 from faasmoe_operator.api.v1alpha1.documents import load_documents
@@ -48,10 +51,18 @@ def add_commands(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve one model or several until a signal arrives or a process fails."""
-    if len(arguments.files) <= 1 and not _holds_several(arguments.files) and not arguments.memory:
+    needs_several = [
+        option
+        for option, is_given in (
+            ("--memory", arguments.memory is not None),
+            ("--gateways", arguments.gateways > 1),
+        )
+        if is_given
+    ]
+    if len(arguments.files) <= 1 and not _holds_several(arguments.files) and not needs_several:
         return up.run(arguments)
     if not arguments.files:
-        raise CommandError("--memory: got MODEL, expected -f FILE", exit_status=2)
+        raise CommandError(f"{needs_several[0]}: got MODEL, expected -f FILE", exit_status=2)
     if arguments.model is not None:
         raise CommandError(
             f"expected MODEL or -f FILE, got MODEL {arguments.model!r} and -f", exit_status=2
@@ -84,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
                     keep_alive_s=arguments.keep_alive,
                     memory_bytes=arguments.memory,
                     page=page,
+                    n_gateways=arguments.gateways,
                     skip_verify=arguments.skip_verify,
                 )
             )
@@ -128,6 +140,7 @@ async def _prepare_and_serve(
     keep_alive_s: float | None,
     memory_bytes: int | None,
     page: LivePageOptions | None,
+    n_gateways: int,
     skip_verify: bool,
 ) -> int:
     stores, unverified = {}, []
@@ -140,6 +153,7 @@ async def _prepare_and_serve(
         local.functions(store.manifest, key=secrets.token_bytes(32))
         if is_prepared and not skip_verify:
             unverified.append(store)
+    merge_usage(deployment.state_path)
     with private_runtime_dir() as folder, closing(control.ReservedControlPort.reserve()) as port:
         shared = SharedControl(folder, port, secrets.token_urlsafe(32))
         with _model_specs(deployment, endpoint, shared) as specs:
@@ -153,11 +167,30 @@ async def _prepare_and_serve(
                 keep_alive_s,
                 memory_bytes,
                 page,
+                n_gateways,
             )
             check_memory(spec)
             print_progress(f"starting {len(specs)} models and a gateway")
             async with running_shared_stack(spec, logs) as processes:
                 return await _serve(spec, processes, unverified)
+
+
+def merge_usage(folder: Path) -> None:
+    """Add the usage that further gateways of an earlier run have kept to the first one's.
+
+    Raises:
+        CommandError: a file cannot be read or written.
+    """
+    first, further = usage_file(folder, 0), [f for f in usage_files(folder) if f.name != FIRST]
+    if not further:
+        return
+    try:
+        usages, currencies = read_usage(usage_files(folder))
+        write_atomically(first, dump_usage(usages, currencies), 0o600)
+        for file in further:
+            file.unlink()
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{folder}: tenants' usage: {error}") from error
 
 
 @contextmanager

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from faasmoe_contracts.api_keys import KeyReadError, read_named_digests
-from faasmoe_contracts.tenant_usage import USAGE_FILE_NAME, TenantUsage, Usage, load_usage
+from faasmoe_contracts.tenant_usage import (
+    USAGE_FILE_NAME,
+    TenantUsage,
+    Usage,
+    read_usage,
+    usage_files,
+)
 from faasmoe_operator.cli.deployment import Deployment, LocalTenant
 from faasmoe_operator.cli.formatting import format_table
 from faasmoe_operator.cli.tenant_files import CreatedKey, create_key, create_tenant, revoke_keys
@@ -222,15 +228,17 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 
 def _rows(files: list[Path]) -> list[UsageRow]:
-    path = Deployment.load(files).state_path / USAGE_FILE_NAME
-    try:
-        usages, currencies = load_usage(path.read_bytes())
-    except FileNotFoundError:
+    folder = Deployment.load(files).state_path
+    found = usage_files(folder)
+    if not found:
+        path = folder / USAGE_FILE_NAME
         raise CommandError(
             f"{path}: not found; `faasmoe up` writes it once a tenant has used something"
-        ) from None
+        )
+    try:
+        usages, currencies = read_usage(found)
     except (OSError, ValueError) as error:
-        raise CommandError(f"{path}: {error}") from error
+        raise CommandError(f"{folder}: {error}") from error
     return sorted(usage_rows(usages, currencies), key=lambda row: row[:3])
 
 

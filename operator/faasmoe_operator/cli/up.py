@@ -43,6 +43,7 @@ from faasmoe_operator.platforms.memory import pss_bytes
 DEVICE_PROBE_COMMAND = (sys.executable, "-m", "faasmoe_expert.device")
 DEVICE_PROBE_TIMEOUT_S = 60.0
 CUDA = "cuda"
+MAX_GATEWAYS = 64
 PREPARE_GRACE_S = 10.0
 VERIFICATION_NICENESS = 10
 PROCESS_HEADER = ("PROCESS", "PID", "MEMORY")
@@ -141,6 +142,14 @@ def _add_process_options(group: argparse._ArgumentGroup) -> None:
         "recently makes room (with -f; routers end with router.scaling alone)",
     )
     group.add_argument(
+        "--gateways",
+        type=_gateway_count,
+        default=1,
+        metavar="N",
+        help="gateways that accept clients together, within the same limits and budgets "
+        "(default: %(default)s; more with -f)",
+    )
+    group.add_argument(
         "--log-dir",
         type=Path,
         metavar="DIR",
@@ -171,6 +180,12 @@ def _memory_bytes(text: str) -> int:
     if size_bytes < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a size such as 6Gi")
     return size_bytes
+
+
+def _gateway_count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_GATEWAYS:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected 1 to {MAX_GATEWAYS}")
+    return int(text)
 
 
 def _keep_alive_seconds(text: str) -> float:

@@ -36,6 +36,8 @@ class MachineConfig(EnvSettings):
         page_socket: Unix socket on which the live page is served; None serves none.
         page_key: bearer token that the page's data require; empty for loopback alone.
         page_min_tokens: tokens that sums over single functions hold at least before they are shown.
+        gateway_file: the tenants, whose limits are leased.
+        lease_socket: Unix socket on which limits are leased; None leases none.
     """
 
     PREFIX: ClassVar[str] = "FAASMOE_"
@@ -47,6 +49,8 @@ class MachineConfig(EnvSettings):
     page_socket: Path | None = Field(None, description="the path of a socket")
     page_key: str = Field("", repr=False, description="a token")
     page_min_tokens: Annotated[int, BeforeValidator(integer_between(1, 1 << 20))] = 256
+    gateway_file: Path | None = Field(None, description="the path of a gateway's file")
+    lease_socket: Path | None = Field(None, description="the path of a socket")
 
 
 class ControlConfig(EnvSettings):

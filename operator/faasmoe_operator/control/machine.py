@@ -22,6 +22,7 @@ from faasmoe_operator.control.api import LivePage, make_machine_app
 from faasmoe_operator.control.background_tasks import BackgroundTasks
 from faasmoe_operator.control.config import MachineConfig
 from faasmoe_operator.control.controller import Controller
+from faasmoe_operator.control.lease_server import serving_leases
 from faasmoe_operator.control.live import PrivacySettings
 from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.control.machine_memory import MemoryPool
@@ -206,6 +207,9 @@ async def run_machine(config: MachineConfig, phases: StartPhases) -> None:
     if file.memory_bytes is not None:
         memory = MemoryPool(file.memory_bytes, clock=time.monotonic)
     async with AsyncExitStack() as stack:
+        if config.lease_socket is not None and config.gateway_file is not None:
+            leases = serving_leases(config.gateway_file, config.lease_socket)
+            await stack.enter_async_context(leases)
         client = await stack.enter_async_context(SandboxClient(token=config.token))
         pools = {}
         for socket in dict.fromkeys(model.served.zygote_socket for model in models):
