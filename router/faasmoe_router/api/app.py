@@ -45,6 +45,7 @@ from faasmoe_router.api.refusals import RefusalMetricsMiddleware, refusal_counte
 from faasmoe_router.api.resumption import ResumptionMiddleware
 from faasmoe_router.api.tokenization import tokenization_routes
 from faasmoe_router.api.translated_routes import translated_routes
+from faasmoe_router.api.turns import TurnMiddleware
 from faasmoe_router.api.validation import MAX_PROMPTS
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.sampling_defaults import SamplingDefaults
@@ -170,6 +171,7 @@ def _add_middleware(
     app.add_middleware(ContentEncodingMiddleware, max_body_bytes=max_body_bytes)
     app.add_middleware(HeadMiddleware)
     if tenancy is not None:
+        app.add_middleware(TurnMiddleware)
         app.add_middleware(AuthMiddleware, authenticator=tenancy)
     app.add_middleware(RequestContextMiddleware, max_body_bytes=max_body_bytes)
     app.add_middleware(RefusalMetricsMiddleware, counter=refusal_counter(registry))
