@@ -21,6 +21,7 @@ from faasmoe_router.config import RouterConfig
 from faasmoe_router.control import ControlLink, LinkSettings
 from faasmoe_router.control.activator import ActivationQueueLimits, ActivationRequester
 from faasmoe_router.control.client import ControlClient
+from faasmoe_router.control.link import FunctionDispatcher
 from faasmoe_router.control.metrics import ControlLinkMetrics
 from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.dispatch.cold_start import ActivationSettings
@@ -64,6 +65,29 @@ def create_dispatcher(
         metrics = DispatchMetrics(registry)
         return _create_static_dispatcher(store, config, metrics, host_buffers), None
     return _create_link(store, config, config.control_url, registry, host_buffers)
+
+
+def create_front_link(
+    view: FunctionDispatcher, config: RouterConfig, url: str, registry: CollectorRegistry
+) -> ControlLink:
+    """Return the link of a process that queues requests and calls no functions.
+
+    Args:
+        view: holds the routing table.
+        config: the router's settings.
+        url: base URL of the control plane.
+        registry: receives the link's metrics.
+    """
+    metrics = ControlLinkMetrics(registry)
+    client = ControlClient(url, token=config.token)
+    settings = link_settings(config)
+    requester = ActivationRequester(
+        client,
+        router_name=settings.router_name,
+        metrics=metrics,
+        repeat_s=settings.activation_repeat_s,
+    )
+    return ControlLink(client, requester, view, settings=settings, metrics=metrics)
 
 
 def link_settings(config: RouterConfig) -> LinkSettings:

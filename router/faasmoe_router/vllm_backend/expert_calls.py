@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
 import threading
 import time
 from collections.abc import Callable
 
 import torch
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from torch import Tensor
 
+from faasmoe_contracts.parent_death import die_with_parent
 from faasmoe_contracts.store import Store
 from faasmoe_router.config import RouterConfig
 from faasmoe_router.control import ControlLink
@@ -24,7 +26,6 @@ from faasmoe_router.data_plane import create_dispatcher, open_store
 from faasmoe_router.dispatch.device_transfer import transfer_for
 from faasmoe_router.dispatch.dispatcher import SentLayer
 from faasmoe_router.errors import RouterConfigError
-from faasmoe_router.metrics import new_registry
 from faasmoe_router.tenants.usage import FunctionCost, FunctionCostMeter
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class ExpertCalls:
 
     def __init__(self, config: RouterConfig, device: torch.device) -> None:
         self.store = open_store(config.store)
-        self._registry = new_registry()
+        self._registry = CollectorRegistry()
         self._dispatcher, link = create_dispatcher(
             self.store, config, self._registry, transfer_for(device)
         )
@@ -171,6 +172,8 @@ def expert_calls(device: torch.device) -> ExpertCalls:
     """
     global _calls
     if _calls is None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            die_with_parent(parent.pid)
         _calls = ExpertCalls(RouterConfig.from_env(), device)
     return _calls
 
