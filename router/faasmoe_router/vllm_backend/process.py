@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
@@ -220,7 +221,7 @@ class VllmRouterProcess:
             engine = self._state.engine
             if engine is None or engine.errored or self._gate.last_active_s <= polled_s:
                 continue
-            polled_s = asyncio.get_running_loop().time()
+            polled_s = time.monotonic()
             with contextlib.suppress(EngineUnavailable):
                 await self._read_worker(engine)
 

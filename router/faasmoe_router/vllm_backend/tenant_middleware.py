@@ -28,6 +28,7 @@ from faasmoe_router.api.errors import (
     error_response,
     from_json_error,
     from_router_error,
+    model_not_found,
     not_an_object,
 )
 from faasmoe_router.api.middleware import get_caller
@@ -125,7 +126,7 @@ def rewritten_body(body: bytes, path: str, caller: Caller, model_name: str) -> b
         model_name: the model's own name.
 
     Raises:
-        ApiError: it is not a JSON object.
+        ApiError: it is not a JSON object, or names another model.
     """
     try:
         value = json.loads(body)
@@ -133,8 +134,10 @@ def rewritten_body(body: bytes, path: str, caller: Caller, model_name: str) -> b
         raise from_json_error(error) from error
     if not isinstance(value, dict):
         raise not_an_object()
-    if value.get("model") in caller.model_names(model_name):
-        value["model"] = model_name
+    requested = value.get("model", model_name)
+    if isinstance(requested, str) and requested not in caller.model_names(model_name):
+        raise model_not_found(requested)
+    value["model"] = model_name
     return json.dumps(value | _system_prompt(value, path, caller)).encode()
 
 
