@@ -82,6 +82,6 @@ def checkpoint_name(name: str, architecture: str) -> str:
         name: its name in the store, which is transformers' name.
         architecture: the model's class in transformers.
     """
-    for stored, expected in ARCHITECTURES[architecture]:
+    for stored, expected in ARCHITECTURES.get(architecture, ()):
         name = name.replace(stored, expected)
     return name

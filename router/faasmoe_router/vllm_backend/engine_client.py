@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.outputs import RequestOutput
@@ -20,25 +18,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from faasmoe_router.api.admission import TenantAdmission
 from faasmoe_router.engine.generation import GenerationRequest
 from faasmoe_router.errors import GenerationFailed, RequestTooLarge
-from faasmoe_router.tenants.service import ANONYMOUS, Caller, NoTenants, RequestUsageRecorder
+from faasmoe_router.tenants.service import Caller, NoTenants
 from faasmoe_router.vllm_backend.fair_gate import FairGate
-
-
-@dataclass(slots=True)
-class RequestContext:
-    """What is known of an HTTP request where vLLM calls its engine.
-
-    Attributes:
-        caller: who sent it.
-        headers: headers to add to its response.
-    """
-
-    caller: Caller = ANONYMOUS
-    headers: dict[str, str] = field(default_factory=dict)
-
-
-REQUEST: ContextVar[RequestContext | None] = ContextVar("faasmoe_request", default=None)
-"""The HTTP request that the running task serves."""
+from faasmoe_router.vllm_backend.request_account import REQUEST, RequestAccount, RequestContext
 
 
 class TenantEngine(AsyncLLM):
@@ -80,12 +62,12 @@ class TenantEngine(AsyncLLM):
         salt = self.gate.cache_salt(caller.tenant, prompt.get("cache_salt"))
         if salt is not None:
             prompt = {**prompt, "cache_salt": salt}
-        run = _Run(caller.tenant, f"{next(self._numbers)}", n_prompt, recorder)
+        run = RequestAccount(caller.tenant, f"{next(self._numbers)}", n_prompt, recorder)
         return self._outputs(run, prompt, params, request_id, priority, options)
 
     async def _outputs(
         self,
-        run: _Run,
+        run: RequestAccount,
         prompt: Any,
         params: SamplingParams,
         request_id: str,
@@ -126,41 +108,13 @@ class TenantEngine(AsyncLLM):
                 timer.cancel()
             run.recorder.finish()
 
-    def _account(self, run: _Run, output: RequestOutput, params: SamplingParams) -> None:
-        """Record the tokens that an output adds."""
-        n_computed = n_generated = 0
-        if not run.is_prompt_computed:
-            run.is_prompt_computed = True
-            n_computed = run.n_prompt - (output.num_cached_tokens or 0)
-        for choice in output.outputs:
-            n_before = run.n_tokens.get(choice.index, 0)
-            is_delta = params.output_kind is RequestOutputKind.DELTA
-            n_now = n_before + len(choice.token_ids) if is_delta else len(choice.token_ids)
-            run.n_tokens[choice.index] = n_now
-            is_last = choice.finish_reason is not None and choice.index not in run.finished
-            if is_last:
-                run.finished.add(choice.index)
-            run.recorder.record_tokens(n_now - n_before, is_last=is_last)
-            n_generated += n_now - n_before
-        self.gate.charge(
-            run.tenant,
-            run.id,
-            n_computed=n_computed + n_generated,
-            n_generated=n_generated,
+    def _account(self, run: RequestAccount, output: RequestOutput, params: SamplingParams) -> None:
+        n_computed, n_generated = run.add(
+            output.outputs,
+            n_cached=output.num_cached_tokens or 0,
+            is_delta=params.output_kind is RequestOutputKind.DELTA,
         )
-
-
-@dataclass(slots=True)
-class _Run:
-    """A request between its admission and its last output."""
-
-    tenant: str
-    id: str
-    n_prompt: int
-    recorder: RequestUsageRecorder
-    n_tokens: dict[int, int] = field(default_factory=dict)
-    finished: set[int] = field(default_factory=set)
-    is_prompt_computed: bool = False
+        self.gate.charge(run.tenant, run.id, n_computed=n_computed, n_generated=n_generated)
 
 
 def _prompt_token_ids(prompt: Any) -> list[int]:

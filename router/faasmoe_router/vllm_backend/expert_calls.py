@@ -49,12 +49,13 @@ class ExpertCalls:
 
     Attributes:
         store: the prepared model.
+        dispatcher: calls the functions.
     """
 
     def __init__(self, config: RouterConfig, device: torch.device) -> None:
         self.store = open_store(config.store)
         self._registry = CollectorRegistry()
-        self._dispatcher, link = create_dispatcher(
+        self.dispatcher, link = create_dispatcher(
             self.store, config, self._registry, transfer_for(device)
         )
         self._cost_meter = FunctionCostMeter(self.store)
@@ -100,27 +101,27 @@ class ExpertCalls:
         while_waiting: Callable[[], None] | None,
     ) -> Tensor:
         """Return the weighted sum of each token's experts; see `Dispatcher.compute`."""
-        sent = self._dispatcher.send(layer, hidden, top_k_index, top_k_weight)
+        sent = self.dispatcher.send(layer, hidden, top_k_index, top_k_weight)
         if while_waiting is not None:
             while_waiting()  # not by the dispatcher, which would change the number of threads
-        output = self._dispatcher.receive(sent)
+        output = self.dispatcher.receive(sent)
         self._computed_s = time.monotonic()
         return output
 
     def send(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weight: Tensor) -> None:
         """Send the calls of a layer; a layer has one send before its receive."""
-        self._sent[layer] = self._dispatcher.send(layer, hidden, top_k_index, top_k_weight)
+        self._sent[layer] = self.dispatcher.send(layer, hidden, top_k_index, top_k_weight)
 
     def receive(self, layer: int) -> Tensor:
         """Return the output of a layer that was sent."""
-        output = self._dispatcher.receive(self._sent.pop(layer))
+        output = self.dispatcher.receive(self._sent.pop(layer))
         self._computed_s = time.monotonic()
         return output
 
     def read_cost(self) -> FunctionCost:
         """Return what functions cost since the last call."""
-        specs = {name: entry.spec for name, entry in self._dispatcher.routing.entries.items()}
-        return self._cost_meter.read_delta(self._dispatcher.load.snapshot(time.monotonic()), specs)
+        specs = {name: entry.spec for name, entry in self.dispatcher.routing.entries.items()}
+        return self._cost_meter.read_delta(self.dispatcher.load.snapshot(time.monotonic()), specs)
 
     def metrics_text(self) -> bytes:
         """Return the metrics of the dispatcher in Prometheus' text format."""
@@ -128,7 +129,7 @@ class ExpertCalls:
 
     def release_memory(self) -> None:
         """Free memory that is kept for the next calls."""
-        self._dispatcher.release_memory()
+        self.dispatcher.release_memory()
 
 
 def _layers_by_number(store: Store) -> dict[int, int]:

@@ -35,7 +35,7 @@ from faasmoe_router.api.middleware import get_caller
 from faasmoe_router.api.resumption import is_resumed
 from faasmoe_router.errors import RouterError
 from faasmoe_router.tenants.service import Caller
-from faasmoe_router.vllm_backend.engine_client import REQUEST, RequestContext
+from faasmoe_router.vllm_backend.request_account import REQUEST, RequestContext
 
 GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 OTHER_PATHS = ("/v1/messages/count_tokens", "/tokenize", "/detokenize")
