@@ -313,7 +313,7 @@ class Front:
         n_tokens = call.max_input_tokens + call.max_output_tokens
         route = self._routes[call.model.name]
         affinity = call.affinity if generates else b""
-        with route.reserve(affinity, n_tokens) as address:
+        with route.reserve(affinity, n_tokens) as reserved:
 
             def on_head() -> None:
                 if relay.meter.input_tokens is not None:
@@ -323,9 +323,10 @@ class Front:
             relay = Relay(
                 request,
                 client,
-                address,
+                reserved.address,
                 route.waiting,
                 take_turn=partial(self._turns.take, sender),
+                rechoose=reserved.move,
                 on_head=on_head,
             )
             try:
