@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from typing import Never
+from typing import Any, Never
 
 from faasmoe_contracts.router_demand import RouterReport
-from faasmoe_operator.aio import ChangeNotifier
+from faasmoe_operator.aio import ChangeNotifier, TaskSet
 from faasmoe_operator.api.v1alpha1.router import RouterScalingSpec
 from faasmoe_operator.cli.gateway_link import GatewayLinks
 from faasmoe_operator.cli.local_stack import SupervisedContext
@@ -146,6 +146,7 @@ class ScaledRouters:
         scaler: decides how many run.
         slots: the routers.
         links: the gateways.
+        on_wake: called when the first router starts for a request.
 
     Attributes:
         slots: as given.
@@ -158,12 +159,16 @@ class ScaledRouters:
         scaler: RouterScaler,
         slots: Sequence[RouterSlot],
         links: GatewayLinks,
+        *,
+        on_wake: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         self.model = model
         self.slots = tuple(slots)
         self.has_started = asyncio.Event()
         self._scaler = scaler
         self._links = links
+        self._on_wake = on_wake
+        self._tasks = TaskSet()
         self._changed = ChangeNotifier()
         self._last_used_s = time.monotonic()
         links.add(model, self._take_demand)
@@ -211,7 +216,10 @@ class ScaledRouters:
         async with _first_error() as tasks:
             tasks.append(asyncio.create_task(self._tick()))
             tasks += [asyncio.create_task(self._run_slot(slot)) for slot in self.slots]
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            finally:
+                await self._tasks.cancel_all()
         raise AssertionError("a router's supervision ended")
 
     def _take_demand(self) -> None:
@@ -219,7 +227,10 @@ class ScaledRouters:
         n_requests = self._links.n_requests(self.model)
         if n_requests:
             self._last_used_s = time.monotonic()
+        was_at_zero = self._scaler.desired == 0
         self._scaler.set_demand(n_requests, time.time())
+        if was_at_zero and self._scaler.desired and self._on_wake is not None:
+            self._tasks.start(self._on_wake())
         self._changed.notify()
 
     def _is_wanted(self, slot: RouterSlot) -> bool:

@@ -211,6 +211,11 @@ class Controller:
             self._ticker.notify()
             self.reconcile()
 
+    def warm_up(self) -> None:
+        """Activate the functions that were used lately, as a router starts that will use them."""
+        names = self.function_stats.recently_used(self.clock())
+        self.activate(names or self.model.functions)
+
     def add_load_report(self, report: LoadReport) -> None:
         """Record a router's load report."""
         now = self.clock()
