@@ -300,11 +300,6 @@ def add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, ApiError)
         return error_response(request.url.path, error)
 
-    async def handle_router_error(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RouterError)
-        set_refusal_reason(request.scope, error)
-        return error_response(request.url.path, from_router_error(error))
-
     async def handle_validation_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         return error_response(request.url.path, from_validation_errors(error.errors()))
@@ -319,9 +314,20 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ClientDisconnected, handle_disconnect)
     app.add_exception_handler(ClientDisconnect, handle_disconnect)
     app.add_exception_handler(ApiError, handle_api_error)
-    app.add_exception_handler(RouterError, handle_router_error)
+    add_router_error_handler(app)
     app.add_exception_handler(RequestValidationError, handle_validation_error)
     app.add_exception_handler(HTTPException, handle_http_exception)
+
+
+def add_router_error_handler(app: FastAPI) -> None:
+    """Make the app answer the router's errors, and leave all others as they are."""
+
+    async def handle_router_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RouterError)
+        set_refusal_reason(request.scope, error)
+        return error_response(request.url.path, from_router_error(error))
+
+    app.add_exception_handler(RouterError, handle_router_error)
 
 
 def error_response(path: str, error: ApiError) -> JSONResponse:

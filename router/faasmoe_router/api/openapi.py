@@ -12,8 +12,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, Field
 from pydantic.json_schema import models_json_schema
 
-# For probes and Prometheus. Only /v1 and /{tenant}/v1 are exposed to tenants.
-UNAUTHENTICATED_PATHS = frozenset({"/health", "/ping", "/load", "/version", "/metrics"})
+# For probes. Only /v1 and /{tenant}/v1 are exposed to tenants.
+UNAUTHENTICATED_PATHS = frozenset({"/health", "/ping", "/load", "/version"})
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 FinishReason = Literal["stop", "length", "tool_calls"]
