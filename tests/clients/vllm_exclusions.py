@@ -90,6 +90,7 @@ NOT_APPLICABLE: tuple[tuple[str, str], ...] = (
     (f"*{_CALLS}::test_named_tool_use*", _ENDS),
     ("*test_function_tool_use[[]plain-True-*", f"{_MODEL}: reasoning"),
     ("*test_function_tool_use[[]plain-False-auto-*", f"{_MODEL}: calls of its own accord"),
+    ("*/test_completion_with_function_calling.py::test_named_tool_use*", _ENDS),
     ("*test_return_token_ids.py::test_chat_completion_with_tool_use", f"{_MODEL}: calls"),
     ("*test_return_token_ids.py::test_chat_completion_with_emoji*", _ENDS),
     (f"*{_CALLS}::*streaming_forced_tool_choice[[]required*", _ENDS),

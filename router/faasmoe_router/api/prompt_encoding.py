@@ -113,6 +113,11 @@ class PromptEncoder:
                 code="context_length_exceeded",
             )
 
+    @property
+    def tool_chat_template(self) -> str:
+        """The chat template used for requests with tools; empty if there is none."""
+        return self._engine.tokenizer.tool_chat_template
+
     def check_token_ids(self, token_ids: Sequence[int], *, param: str) -> None:
         """Raise ApiError if a token ID is not in the vocabulary."""
         check_token_ids(token_ids, vocab_size=self._engine.vocab_size, param=param)
