@@ -42,7 +42,9 @@ from faasmoe_gateway.tenant_directory import REFRESH_INTERVAL_S, TenantDirectory
 
 logger = logging.getLogger(__name__)
 
-GENERATING_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+COMPLETIONS_PATH = "/v1/completions"
+DEFAULT_COMPLETION_TOKENS = 16  # as the router's
+GENERATING_PATHS = (COMPLETIONS_PATH, "/v1/chat/completions", "/v1/responses", "/v1/messages")
 SAVE_INTERVAL_S = 5.0
 _TENANT_PATH = re.compile(r"/([^/]+)(/v1(?:/.*)?)", re.DOTALL)
 
@@ -75,7 +77,10 @@ class Call:
     @property
     def max_output_tokens(self) -> int:
         """The most tokens that it may generate."""
-        bounds = [self.work.max_output_tokens, self.terms.max_output_tokens]
+        asked = self.work.max_output_tokens
+        if asked is None and self.path == COMPLETIONS_PATH:
+            asked = DEFAULT_COMPLETION_TOKENS
+        bounds = [asked, self.terms.max_output_tokens]
         known = [bound for bound in bounds if bound is not None]
         return min([*known, self.model.max_model_len]) * self.work.n_choices
 

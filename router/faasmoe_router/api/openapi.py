@@ -45,6 +45,9 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: Annotated[
         int, Field(ge=0, description="Tokens cached from earlier prompts of the same tenant.")
     ]
+    cache_write_tokens: Annotated[
+        int, Field(ge=0, description="Tokens that later prompts of the same tenant find cached.")
+    ]
 
 
 class CompletionTokensDetails(BaseModel):

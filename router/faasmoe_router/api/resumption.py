@@ -89,7 +89,8 @@ class StreamJournal:
             if self._n_known_entries:
                 self._n_known_entries -= 1
             elif output.progress.token_ids:
-                entry = JournalEntry(index, output.progress, output.n_cached_tokens)
+                n_cached, n_written = output.n_cached_tokens, output.n_cache_written_tokens
+                entry = JournalEntry(index, output.progress, n_cached, n_written)
                 self._pending += entry.dumps()
                 self._n_tokens += output.n_tokens
             yield index, output
