@@ -35,6 +35,23 @@ def test_every_tensor_equals_from_pretrained(
     Store.open(tmp_path / "store").verify()
 
 
+def test_a_store_that_is_prepared_again_leaves_files_in_use_as_they_are(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Sandboxes and routers may have mapped them."""
+    folder = tmp_path / "store"
+    prepare(str(make_checkpoint("mixtral")), folder, dtype="float16", mode="copy")
+    before = {path: path.open("rb") for path in folder.rglob("*") if path.is_file()}
+    contents = {path: path.read_bytes() for path in before}
+    prepare(str(make_checkpoint("mixtral")), folder, dtype="bfloat16", mode="copy", force=True)
+    experts = [path for path in before if path.parent.name == "experts"]
+    assert experts
+    assert all(path.read_bytes() != contents[path] for path in experts)
+    for path, opened in before.items():
+        with opened:
+            assert opened.read() == contents[path]
+
+
 def test_source_checkpoint_has_one_tensor_per_expert(make_checkpoint: MakeCheckpoint) -> None:
     names = load_file(make_checkpoint("mixtral") / "model.safetensors").keys()
     assert sum(".experts." in name for name in names) == 2 * 4 * 3
