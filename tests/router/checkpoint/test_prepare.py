@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from faasmoe_contracts.store import Store, StoreError
+from faasmoe_contracts.store.references import StoreMode
 from faasmoe_router.checkpoint.prepare import prepare
 from faasmoe_router.errors import PrepareError
 from faasmoe_transformers import weight_conversion
@@ -40,10 +41,12 @@ def test_a_store_that_is_prepared_again_leaves_files_in_use_as_they_are(
 ) -> None:
     """Sandboxes and routers may have mapped them."""
     folder = tmp_path / "store"
-    prepare(str(make_checkpoint("mixtral")), folder, dtype="float16", mode="copy")
+    prepare(str(make_checkpoint("mixtral")), folder, dtype="float16", mode=StoreMode.COPY)
     before = {path: path.open("rb") for path in folder.rglob("*") if path.is_file()}
     contents = {path: path.read_bytes() for path in before}
-    prepare(str(make_checkpoint("mixtral")), folder, dtype="bfloat16", mode="copy", force=True)
+    prepare(
+        str(make_checkpoint("mixtral")), folder, dtype="bfloat16", mode=StoreMode.COPY, force=True
+    )
     experts = [path for path in before if path.parent.name == "experts"]
     assert experts
     assert all(path.read_bytes() != contents[path] for path in experts)
