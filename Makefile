@@ -17,7 +17,7 @@ PARALLEL ?= -n 2 --dist loadfile
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-alerts test-publishers test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-call bench-cuda bench-elastic bench-fairness bench-gateway bench-growth bench-paper bench-peers bench-prepare bench-reconcile bench-simulate bench-start bench-zero attack chaos soak trace-chat clean
+.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-alerts test-publishers test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-call bench-cuda bench-elastic bench-fairness bench-gateway bench-growth bench-many-models bench-paper bench-peers bench-prepare bench-reconcile bench-simulate bench-start bench-zero attack chaos soak trace-chat clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -172,6 +172,10 @@ bench-peers: $(STAMP) ## Compare with llama.cpp's server (QUICK=1, ARGS=); write
 bench-zero: $(STAMP) ## Measure memory at whole zero and the first token from there (ARGS=); writes benchmarks/out/zero.json
 	$(BIN)/faasmoe demo-model $(DEMO)-model
 	$(BIN)/python -m benchmarks.zero $(ARGS)
+
+bench-many-models: $(STAMP) ## Serve 20 models with memory for three to six tenants (ARGS=); writes benchmarks/out/many_models.json
+	$(BIN)/faasmoe demo-model $(DEMO)-model
+	$(BIN)/python -m benchmarks.many_models $(ARGS)
 
 bench-elastic: $(STAMP) ## Measure activation, time to first token and memory; writes benchmarks/out/elastic.json
 	$(BIN)/python -m benchmarks.elastic
