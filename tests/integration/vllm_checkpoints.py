@@ -38,7 +38,10 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "olmoe": ("Olmoe", EIGHT_EXPERTS),
     "glm4_moe": ("Glm4Moe", GROUPS | SHARED | {"head_dim": 32, "n_group": 1}),
     "deepseek_v2": ("DeepseekV2", LATENT | LATENT_HEADS | GROUPS | SHARED),
-    "deepseek_v3": ("DeepseekV3", LATENT | LATENT_HEADS | GROUPS | SHARED),
+    "deepseek_v3": (
+        "DeepseekV3",
+        LATENT | LATENT_HEADS | GROUPS | SHARED | {"topk_method": "noaux_tc"},
+    ),
     "gpt_oss": (
         "GptOss",
         {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 64, "sliding_window": 16},

@@ -37,7 +37,7 @@ class TenantEngine(AsyncLLM):
     request_timeout_s: float = float("inf")
     _numbers = itertools.count()
 
-    def generate(  # type: ignore[override]  # a function, so that admission precedes the response
+    def generate(
         self,
         prompt: Any,
         sampling_params: SamplingParams,
@@ -47,6 +47,8 @@ class TenantEngine(AsyncLLM):
         **options: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Admit a request, and return the stream of its outputs; see vLLM's `AsyncLLM.generate`.
+
+        No coroutine, so that a request is refused before its response begins.
 
         Raises:
             RouterError: the tenant's limits or the queue do not admit the request now.

@@ -19,7 +19,6 @@ from faasmoe_router.api.admission import (
     COLD_START_HEADER,
     RequestActivator,
     TenantAdmission,
-    run_until_disconnect,
 )
 from faasmoe_router.api.errors import (
     CLIENT_CLOSED_REQUEST,
@@ -33,6 +32,7 @@ from faasmoe_router.api.errors import (
 )
 from faasmoe_router.api.middleware import get_caller
 from faasmoe_router.api.resumption import is_resumed
+from faasmoe_router.api.streaming import run_until_disconnect
 from faasmoe_router.errors import RouterError
 from faasmoe_router.tenants.service import Caller
 from faasmoe_router.vllm_backend.request_account import REQUEST, RequestContext
