@@ -1,8 +1,8 @@
 """The FastAPI app: every route and middleware, around one engine.
 
 `create_app` ties the lifetime of the engine, the activator and the tenants to the app's. The small
-routes that no other module needs are defined here: health and metrics endpoints, which are for
-probes and Prometheus and need no API key, and OpenAI endpoints that answer 501.
+routes that no other module needs are defined here: health endpoints, which are for probes and need
+no API key, metrics, and OpenAI endpoints that answer 501.
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -11,8 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
-from fastapi.responses import PlainTextResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from starlette.middleware.cors import CORSMiddleware
 
 from faasmoe_router.api.admission import AlwaysActivated, RequestActivator
@@ -26,7 +25,7 @@ from faasmoe_router.api.completions import (
 )
 from faasmoe_router.api.content_encoding import ContentEncodingMiddleware, HeadMiddleware
 from faasmoe_router.api.errors import ApiError, add_error_handlers
-from faasmoe_router.api.metrics_server import MetricsServer
+from faasmoe_router.api.metrics_server import MetricsServer, metrics_routes
 from faasmoe_router.api.middleware import AuthMiddleware, RequestContextMiddleware
 from faasmoe_router.api.models import model_routes, usage_routes
 from faasmoe_router.api.openapi import (
@@ -36,7 +35,6 @@ from faasmoe_router.api.openapi import (
     error_responses,
     install_openapi,
     json_responses,
-    text_error_responses,
 )
 from faasmoe_router.api.preparation import HeldBytes, PreparationQueue
 from faasmoe_router.api.preprocessing import Preprocessor
@@ -45,6 +43,7 @@ from faasmoe_router.api.refusals import RefusalMetricsMiddleware, refusal_counte
 from faasmoe_router.api.resumption import ResumptionMiddleware
 from faasmoe_router.api.tokenization import tokenization_routes
 from faasmoe_router.api.translated_routes import translated_routes
+from faasmoe_router.api.turns import TurnMiddleware
 from faasmoe_router.api.validation import MAX_PROMPTS
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.sampling_defaults import SamplingDefaults
@@ -170,6 +169,7 @@ def _add_middleware(
     app.add_middleware(ContentEncodingMiddleware, max_body_bytes=max_body_bytes)
     app.add_middleware(HeadMiddleware)
     if tenancy is not None:
+        app.add_middleware(TurnMiddleware)
         app.add_middleware(AuthMiddleware, authenticator=tenancy)
     app.add_middleware(RequestContextMiddleware, max_body_bytes=max_body_bytes)
     app.add_middleware(RefusalMetricsMiddleware, counter=refusal_counter(registry))
@@ -215,18 +215,6 @@ def health_routes(engine: Engine, *, activator: RequestActivator) -> APIRouter:
     async def show_version() -> dict[str, Any]:
         """Return the version of FaaSMoE."""
         return {"version": installed_version()}
-
-    return router
-
-
-def metrics_routes(registry: CollectorRegistry) -> APIRouter:
-    """Return the route for Prometheus."""
-    router = APIRouter()
-
-    @router.get("/metrics", response_class=PlainTextResponse, responses=text_error_responses(500))
-    async def metrics() -> Response:
-        """Return the metrics in Prometheus' text format."""
-        return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     return router
 

@@ -7,6 +7,7 @@ it, and quotes client input safely. Messages name the field, what it got and wha
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -113,6 +114,22 @@ class ApiError(Exception):
                 "code": self.code,
             }
         }
+
+    def renamed(self, names: Mapping[str, str]) -> "ApiError":
+        """Return this error with other names of fields, those of the API that was called."""
+        pattern = re.compile(rf"\b(?:{'|'.join(names)})\b")
+
+        def rename(text: str) -> str:
+            return pattern.sub(lambda match: names[match[0]], text)
+
+        return ApiError(
+            rename(str(self)),
+            status=self.status,
+            error_type=self.error_type,
+            param=None if self.param is None else rename(self.param),
+            code=self.code,
+            headers=self.headers,
+        )
 
     def response(self) -> JSONResponse:
         """Return the HTTP response, with retry headers that fit its status."""

@@ -1,4 +1,4 @@
-"""The router's metrics on a port of their own, apart from what tenants can reach.
+"""The metrics of a router: a route of its API, or a port of their own that tenants cannot reach.
 
 Metrics name tenants and count their requests. A router whose port is public serves them here
 (`FAASMOE_METRICS_PORT`), on the same event loop, since collectors read what only that loop changes.
@@ -10,7 +10,13 @@ from types import TracebackType
 from typing import Self
 
 from aiohttp import web
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from faasmoe_router.api.middleware import get_caller
+from faasmoe_router.api.openapi import text_error_responses
+from faasmoe_router.tenants.metrics import OwnMetrics
 
 
 class MetricsServer:
@@ -48,3 +54,17 @@ class MetricsServer:
     async def _respond(self, _: web.Request) -> web.Response:
         headers = {"Content-Type": CONTENT_TYPE_LATEST}
         return web.Response(body=generate_latest(self._registry), headers=headers)
+
+
+def metrics_routes(registry: CollectorRegistry) -> APIRouter:
+    """Return the route for Prometheus."""
+    router = APIRouter()
+
+    @router.get("/metrics", response_class=PlainTextResponse, responses=text_error_responses(500))
+    async def metrics(request: Request) -> Response:
+        """Return the metrics in Prometheus' text format; to a tenant, none of other tenants."""
+        tenant = get_caller(request).tenant
+        visible = OwnMetrics(registry, tenant) if tenant else registry
+        return Response(generate_latest(visible), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    return router
