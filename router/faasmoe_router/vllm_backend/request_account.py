@@ -16,10 +16,12 @@ class RequestContext:
 
     Attributes:
         caller: who sent it.
+        has_token_limit: whether it says how many tokens to generate.
         headers: headers to add to its response.
     """
 
     caller: Caller = ANONYMOUS
+    has_token_limit: bool = False
     headers: dict[str, str] = field(default_factory=dict)
 
 
