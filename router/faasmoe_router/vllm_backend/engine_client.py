@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator
-from typing import Any
+from contextlib import aclosing
+from typing import Any, ClassVar
 
 from vllm.exceptions import VLLMServerError
 from vllm.outputs import RequestOutput
@@ -40,6 +41,7 @@ class TenantEngine(AsyncLLM):
     admission: TenantAdmission = NoTenants()
     request_timeout_s: float = float("inf")
     _numbers = itertools.count()
+    _aborts: ClassVar[set[asyncio.Future[None]]] = set()
 
     def generate(
         self,
@@ -89,9 +91,7 @@ class TenantEngine(AsyncLLM):
             ):
                 run.recorder.record_started()
                 if deadline_s < float("inf"):
-                    timer = loop.call_at(
-                        deadline_s, lambda: asyncio.ensure_future(self.abort(request_id))
-                    )
+                    timer = loop.call_at(deadline_s, self._start_abort, request_id)
                 outputs = super().generate(
                     prompt,
                     params,
@@ -99,11 +99,12 @@ class TenantEngine(AsyncLLM):
                     priority=self.gate.priority(run.tenant),
                     **options,
                 )
-                async for output in outputs:
-                    if any(choice.finish_reason == ABORTED for choice in output.outputs):
-                        raise GenerationFailed(self._abort_reason(loop.time() >= deadline_s))
-                    self._account(run, output, params)
-                    yield output
+                async with aclosing(outputs):
+                    async for output in outputs:
+                        if any(choice.finish_reason == ABORTED for choice in output.outputs):
+                            raise GenerationFailed(self._abort_reason(loop.time() >= deadline_s))
+                        self._account(run, output, params)
+                        yield output
         except (GenerationFailed, VLLMServerError):
             run.recorder.record_failure()
             raise
@@ -111,6 +112,11 @@ class TenantEngine(AsyncLLM):
             if timer is not None:
                 timer.cancel()
             run.recorder.finish()
+
+    def _start_abort(self, request_id: str) -> None:
+        task = asyncio.ensure_future(self.abort(request_id))
+        self._aborts.add(task)
+        task.add_done_callback(self._aborts.discard)
 
     def _abort_reason(self, is_overdue: bool) -> str:
         if is_overdue:
