@@ -30,7 +30,7 @@ API_PORT = 8000  # on Kubernetes
 MAX_REPLICAS = 64
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-PARSER_NAME = "^[a-z0-9_.-]{1,64}$"
+PARSER_NAME = "^[a-z0-9_.-]+$"
 QUANTIZATION_IMMUTABLE = validations(
     cel_rule(
         "self == oldSelf",
@@ -57,10 +57,10 @@ class EngineArgsSpec(ApiModel):
     max_logprobs: Annotated[int, Field(ge=0, le=1000)] | None = Field(
         None, description="Most log-probabilities that a request may ask for with a token."
     )
-    tool_call_parser: Annotated[str, Field(pattern=PARSER_NAME)] | None = Field(
+    tool_call_parser: Annotated[str, Field(pattern=PARSER_NAME, max_length=64)] | None = Field(
         None, description="vLLM's parser of tool calls; if omitted, requests with tools get 400."
     )
-    reasoning_parser: Annotated[str, Field(pattern=PARSER_NAME)] | None = Field(
+    reasoning_parser: Annotated[str, Field(pattern=PARSER_NAME, max_length=64)] | None = Field(
         None, description="vLLM's parser of reasoning."
     )
 
