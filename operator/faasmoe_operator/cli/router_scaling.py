@@ -199,17 +199,21 @@ class ScaledRouters:
         self._changed.notify()
 
     async def wait_for_change(self, timeout_s: float) -> None:
-        """Wait until routers were started or ended, or more are wanted."""
-        before = [(slot.child, slot.index < self._scaler.desired) for slot in self.slots]
+        """Wait until routers were started or ended, more are wanted, or requests came or ended."""
+        before = self._state()
 
         def has_changed() -> bool:
-            return before != [(s.child, s.index < self._scaler.desired) for s in self.slots]
+            return before != self._state()
 
         try:
             async with asyncio.timeout(timeout_s):
                 await self._changed.wait_for(has_changed)
         except TimeoutError:
             return
+
+    def _state(self) -> tuple[bool, int, list[SupervisedChild | None]]:
+        has_requests = self._links.n_requests(self.model) > 0
+        return has_requests, self._scaler.desired, [slot.child for slot in self.slots]
 
     async def run(self) -> Never:
         """Start and stop routers until cancelled; raises CommandError as a child does."""

@@ -289,7 +289,8 @@ class Controller:
         record = self.fleet.get(sandbox)
         if record is None or record.functions.get(function) is not AssignmentState.ATTACHED:
             return
-        self._executor.execute(Detach(sandbox, function, ActionReason.MEMORY))
+        detach = Detach(sandbox, function, ActionReason.MEMORY)
+        self._executor.execute(detach, drain_s=0.0 if holder.is_idle else None)
         self.publish()
 
     def request_reconcile(self) -> None:
