@@ -138,6 +138,10 @@ class RouterSlot:
         self._is_measured = True
 
 
+RouterState = tuple[bool, int, tuple[SupervisedChild | None, ...]]
+"""Whether there are requests, how many routers should run, and the processes of those that do."""
+
+
 class ScaledRouters:
     """The routers of one model; created by `scaled_routers`.
 
@@ -198,22 +202,16 @@ class ScaledRouters:
                 self._scaler.end(time.time())
         self._changed.notify()
 
-    async def wait_for_change(self, timeout_s: float) -> None:
-        """Wait until routers were started or ended, more are wanted, or requests came or ended."""
-        before = self._state()
-
-        def has_changed() -> bool:
-            return before != self._state()
-
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._changed.wait_for(has_changed)
-        except TimeoutError:
-            return
-
-    def _state(self) -> tuple[bool, int, list[SupervisedChild | None]]:
+    @property
+    def state(self) -> RouterState:
+        """What a memory limit depends on; see `wait_for_change`."""
         has_requests = self._links.n_requests(self.model) > 0
-        return has_requests, self._scaler.desired, [slot.child for slot in self.slots]
+        children = tuple(slot.child for slot in self.slots)
+        return has_requests, self._scaler.desired, children
+
+    async def wait_for_change(self, state: RouterState) -> None:
+        """Wait until routers started or ended, more are wanted, or requests came or ended."""
+        await self._changed.wait_for(lambda: self.state != state)
 
     async def run(self) -> Never:
         """Start and stop routers until cancelled; raises CommandError as a child does."""
