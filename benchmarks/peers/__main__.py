@@ -18,8 +18,12 @@ from typing import Any
 
 from benchmarks.elastic import CACHE
 from benchmarks.peers import comparison
-from benchmarks.peers.comparison import OURS, PEER, VLLM, Cell
-from benchmarks.peers.environments import make_llama_environment, make_vllm_environment
+from benchmarks.peers.comparison import OURS, OURS_VLLM, PEER, VLLM, Cell
+from benchmarks.peers.environments import (
+    make_llama_environment,
+    make_vllm_engine_environment,
+    make_vllm_environment,
+)
 from benchmarks.peers.faasmoe_server import FaasmoeServer
 from benchmarks.peers.gguf_files import GGUF_NAMES
 from benchmarks.peers.llama_server import LlamaServer, binary_version
@@ -33,7 +37,7 @@ from benchmarks.worker import ROOT
 
 BINARY_VARIABLE = "LLAMA_SERVER"
 VENV_VARIABLE = "PEERS_VENV"
-SERVERS = {"faasmoe": OURS, "llama": PEER, "vllm": VLLM}
+SERVERS = {"faasmoe": OURS, "llama": PEER, "vllm": VLLM, "faasmoe-vllm": OURS_VLLM}
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,6 +52,20 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--servers", type=_names(*SERVERS), default=("faasmoe", "llama"))
     parser.add_argument("--vllm", action="store_true", help="add vLLM to the servers")
+    parser.add_argument(
+        "--vllm-engine",
+        action="store_true",
+        help="add vLLM and our router with vLLM's engine to the servers",
+    )
+    parser.add_argument(
+        "--vllm-dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="that vLLM computes in, and our router with vLLM's engine",
+    )
+    parser.add_argument(
+        "--vllm-python", type=Path, help="environment with vLLM and our router; made if omitted"
+    )
     parser.add_argument("--concurrency", type=_numbers, help="default: 1,8,32; quick: 1,8")
     parser.add_argument(
         "--ttft-concurrency", type=_numbers, help="for long prompts; default: 1,8,32; quick: 1"
@@ -80,8 +98,10 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         (1,) if quick else arguments.concurrency
     )
     arguments.rounds = arguments.rounds or (1 if quick else 3)
-    if arguments.vllm:
+    if arguments.vllm or arguments.vllm_engine:
         arguments.servers = (*arguments.servers, "vllm")
+    if arguments.vllm_engine:
+        arguments.servers = (*arguments.servers, "faasmoe-vllm")
     return arguments
 
 
@@ -116,9 +136,15 @@ def make_servers(arguments: argparse.Namespace) -> list[PeerServer]:
             binary: Path | None = arguments.llama_server
             python = None if binary else _llama_python(arguments)
             servers.append(LlamaServer(folder, parallel, arguments.threads, python, binary))
+        elif name == "vllm":
+            python = arguments.vllm_python or make_vllm_environment(folder / "venv-vllm")
+            servers.append(
+                VllmServer(folder, parallel, arguments.threads, python, arguments.vllm_dtype)
+            )
         else:
-            python = make_vllm_environment(folder / "venv-vllm")
-            servers.append(VllmServer(folder, parallel, arguments.threads, python))
+            python = arguments.vllm_python or make_vllm_engine_environment(folder / "venv-vllm")
+            layout = (arguments.functions_per_layer, arguments.sandboxes)
+            servers.append(FaasmoeServer(folder, parallel, *layout, arguments.vllm_dtype, python))
     return servers
 
 
