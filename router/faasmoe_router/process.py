@@ -34,6 +34,7 @@ from faasmoe_router.dispatch.cold_start import ActivationSettings
 from faasmoe_router.dispatch.device_transfer import BufferedTransfer, transfer_for
 from faasmoe_router.dispatch.fanout import DispatchTimeouts
 from faasmoe_router.dispatch.metrics import DispatchMetrics
+from faasmoe_router.dispatch.overflow import is_memory_limited
 from faasmoe_router.engine.batcher import EngineLimits, KVCacheGeometry
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.sampling_defaults import SamplingDefaults
@@ -249,8 +250,10 @@ def _create_link(
 ) -> tuple[Dispatcher, ControlLink]:
     metrics = ControlLinkMetrics(registry)
     client = ControlClient(url, token=config.token)
+    computes_overflow = is_memory_limited(store, config.experts_memory_bytes)
     settings = LinkSettings(
         router_name=_new_router_name(),
+        queues_requests=not computes_overflow,
         queue_limits=ActivationQueueLimits(
             max_requests=config.max_activation_queue_requests,
             max_bytes=config.max_activation_queue_bytes,
@@ -276,6 +279,7 @@ def _create_link(
         device_transfer=host_buffers,
         placement=config.placement,
         mailbox=config.mailbox == "on",
+        computes_overflow=computes_overflow,
     )
     return dispatcher, ControlLink(
         client, activation_requester, dispatcher, settings=settings, metrics=metrics
