@@ -17,7 +17,7 @@ PARALLEL ?= -n 2 --dist loadfile
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-alerts test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-call bench-cuda bench-elastic bench-fairness bench-gateway bench-growth bench-limited bench-paper bench-peers bench-prepare bench-reconcile bench-simulate bench-start bench-zero attack chaos soak trace-chat clean
+.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-alerts test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-call bench-cuda bench-day bench-elastic bench-fairness bench-gateway bench-growth bench-limited bench-paper bench-peers bench-prepare bench-reconcile bench-simulate bench-start bench-zero attack chaos soak trace-chat clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -136,6 +136,9 @@ bench-fairness: $(STAMP) ## Measure five quiet tenants under a flooding one; wri
 
 bench-growth: $(STAMP) ## Measure how control and queueing grow with functions, routers, tenants; writes benchmarks/out/growth.json
 	$(BIN)/python -m benchmarks.growth
+
+bench-day: $(STAMP) ## Compare GB-seconds of a bursty day with resident servers (ARGS=); writes benchmarks/out/day.json
+	$(BIN)/faasmoe bench day $(ARGS)
 
 bench-gateway: $(STAMP) ## Measure the gateway's latency, CPU time, memory and limits; writes benchmarks/out/gateway.json
 	$(BIN)/python -m benchmarks.gateway $(ARGS)

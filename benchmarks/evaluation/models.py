@@ -125,7 +125,7 @@ async def make_demo_model(folder: Path, *, dtype: str | None = None) -> Benchmar
     checkpoint = folder / "demo-model"
     store = folder / ("demo-store" if dtype is None else f"demo-store-{dtype}")
     await _run_faasmoe("demo-model", str(checkpoint))
-    await _prepare(checkpoint, store, *(() if dtype is None else (f"--dtype={dtype}",)))
+    await prepare_store(checkpoint, store, *(() if dtype is None else (f"--dtype={dtype}",)))
     return BenchmarkModel(
         name="demo",
         checkpoint=checkpoint,
@@ -175,11 +175,12 @@ async def quantized(model: BenchmarkModel, quantization: str) -> BenchmarkModel:
         f"--quantization={quantization}",
         f"--quantize-router={ROUTER_SCHEMES[quantization]}",
     )
-    await _prepare(model.checkpoint, store, *schemes)
+    await prepare_store(model.checkpoint, store, *schemes)
     return replace(model, store=store, quantization=quantization)
 
 
-async def _prepare(checkpoint: Path, store: Path, *options: str) -> None:
+async def prepare_store(checkpoint: Path, store: Path, *options: str) -> None:
+    """Prepare a checkpoint's store unless it is complete."""
     try:
         Store.open(store)
     except StoreError:
