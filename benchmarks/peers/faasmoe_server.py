@@ -36,6 +36,7 @@ class FaasmoeServer:
         functions_per_layer: functions that a layer's experts are divided into.
         sandboxes: sandboxes of one thread each.
         router_dtype: `router.dtype` of the MoEModel.
+        window_s: how long functions stay without calls.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class FaasmoeServer:
     functions_per_layer: int
     sandboxes: int
     router_dtype: str = "auto"
+    window_s: int = LONG_WINDOW_S
 
     @property
     def name(self) -> str:
@@ -95,7 +97,7 @@ class FaasmoeServer:
         """Return the additional fields of spec.experts and spec.router."""
         experts: dict[str, Any] = {
             "warmPool": 1,
-            "scaling": {"windowSeconds": LONG_WINDOW_S},
+            "scaling": {"windowSeconds": self.window_s},
         }
         router: dict[str, Any] = {"maxNumSeqs": self.max_num_seqs, "dtype": self.router_dtype}
         if precision != "bf16":
