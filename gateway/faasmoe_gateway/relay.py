@@ -29,6 +29,7 @@ from faasmoe_contracts.stream_records import (
 )
 from faasmoe_gateway.errors import error_body, send_error
 from faasmoe_gateway.held_request import HeldRequest
+from faasmoe_gateway.sender_turns import Turn
 from faasmoe_gateway.upstream import ResponseHead, RouterAway, RouterConnection, RouterLost
 
 logger = logging.getLogger(__name__)
@@ -171,6 +172,7 @@ class Relay:
         client: its response.
         router: where the router is.
         waiting: counts the requests that wait.
+        take_turn: waits for the sender's turn to be handed on.
         on_head: called after the head of each response.
 
     Attributes:
@@ -184,9 +186,11 @@ class Relay:
         router: RouterAddress,
         waiting: WaitingRequests,
         *,
+        take_turn: Callable[[], Awaitable[Turn]],
         on_head: Callable[[], None] = lambda: None,
     ) -> None:
         self.meter = TokenMeter()
+        self._take_turn = take_turn
         self._on_head = on_head
         self._request = request
         self._client = client
@@ -274,11 +278,14 @@ class Relay:
         self._waiting.n += 1
         try:
             while True:
+                turn = await self._take_turn()
                 try:
                     return await RouterConnection.open(self._router.path, has_body=has_body)
                 except RouterAway:
                     if time.monotonic() > end_s:
                         raise RequestFailed("The server is being restarted.") from None
+                finally:
+                    turn.release()
                 await asyncio.sleep(RETRY_S)
         finally:
             self._waiting.n -= 1
