@@ -134,7 +134,7 @@ bench-call: $(STAMP) ## Measure the CPU time of a call beyond its products; writ
 bench-fairness: $(STAMP) ## Measure five quiet tenants under a flooding one; writes benchmarks/out/fairness.json
 	$(BIN)/python -m benchmarks.fairness
 
-bench-growth: $(STAMP) ## Measure how control and queueing grow with functions, routers, tenants; writes benchmarks/out/growth.json
+bench-growth: $(STAMP) ## Measure how cost grows with functions, routers, tenants, models; writes benchmarks/out/growth.json
 	$(BIN)/python -m benchmarks.growth
 
 bench-day: $(STAMP) ## Compare GB-seconds of a bursty day with resident servers (ARGS=); writes benchmarks/out/day.json
