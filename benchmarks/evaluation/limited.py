@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 from benchmarks.evaluation import memory_group
 from benchmarks.evaluation.client import WorkloadResult, run_workload
 from benchmarks.evaluation.meter import ProcessTree, metering
@@ -75,10 +76,12 @@ class LimitedRun:
     Attributes:
         run: what was measured.
         warm_up: outcome of the requests before.
+        read_bytes: bytes that its processes read from the disk meanwhile.
     """
 
     run: StrategyRun
     warm_up: WorkloadResult
+    read_bytes: int = 0
 
     @property
     def failed(self) -> int:
@@ -104,6 +107,7 @@ class LimitedRun:
             "local_per_token": counters["local"] / tokens,
             "colocated_per_token": counters["colocated"] / tokens,
             "calls_per_token": counters["calls"] / tokens,
+            "read_mb_per_token": self.read_bytes / 1e6 / tokens,
             "errors": sorted(set(errors))[:5],
         }
 
@@ -206,11 +210,25 @@ async def measure(plan: LimitedPlan, *, is_limited: bool) -> LimitedRun:
     is_grouped = is_limited and plan.limit == CGROUP
     async with _group(plan) if is_grouped else nullcontext(), functions_shared(settings) as up:
         warm_up = await run_workload(plan.warm_up, up.endpoints, progress=lambda: None)
-        before = await scrape_counters(up.router_urls, up.control_url)
-        async with metering(ProcessTree(up.roots)) as usage:
+        tree = ProcessTree(up.roots)
+        before, read_before = await scrape_counters(up.router_urls, up.control_url), _read(tree)
+        async with metering(tree) as usage:
             result = await run_workload(plan.workload, up.endpoints, progress=lambda: None)
-        after = await scrape_counters(up.router_urls, up.control_url)
-    return LimitedRun(StrategyRun(result, usage, counter_deltas(before, after)), warm_up)
+        after, read_after = await scrape_counters(up.router_urls, up.control_url), _read(tree)
+    measured = StrategyRun(result, usage, counter_deltas(before, after))
+    read_bytes = sum(n - read_before.get(pid, 0) for pid, n in read_after.items())
+    return LimitedRun(measured, warm_up, read_bytes)
+
+
+def _read(tree: ProcessTree) -> dict[int, int]:
+    """Return the bytes that each process has read from the disk, page faults included."""
+    found: dict[int, int] = {}
+    for process in tree.processes():
+        try:
+            found[process.pid] = process.io_counters().read_bytes
+        except psutil.NoSuchProcess:
+            continue  # it has just ended
+    return found
 
 
 @asynccontextmanager
@@ -266,12 +284,22 @@ def format_limited(figures: Mapping[str, Any]) -> str:
             f"{run['local_per_token'] + run['colocated_per_token']:.2f}",
             f"{run['calls_per_token']:.2f}",
             f"{run['activations_per_token']:.3f}",
+            f"{run['read_mb_per_token']:.1f}",
             f"{run['peak_gb']:.2f}",
         )
         for name in ("unlimited", "limited")
         for run in figures[name]
     ]
-    header = ("", "TOKENS/S", "FAILED", "IN ROUTER/TOKEN", "CALLS/TOKEN", "ACTIVATIONS/TOKEN", "GB")
+    header = (
+        "",
+        "TOKENS/S",
+        "FAILED",
+        "IN ROUTER/TOKEN",
+        "CALLS/TOKEN",
+        "ACTIVATIONS/TOKEN",
+        "MB READ/TOKEN",
+        "PEAK GB",
+    )
     return (
         f"{format_table(header, rows)}\n\n"
         f"tokens_ratio {figures['tokens_ratio']:.3f}, failed {figures['failed']}, "
