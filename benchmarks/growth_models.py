@@ -16,7 +16,15 @@ from pathlib import Path
 from benchmarks.evaluation.meter import ProcessTree
 from benchmarks.geometry import small_geometry
 from benchmarks.static_deployment import make_model_in_subprocess
-from benchmarks.zero import ZERO_TIMEOUT_S, is_at_zero, running_up, wait_until, write_models
+from benchmarks.zero import (
+    MANY_MEMORY,
+    START_TIMEOUT_S,
+    ZERO_TIMEOUT_S,
+    is_at_zero,
+    running_up,
+    wait_until,
+    write_models,
+)
 
 REST_S = 20.0
 
@@ -48,7 +56,9 @@ def measure_models(counts: Sequence[int], *, cache: Path) -> dict[int, ModelsAtR
     for count in counts:
         with tempfile.TemporaryDirectory(prefix="growth-") as name:
             files = write_models(Path(name), checkpoint, count)
-            with running_up(files, Path(name) / "up.log") as up:
+            options = ("--memory", MANY_MEMORY) if count > 1 else ()
+            log = Path(name) / "up.log"
+            with running_up(files, log, *options, timeout_s=START_TIMEOUT_S) as up:
                 wait_until(lambda: is_at_zero(up), timeout_s=ZERO_TIMEOUT_S, what="zero")
                 found[count] = _measure_rest(up.process.pid)
         print(f"  {count} models at rest: {found[count]}", flush=True)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from asyncio.subprocess import DEVNULL
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,8 +118,14 @@ class UpProcess:
 
 
 @asynccontextmanager
-async def running_up(moemodel: Path) -> AsyncIterator[UpProcess]:
+async def running_up(
+    moemodel: Path, *, variables: Mapping[str, str] | None = None
+) -> AsyncIterator[UpProcess]:
     """Run `faasmoe up` with a prepared store for the lifetime of the context.
+
+    Args:
+        moemodel: the MoEModel file.
+        variables: further environment variables.
 
     Raises:
         RuntimeError: it exited or did not become healthy. Any exception gets the end of its log as
@@ -135,7 +141,7 @@ async def running_up(moemodel: Path) -> AsyncIterator[UpProcess]:
                 stdout=output,
                 stderr=output,
                 cwd=ROOT,
-                env={**os.environ, "XDG_RUNTIME_DIR": folder},
+                env={**os.environ, **(variables or {}), "XDG_RUNTIME_DIR": folder},
             )
         try:
             await wait_serving(process, log)

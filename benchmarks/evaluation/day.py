@@ -322,15 +322,21 @@ async def measure(deploy: Deploy, warm_up: Workload, workload: Workload, *, ends
     n_tenants = max(warm_up.n_tenants, workload.n_tenants)
     async with deploy() as deployed:
         endpoints = (TenantEndpoint(deployed.url, MODEL_NAME),) * n_tenants
-        result = await run_workload(warm_up, endpoints, progress=lambda: None)
+        result = await run_workload(warm_up, endpoints, progress=_nothing, keeps_connections=False)
         errors = [r.error for r in result.results if r.error]
         if errors:
             raise RuntimeError(f"{len(errors)} warm-up requests failed; the first: {errors[0]}")
         if ends:
             await _wait_at_zero(deployed)
         async with metering(ProcessTree(deployed.roots)) as usage:
-            result = await run_workload(workload, endpoints, progress=lambda: None)
+            result = await run_workload(
+                workload, endpoints, progress=_nothing, keeps_connections=False
+            )
     return DayRun(result, usage)
+
+
+def _nothing() -> None:
+    """Ignore progress."""
 
 
 async def _wait_at_zero(deployed: Deployed) -> None:

@@ -21,8 +21,12 @@ from typing import Any
 
 from benchmarks.elastic import CACHE
 from benchmarks.peers import comparison
-from benchmarks.peers.comparison import OURS, PEER, VLLM, Cell
-from benchmarks.peers.environments import make_llama_environment, make_vllm_environment
+from benchmarks.peers.comparison import OURS, OURS_VLLM, PEER, VLLM, Cell
+from benchmarks.peers.environments import (
+    make_llama_environment,
+    make_vllm_engine_environment,
+    make_vllm_environment,
+)
 from benchmarks.peers.faasmoe_server import LONG_WINDOW_S, FaasmoeServer
 from benchmarks.peers.gguf_files import GGUF_NAMES
 from benchmarks.peers.llama_server import LlamaServer, binary_version
@@ -38,7 +42,7 @@ BINARY_VARIABLE = "LLAMA_SERVER"
 VENV_VARIABLE = "PEERS_VENV"
 TENANTS = 6
 REST_S = 40.0
-SERVERS = {"faasmoe": OURS, "llama": PEER, "vllm": VLLM}
+SERVERS = {"faasmoe": OURS, "llama": PEER, "vllm": VLLM, "faasmoe-vllm": OURS_VLLM}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,20 @@ def add_options(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
     )
     parser.add_argument("--servers", type=_names(*SERVERS), default=("faasmoe", "llama"))
     parser.add_argument("--vllm", action="store_true", help="add vLLM to the servers")
+    parser.add_argument(
+        "--vllm-engine",
+        action="store_true",
+        help="add vLLM and our router with vLLM's engine to the servers",
+    )
+    parser.add_argument(
+        "--vllm-dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="that vLLM computes in, and our router with vLLM's engine",
+    )
+    parser.add_argument(
+        "--vllm-python", type=Path, help="environment with vLLM and our router; made if omitted"
+    )
     parser.add_argument("--concurrency", type=_numbers, help=f"default: {concurrency}; quick: two")
     parser.add_argument(
         "--ttft-concurrency",
@@ -151,8 +169,10 @@ def complete(arguments: argparse.Namespace, defaults: Defaults) -> argparse.Name
         (1,) if quick else arguments.concurrency
     )
     arguments.rounds = arguments.rounds or (1 if quick else defaults.rounds)
-    if arguments.vllm:
+    if arguments.vllm or arguments.vllm_engine:
         arguments.servers = (*arguments.servers, "vllm")
+    if arguments.vllm_engine:
+        arguments.servers = (*arguments.servers, "faasmoe-vllm")
     return arguments
 
 
@@ -178,21 +198,26 @@ def _numbers(text: str) -> tuple[int, ...]:
 def make_servers(arguments: argparse.Namespace) -> list[PeerServer]:
     """Return the servers of the run; makes their environments."""
     folder, parallel = arguments.cache, max(arguments.concurrency)
+    layout = (arguments.functions_per_layer, arguments.sandboxes)
+    window_s = round(arguments.rest / 2) if arguments.rest else LONG_WINDOW_S
     servers: list[PeerServer] = []
     for name in dict.fromkeys(arguments.servers):
         if name == "faasmoe":
-            layout = (arguments.functions_per_layer, arguments.sandboxes)
-            window_s = round(arguments.rest / 2) if arguments.rest else LONG_WINDOW_S
-            servers.append(
-                FaasmoeServer(folder, parallel, *layout, arguments.router_dtype, window_s)
-            )
+            dtype = arguments.router_dtype
+            servers.append(FaasmoeServer(folder, parallel, *layout, dtype, window_s))
         elif name == "llama":
             binary: Path | None = arguments.llama_server
             python = None if binary else _llama_python(arguments)
             servers.append(LlamaServer(folder, parallel, arguments.threads, python, binary))
+        elif name == "vllm":
+            python = arguments.vllm_python or make_vllm_environment(folder / "venv-vllm")
+            servers.append(
+                VllmServer(folder, parallel, arguments.threads, python, arguments.vllm_dtype)
+            )
         else:
-            python = make_vllm_environment(folder / "venv-vllm")
-            servers.append(VllmServer(folder, parallel, arguments.threads, python))
+            python = arguments.vllm_python or make_vllm_engine_environment(folder / "venv-vllm")
+            dtype = arguments.vllm_dtype
+            servers.append(FaasmoeServer(folder, parallel, *layout, dtype, window_s, python))
     return servers
 
 

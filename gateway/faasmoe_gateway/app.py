@@ -12,11 +12,11 @@ from faasmoe_gateway.credentials import KnownCredentials, shown_key
 from faasmoe_gateway.held_request import ClientGone, HeldRequest, HoldBudget
 from faasmoe_gateway.relay import (
     MESSAGES_PATH,
-    PAGE_PATH,
     ClientResponse,
     Relay,
     RouterAddress,
     WaitingRequests,
+    is_page_path,
 )
 from faasmoe_gateway.sender_turns import TURNS_PER_SENDER, SenderTurns
 
@@ -78,8 +78,7 @@ class GatewayApp:
 
     def _upstream(self, path: bytes) -> RouterAddress:
         """Return who answers a path."""
-        is_page = path == PAGE_PATH or path.startswith(PAGE_PATH + b"/")
-        return self._page if is_page and self._page is not None else self._router
+        return self._page if self._page is not None and is_page_path(path) else self._router
 
     def abort_running(self) -> None:
         """End every response with an error, because the server is shutting down."""

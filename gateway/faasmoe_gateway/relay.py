@@ -70,6 +70,11 @@ class RouterAddress:
     hold_timeout_s: float
 
 
+def is_page_path(path: bytes) -> bool:
+    """Return whether a path is of the live page."""
+    return path == PAGE_PATH or path.startswith(PAGE_PATH + b"/")
+
+
 class TokenMeter:
     """Counts the tokens of one request, as its routers tell.
 
@@ -173,6 +178,7 @@ class Relay:
         router: where the router is.
         waiting: counts the requests that wait.
         take_turn: waits for the sender's turn to be handed on.
+        rechoose: returns where to go on if the router does not listen; None for there always.
         on_head: called after the head of each response.
 
     Attributes:
@@ -187,10 +193,12 @@ class Relay:
         waiting: WaitingRequests,
         *,
         take_turn: Callable[[], Awaitable[Turn]],
+        rechoose: Callable[[], RouterAddress] | None = None,
         on_head: Callable[[], None] = lambda: None,
     ) -> None:
         self.meter = TokenMeter()
         self._take_turn = take_turn
+        self._rechoose = rechoose
         self._on_head = on_head
         self._request = request
         self._client = client
@@ -284,6 +292,8 @@ class Relay:
                 except RouterAway:
                     if time.monotonic() > end_s:
                         raise RequestFailed("The server is being restarted.") from None
+                    if self._rechoose is not None:
+                        self._router = self._rechoose()
                 finally:
                     turn.release()
                 await asyncio.sleep(RETRY_S)

@@ -284,6 +284,10 @@ class RouterConfig(BaseSettings):
                 f"{PREFIX}ENGINE_ARGS: got {', '.join(given)}, expected nothing with "
                 f"{PREFIX}ENGINE=transformers"
             )
+        if self.engine == "vllm" and self.compute != "auto":
+            raise ValueError(
+                f"{PREFIX}COMPUTE: got {self.compute}, expected auto with {PREFIX}ENGINE=vllm"
+            )
         return self
 
     @model_validator(mode="after")

@@ -104,6 +104,37 @@ def environment(
     }
 
 
+def shared_environment(
+    models_file: Path,
+    *,
+    port: ReservedControlPort,
+    token: str,
+    gateway_file: Path,
+    lease_socket: Path | None = None,
+    page_variables: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Return the complete environment of the control process of several models.
+
+    Args:
+        models_file: the models.
+        port: port of the control API.
+        token: bearer token of the control API and of the sandboxes.
+        gateway_file: the tenants.
+        lease_socket: where gateways lease tokens of limits; None if there is only one.
+        page_variables: settings of the live page; None serves none.
+    """
+    return {
+        **os.environ,
+        "FAASMOE_MODELS_FILE": str(models_file),
+        "FAASMOE_GATEWAY_FILE": str(gateway_file),
+        "FAASMOE_LEASE_SOCKET": "" if lease_socket is None else str(lease_socket),
+        "FAASMOE_CONTROL_HOST": HOST,
+        "FAASMOE_CONTROL_PORT": str(port.number),
+        "FAASMOE_TOKEN": token,
+        **(page_variables or {}),
+    }
+
+
 async def wait_until_healthy(url: str, *, timeout_s: float = START_TIMEOUT_S) -> None:
     """Poll the control API until it is healthy.
 

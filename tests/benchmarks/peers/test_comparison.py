@@ -54,6 +54,16 @@ def test_other_models_have_a_prefix_and_lone_servers_no_ratio() -> None:
     assert figures["demo_vllm_tokens_ratio"] == {"bf16": {"1": 0.5, "8": 0.5}}
 
 
+def test_our_vllm_engine_is_compared_with_vllms_own_experts_in_every_precision() -> None:
+    visits = _visits([1.0], [1.0])
+    visits[Cell("vLLM", "qwen", "bf16")] = [_visit(4.0)]
+    for precision, speed in (("bf16", 3.0), ("int8", 6.0)):
+        visits[Cell("FaaSMoE, engine vllm", "qwen", precision)] = [_visit(speed)]
+    figures = ratio_figures(visits)
+    assert figures["vllm_ratio"] == {"same": {"1": 0.75, "8": 0.75}, "int8": {"1": 1.5, "8": 1.5}}
+    assert figures["spread"]["vllm_ratio"]["int8"]["8"].median == 1.5
+
+
 def test_best_ratio_compares_each_server_in_its_best_precision() -> None:
     visits = _visits([1.0, 3.0, 2.0], [4.0] * 3)
     visits[Cell("llama.cpp", "qwen", "int4")] = [_visit(8.0)] * 3
