@@ -147,7 +147,7 @@ class LayerExecutor:
                 corrupted.extend(self._compute_colocated(batch, colocated, entries, in_flight))
                 self._compute_overflow(batch, overflow, entries, in_flight)
 
-            has_work = while_waiting is not None or bool(colocated)
+            has_work = while_waiting is not None or bool(local)
             failures = self._call_functions(
                 batch,
                 remote,
