@@ -145,6 +145,7 @@ def environment(
         "DTYPE": router.dtype,
         "COMPUTE": router.compute,
         "PLACEMENT": deployment.model.spec.experts.placement or "auto",
+        "EXPERTS_MEMORY_BYTES": deployment.model.spec.experts.memory_bytes,
         "MAX_NUM_SEQS": router.max_num_seqs,
         "MAX_NUM_BATCHED_TOKENS": router.max_num_batched_tokens,
         "MAX_WAITING": router.max_waiting,
