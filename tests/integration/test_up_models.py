@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -197,6 +198,14 @@ def test_router_that_dies_is_replaced_and_the_other_model_goes_on(up: FaasmoeUp)
     routers[0].send_signal(signal.SIGKILL)
     assert complete(up, "second").status_code == 200
     assert complete(up, "first").status_code == 200
+
+
+def test_metrics_of_functions_are_those_of_all_models(up: FaasmoeUp) -> None:
+    match = re.search(r"functions +(http://\S+/metrics)", Path(up.log).read_text())
+    assert match is not None
+    text = httpx.get(match[1], trust_env=False).text
+    for name in ("first", "second"):
+        assert f'faasmoe_control_functions{{model="{name}",namespace="local"' in text
 
 
 def test_log_names_the_models(up: FaasmoeUp) -> None:

@@ -259,6 +259,7 @@ def format_summary(spec: SharedSpec, processes: SharedProcesses) -> str:
             "",
             f"  OpenAI base URL  {url}/v1",
             *([f"  live page        {url}{live_page.PAGE_PATH}"] if spec.live_page else []),
+            f"  functions        {spec.shared.port.url}/metrics",
             *(f"  tenant           {t.name}: {url}/{t.name}/v1" for t in deployment.tenants),
             *(f"  model            {name}" for name in models),
             "",
