@@ -46,14 +46,15 @@ class GatewayLinks:
         """Return the requests of a model that are waiting or running."""
         return sum(link.demand.models.get(model, 0) for link in self._links)
 
-    def announce(self, model: str, running: tuple[str, ...]) -> None:
-        """Tell all gateways which routers of a model take requests."""
+    def announce(self, model: str, running: tuple[str, ...]) -> bool:
+        """Tell all gateways which routers of a model take requests; return whether that is new."""
         if running == self._running[model]:
-            return
+            return False
         self._running[model] = running
         self._version += 1
         for link in self._links:
             link.writer.write(self._line())
+        return True
 
     async def wait_until_unused(
         self, model: str, router: str, *, unless: Callable[[], bool]

@@ -151,6 +151,7 @@ class ScaledRouters:
         slots: the routers.
         links: the gateways.
         on_wake: called when the first router starts for a request.
+        on_running: called with the number of routers that take requests, when that changes.
 
     Attributes:
         slots: as given.
@@ -165,6 +166,7 @@ class ScaledRouters:
         links: GatewayLinks,
         *,
         on_wake: Callable[[], Coroutine[Any, Any, None]] | None = None,
+        on_running: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.model = model
         self.slots = tuple(slots)
@@ -172,6 +174,7 @@ class ScaledRouters:
         self._scaler = scaler
         self._links = links
         self._on_wake = on_wake
+        self._on_running = on_running
         self._tasks = TaskSet()
         self._changed = ChangeNotifier()
         self._last_used_s = time.monotonic()
@@ -288,7 +291,8 @@ class ScaledRouters:
     def _announce(self) -> None:
         """Tell the gateways which routers take requests."""
         running = tuple(s.name for s in self.slots if s.is_ready and not s.is_leaving)
-        self._links.announce(self.model, running)
+        if self._links.announce(self.model, running):
+            self._on_running(len(running))
         self._changed.notify()
 
     async def _tick(self) -> Never:

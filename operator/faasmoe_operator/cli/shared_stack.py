@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Never
 
+from faasmoe_contracts.atomic_file import write_atomically
 from faasmoe_contracts.store import Manifest
 from faasmoe_operator.api.v1alpha1.tenants_file import TENANTS_FILE_NAME, build_tenants_file
 from faasmoe_operator.cli import control, gateway, live_page, router
@@ -233,11 +234,21 @@ async def running_shared_stack(spec: SharedSpec, logs: LogSinks) -> AsyncIterato
         links = GatewayLinks()
         routers = {}
         for name in spec.specs:
-            slots = await _router_slots(spec, name, zygotes, logs, front_token=front_token)
+            tenants_file = _write_tenants_file(spec, name)
+            slots = await _router_slots(
+                spec, name, tenants_file, zygotes, logs, front_token=front_token
+            )
             wake = partial(
                 control.warm_up, spec.shared.port.url, token=spec.shared.token, model=name
             )
-            group = ScaledRouters(name, _router_scaler(spec, name), slots, links, on_wake=wake)
+            group = ScaledRouters(
+                name,
+                _router_scaler(spec, name),
+                slots,
+                links,
+                on_wake=wake,
+                on_running=partial(write_router_count, tenants_file),
+            )
             routers[name], failure = await stack.enter_async_context(scaled_routers(group))
             failures.append(failure)
         if spec.memory_bytes is not None:
@@ -307,6 +318,7 @@ def _router_scaler(spec: SharedSpec, model: str) -> RouterScaler:
 async def _router_slots(
     spec: SharedSpec,
     model: str,
+    tenants_file: Path | None,
     zygotes: _RouterZygotes,
     logs: LogSinks,
     *,
@@ -314,7 +326,6 @@ async def _router_slots(
 ) -> list[RouterSlot]:
     """Return the routers of a model, none of which runs yet."""
     model_spec = spec.specs[model]
-    tenants_file = _write_tenants_file(spec, model)
     slots = []
     for index, path in enumerate(spec.router_sockets(model)):
         behind = router.RouterSocket(path, front_token, index)
@@ -337,6 +348,15 @@ async def _router_slots(
         may_run = spec.memory_bytes is None
         slots.append(RouterSlot(index, start, healthy, size_bytes=size_bytes, may_run=may_run))
     return slots
+
+
+def write_router_count(tenants_file: Path | None, n_routers: int) -> None:
+    """Tell the routers of a model over how many of them its tenants' concurrency is split."""
+    if tenants_file is None or n_routers < 1:
+        return
+    document = json.loads(tenants_file.read_text())
+    document["routerReplicas"] = n_routers
+    write_atomically(tenants_file, json.dumps(document, indent=2).encode(), 0o600)
 
 
 def _print_router_progress(model: str, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -21,6 +22,7 @@ from faasmoe_operator.cli.router_scaling import (
     ScaledRouters,
     scaled_routers,
 )
+from faasmoe_operator.cli.shared_stack import write_router_count
 from faasmoe_operator.cli.supervisor import SupervisedChild
 from faasmoe_operator.errors import CommandError
 
@@ -112,6 +114,7 @@ class FakeRouters:
         running: indices of those that run.
         n_started: starts so far.
         n_wakes: starts for a request so far, as functions are told of.
+        counts: how many took requests, whenever that changed.
         healthy: lets them answer.
         failure: raises what they fail with.
     """
@@ -120,6 +123,7 @@ class FakeRouters:
         self.running: set[int] = set()
         self.n_started = 0
         self.n_wakes = 0
+        self.counts: list[int] = []
         self.healthy = asyncio.Event()
         self.healthy.set()
         self.failure: asyncio.Future[Never] = asyncio.get_running_loop().create_future()
@@ -156,7 +160,9 @@ class FakeRouters:
 
         slots = [slot(index) for index in range(spec.max_replicas)]
         scaler = RouterScaler(spec, 4, 0.5)
-        return ScaledRouters("a", scaler, slots, links, on_wake=count_wake)
+        return ScaledRouters(
+            "a", scaler, slots, links, on_wake=count_wake, on_running=self.counts.append
+        )
 
 
 class FakeGateway:
@@ -237,6 +243,7 @@ def test_router_ends_once_gateways_know_and_have_no_request_of_it(socket: Path) 
             assert fake.running == {0, 1}
             gateway.report(0)
             await until(lambda: fake.running == {0})
+            assert fake.counts == [1, 2, 1]
             await gateway.close()
 
     asyncio.run(work())
@@ -335,3 +342,12 @@ def test_other_lines_end_the_connection(socket: Path, caplog: pytest.LogCaptureF
 
     asyncio.run(work())
     assert "models.a: got -1, expected an integer" in caplog.text
+
+
+def test_routers_are_told_over_how_many_of_them_concurrency_is_split(tmp_path: Path) -> None:
+    file = tmp_path / "tenants.json"
+    file.write_text('{"version": 1, "tenants": []}')
+    write_router_count(file, 2)
+    write_router_count(file, 0)  # who starts next is told when it runs
+    write_router_count(None, 3)
+    assert json.loads(file.read_text()) == {"version": 1, "tenants": [], "routerReplicas": 2}
