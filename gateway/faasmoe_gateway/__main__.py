@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import sys
 import time
 
@@ -27,6 +28,7 @@ from faasmoe_gateway.front import Front
 from faasmoe_gateway.relay import PROBE_HOLD_S, RouterAddress
 from faasmoe_gateway.server import Server, inherited_listeners
 from faasmoe_gateway.tenant_directory import TenantDirectory
+from faasmoe_tracing import Tracer, create_tracer
 
 EXIT_FAILED = 1
 EXIT_BAD_CONFIG = 2
@@ -43,8 +45,9 @@ def main() -> int:
     except (GatewayConfigError, ParentDeathError, ValueError) as error:
         print(f"faasmoe_gateway: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
+    tracer = create_tracer(os.environ, service="faasmoe-gateway")
     try:
-        app = _make_app(config)
+        app = _make_app(config, tracer)
     except (ContractError, OSError) as error:
         print(f"faasmoe_gateway: FAASMOE_GATEWAY_FILE: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
@@ -63,10 +66,11 @@ def main() -> int:
     )
     gc.freeze()
     server.run(sockets=listeners)
+    tracer.close()
     return 0 if server.started else EXIT_FAILED
 
 
-def _make_app(config: GatewayConfig) -> GatewayApp | Front:
+def _make_app(config: GatewayConfig, tracer: Tracer) -> GatewayApp | Front:
     """Return the app of one router or of several models; raises ContractError or OSError."""
     if config.gateway_file is None:
         assert config.router_socket is not None
@@ -74,7 +78,7 @@ def _make_app(config: GatewayConfig) -> GatewayApp | Front:
         page = None
         if config.page_socket is not None:
             page = RouterAddress(config.page_socket, "", PROBE_HOLD_S)
-        return GatewayApp(router, page=page)
+        return GatewayApp(router, page=page, tracer=tracer)
     file = GatewayFile.loads(config.gateway_file.read_bytes())
     usage = None if config.state_dir is None else config.state_dir / USAGE_FILE_NAME
     return Front(
@@ -83,6 +87,7 @@ def _make_app(config: GatewayConfig) -> GatewayApp | Front:
         front_token=config.front_token,
         hold_timeout_s=config.hold_timeout_s,
         demand=DemandReporter(config.demand_socket),
+        tracer=tracer,
     )
 
 

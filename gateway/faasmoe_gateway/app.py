@@ -16,6 +16,8 @@ from faasmoe_gateway.relay import (
     RouterAddress,
     WaitingRequests,
 )
+from faasmoe_gateway.request_span import begin_request_span, recording_status
+from faasmoe_tracing import NO_TRACER, Span, Tracer
 
 
 class GatewayApp:
@@ -25,6 +27,7 @@ class GatewayApp:
         router: where the router is.
         page: where the live page is; None for none.
         budget: bounds what all requests hold.
+        tracer: traces requests.
     """
 
     def __init__(
@@ -33,8 +36,10 @@ class GatewayApp:
         budget: HoldBudget | None = None,
         *,
         page: RouterAddress | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self._router = router
+        self._tracer = tracer
         self._page = page
         self._budget = budget or HoldBudget()
         self._waiting = WaitingRequests()
@@ -46,10 +51,16 @@ class GatewayApp:
         if scope["type"] == "lifespan":
             await _run_lifespan(receive, send)
             return
+        with begin_request_span(self._tracer, scope) as span:
+            await self._handle(scope, receive, recording_status(send, span), span)
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send, span: Span) -> None:
         request = HeldRequest(scope, receive, self._budget)
+        request.hand_on(span.traceparent)
         is_messages = scope["raw_path"].endswith(MESSAGES_PATH)
         client = ClientResponse(send, is_messages=is_messages)
-        relay = Relay(request, client, self._upstream(scope["raw_path"]), self._waiting)
+        router = self._upstream(scope["raw_path"])
+        relay = Relay(request, client, router, self._waiting, span=span)
         task = asyncio.create_task(relay.run())
         self._running.add(task)
         try:

@@ -34,8 +34,10 @@ from faasmoe_gateway.request_body import (
     body_too_large,
     read_work,
 )
+from faasmoe_gateway.request_span import begin_request_span, recording_status
 from faasmoe_gateway.router_choice import affinity_key
 from faasmoe_gateway.tenant_directory import REFRESH_INTERVAL_S, TenantDirectory
+from faasmoe_tracing import NO_TRACER, Span, Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +95,7 @@ class Front:
         hold_timeout_s: how long requests wait for a router that is away.
         demand: reports requests to whoever starts routers; None if they are always there.
         budget: bounds what all requests hold.
+        tracer: traces requests.
         clock: returns monotonic seconds.
         wall_clock: returns seconds since the epoch.
     """
@@ -106,6 +109,7 @@ class Front:
         hold_timeout_s: float,
         demand: DemandReporter | None = None,
         budget: HoldBudget | None = None,
+        tracer: Tracer = NO_TRACER,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -113,6 +117,7 @@ class Front:
         self._accounts = accounts
         self._demand = demand or DemandReporter(None)
         self._budget = budget or HoldBudget()
+        self._tracer = tracer
         self._clock = clock
         self._wall_clock = wall_clock
         self._created_s = int(wall_clock())
@@ -132,14 +137,17 @@ class Front:
             await send_json(send, b'{"status":"ok"}')
             return
         request = HeldRequest(scope, receive, self._budget)
-        try:
-            await self._handle(scope, request, send)
-        except Refusal as refusal:
-            await refusal.send(send, scope["path"])
-        except ClientGone:
-            return
-        finally:
-            request.release()
+        with begin_request_span(self._tracer, scope) as span:
+            request.hand_on(span.traceparent)
+            send = recording_status(send, span)
+            try:
+                await self._handle(scope, request, send, span)
+            except Refusal as refusal:
+                await refusal.send(send, scope["path"])
+            except ClientGone:
+                return
+            finally:
+                request.release()
 
     def abort_running(self) -> None:
         """End every response with an error, because the server is shutting down."""
@@ -147,8 +155,9 @@ class Front:
         for task in self._running:
             task.cancel()
 
-    async def _handle(self, scope: Scope, request: HeldRequest, send: Send) -> None:
-        tenant, path = self._authenticate(scope)
+    async def _handle(self, scope: Scope, request: HeldRequest, send: Send, span: Span) -> None:
+        with span.child("auth"):
+            tenant, path = self._authenticate(scope)
         if tenant is not None and KNOWN_CLIENT_EXTENSION in scope.get("extensions", {}):
             scope["extensions"][KNOWN_CLIENT_EXTENSION]()
         if scope["method"] in ("GET", "HEAD"):
@@ -157,13 +166,14 @@ class Front:
         account = None if tenant is None else self._accounts.of(tenant.name)
         headers: dict[str, str] = {}
         if account is not None:
-            account.limiter.count_request(self._clock())
-            headers = account.check_budgets(self._wall_clock())
+            with span.child("limit"):
+                account.limiter.count_request(self._clock())
+                headers = account.check_budgets(self._wall_clock())
         call = await self._read_call(scope, request, path, tenant, account)
         request.address(path, tenant="" if tenant is None else tenant.name)
         client = ClientResponse(send, is_messages=path.endswith("/v1/messages"))
         client.headers = headers
-        await self._relay(call, request, client)
+        await self._relay(call, request, client, span)
 
     def _authenticate(self, scope: Scope) -> tuple[TenantEntry | None, str]:
         """Return the tenant and the path without its name; raises Refusal."""
@@ -251,12 +261,15 @@ class Front:
             raise model_not_found(name)
         return Call(path, tenant, account, *names[name], work)
 
-    async def _relay(self, call: Call, request: HeldRequest, client: ClientResponse) -> None:
+    async def _relay(
+        self, call: Call, request: HeldRequest, client: ClientResponse, span: Span
+    ) -> None:
         hold = Hold([])
         generates = call.path in GENERATING_PATHS
         if call.account is not None and generates:
             limiter = call.account.limiter
-            hold = limiter.hold(call.max_input_tokens, call.max_output_tokens, self._clock())
+            with span.child("limit"):
+                hold = limiter.hold(call.max_input_tokens, call.max_output_tokens, self._clock())
             client.headers |= limiter.headers(self._clock())
         n_tokens = call.max_input_tokens + call.max_output_tokens
         route = self._routes[call.model.name]
@@ -267,7 +280,7 @@ class Front:
                 if relay.meter.input_tokens is not None:
                     hold.correct(relay.meter.input_tokens, call.max_output_tokens, self._clock())
 
-            relay = Relay(request, client, address, route.waiting, on_head=on_head)
+            relay = Relay(request, client, address, route.waiting, on_head=on_head, span=span)
             try:
                 await self._run(relay, request, client)
             finally:

@@ -30,6 +30,7 @@ from faasmoe_contracts.stream_records import (
 from faasmoe_gateway.errors import error_body, send_error
 from faasmoe_gateway.held_request import HeldRequest
 from faasmoe_gateway.upstream import ResponseHead, RouterAway, RouterConnection, RouterLost
+from faasmoe_tracing import NO_SPAN, Span
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +173,7 @@ class Relay:
         router: where the router is.
         waiting: counts the requests that wait.
         on_head: called after the head of each response.
+        span: the request's span.
 
     Attributes:
         meter: counts its tokens.
@@ -185,8 +187,10 @@ class Relay:
         waiting: WaitingRequests,
         *,
         on_head: Callable[[], None] = lambda: None,
+        span: Span = NO_SPAN,
     ) -> None:
         self.meter = TokenMeter()
+        self._span = span
         self._on_head = on_head
         self._request = request
         self._client = client
@@ -273,15 +277,19 @@ class Relay:
             raise RequestFailed("The server is being restarted.")
         self._waiting.n += 1
         try:
-            while True:
-                try:
-                    return await RouterConnection.open(self._router.path, has_body=has_body)
-                except RouterAway:
-                    if time.monotonic() > end_s:
-                        raise RequestFailed("The server is being restarted.") from None
-                await asyncio.sleep(RETRY_S)
+            with self._span.child("queue"):
+                return await self._connect_until(end_s, has_body=has_body)
         finally:
             self._waiting.n -= 1
+
+    async def _connect_until(self, end_s: float, *, has_body: bool) -> RouterConnection:
+        while True:
+            try:
+                return await RouterConnection.open(self._router.path, has_body=has_body)
+            except RouterAway:
+                if time.monotonic() > end_s:
+                    raise RequestFailed("The server is being restarted.") from None
+            await asyncio.sleep(RETRY_S)
 
     async def _resume(self, connection: RouterConnection, head: ResponseHead) -> None:
         if head.has_records:

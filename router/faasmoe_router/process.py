@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 import re
 import secrets
 import socket
@@ -47,6 +48,7 @@ from faasmoe_router.tenants.service import TenantService, UsageSources
 from faasmoe_router.tenants.usage import FunctionCost, FunctionCostMeter, RouterUsage
 from faasmoe_router.tenants.usage_store import UsageFileStore
 from faasmoe_router.version import system_fingerprint
+from faasmoe_tracing import create_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class RouterProcess:
         device = _resolve_device(config.device)
         host_buffers = transfer_for(device)
         registry = new_registry()
+        self._tracer = create_tracer(os.environ, service="faasmoe-router")
         tenant_registry = (
             None if config.tenants_file is None else TenantRegistry(config.tenants_file)
         )
@@ -129,6 +132,7 @@ class RouterProcess:
             cors_origins=config.cors_origins,
             sampling_defaults=_sampling_defaults(config),
             front_token=config.front_token,
+            tracer=self._tracer,
             metrics_server=None
             if config.metrics_port is None
             else MetricsServer(registry, host=config.host, port=config.metrics_port),
@@ -168,6 +172,7 @@ class RouterProcess:
             self._server.run(sockets=self._listeners)
         finally:
             self._dispatcher.close()
+            self._tracer.close()
         return self._server.started and not self._has_given_up
 
     @property

@@ -82,6 +82,7 @@ def environment(
     port: ReservedControlPort,
     secrets: StackSecrets,
     page_variables: Mapping[str, str] | None = None,
+    trace_variables: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Return the complete environment of the control process.
 
@@ -91,9 +92,11 @@ def environment(
         port: port of the control API.
         secrets: token and function key.
         page_variables: settings of the live page; None serves none.
+        trace_variables: variables by which it traces.
     """
     return {
         **os.environ,
+        **(trace_variables or {}),
         "FAASMOE_MODEL_FILE": str(file.resolve()),
         "FAASMOE_ZYGOTE_SOCKET": str(zygote_socket),
         "FAASMOE_CONTROL_HOST": HOST,

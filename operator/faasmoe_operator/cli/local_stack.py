@@ -15,7 +15,7 @@ import secrets
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Never
 
@@ -82,6 +82,7 @@ class StackSpec:
         keep_alive_s: how long unused connections of clients are kept; None for the default.
         has_gateway: whether clients talk to a gateway.
         live_page: the page that it forwards to; None for none.
+        trace_variables: environment variables by which the processes trace.
     """
 
     deployment: LocalModel
@@ -93,6 +94,7 @@ class StackSpec:
     keep_alive_s: float | None = None
     has_gateway: bool = False
     live_page: LivePageOptions | None = None
+    trace_variables: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def create(
@@ -106,6 +108,7 @@ class StackSpec:
         keep_alive_s: float | None = None,
         has_gateway: bool = False,
         live_page: LivePageOptions | None = None,
+        trace_variables: Mapping[str, str] | None = None,
     ) -> StackSpec:
         """Return a configuration with newly generated secrets."""
         secret_values = StackSecrets(secrets.token_urlsafe(32), secrets.token_hex(32))
@@ -119,6 +122,7 @@ class StackSpec:
             keep_alive_s,
             has_gateway,
             live_page,
+            trace_variables or {},
         )
 
     @property
@@ -231,6 +235,7 @@ def supervised_control(
             page_variables=(
                 spec.live_page.control_variables(spec.folder) if spec.live_page else None
             ),
+            trace_variables=spec.trace_variables,
         ),
         log=log,
         grace_s=control.GRACE_S,
@@ -277,6 +282,7 @@ def router_environment(
         listen_fd=None if listener is None else listener.fileno(),
         keep_alive_s=spec.keep_alive_s,
         behind=behind,
+        trace_variables=spec.trace_variables,
     )
     return {**environment, **zygote.shared_dir_variables(spec.folder)}
 
@@ -321,6 +327,7 @@ def _supervised_gateway(
             page_socket=spec.folder / live_page.SOCKET_NAME if spec.live_page else None,
             listen_fd=listener.fileno(),
             keep_alive_s=spec.keep_alive_s,
+            trace_variables=spec.trace_variables,
         ),
         log=logs.sink("gateway"),
         grace_s=gateway.GRACE_S,

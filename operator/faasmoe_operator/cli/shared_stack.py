@@ -67,6 +67,11 @@ class SharedSpec:
     keep_alive_s: float | None
 
     @property
+    def trace_variables(self) -> Mapping[str, str]:
+        """Variables by which the gateway traces: those of the first model that does."""
+        return next((s.trace_variables for s in self.specs.values() if s.trace_variables), {})
+
+    @property
     def cors_origins(self) -> tuple[str, ...]:
         """Origins of web pages that may call the API."""
         origins = [*self.access.cors_origins]
@@ -175,6 +180,7 @@ async def running_shared_stack(spec: SharedSpec, logs: LogSinks) -> AsyncIterato
                     demand_socket=demand_socket,
                     cors_origins=spec.cors_origins,
                     keep_alive_s=spec.keep_alive_s,
+                    trace_variables=spec.trace_variables,
                 ),
                 log=logs.sink("gateway"),
                 grace_s=gateway.GRACE_S,

@@ -18,7 +18,7 @@ from faasmoe_operator.aio import gather_limited
 from faasmoe_operator.api.v1alpha1 import MoEModel
 from faasmoe_operator.api.v1alpha1.documents import load_documents
 from faasmoe_operator.api.v1alpha1.validation import process_platform_warnings
-from faasmoe_operator.cli import control, model_arguments, router, up
+from faasmoe_operator.cli import control, model_arguments, router, tracing, up
 from faasmoe_operator.cli.deployment import Deployment
 from faasmoe_operator.cli.formatting import format_bytes, format_table
 from faasmoe_operator.cli.local_stack import ClientAccess, StackSpec
@@ -63,6 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError("--api-key: there are tenants, which have keys", exit_status=2)
     for warning in deployment.warnings():
         print_progress(warning)
+    trace_variables = {
+        name: tracing.tracing_variables(arguments, local.model.spec.tracing)
+        for name, local in deployment.models.items()
+    }
     endpoint = router.Endpoint(arguments.host, arguments.port)
     endpoint.check_free()
     with LogSinks(arguments.log_dir) as logs, ExitStack() as locks:
@@ -78,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
                     logs,
                     keep_alive_s=arguments.keep_alive,
                     skip_verify=arguments.skip_verify,
+                    trace_variables=trace_variables,
                 )
             )
         )
@@ -122,6 +127,7 @@ async def _prepare_and_serve(
     *,
     keep_alive_s: float | None,
     skip_verify: bool,
+    trace_variables: Mapping[str, Mapping[str, str]],
 ) -> int:
     stores, unverified = {}, []
     for name, local in deployment.models.items():
@@ -133,7 +139,10 @@ async def _prepare_and_serve(
         local.functions(store.manifest, key=secrets.token_bytes(32))
         if is_prepared and not skip_verify:
             unverified.append(store)
-    with private_runtime_dir() as folder, _model_specs(deployment, endpoint) as specs:
+    with (
+        private_runtime_dir() as folder,
+        _model_specs(deployment, endpoint, trace_variables) as specs,
+    ):
         spec = SharedSpec(
             with_api_keys(deployment, access, folder),
             specs,
@@ -150,7 +159,9 @@ async def _prepare_and_serve(
 
 @contextmanager
 def _model_specs(
-    deployment: Deployment, endpoint: router.Endpoint
+    deployment: Deployment,
+    endpoint: router.Endpoint,
+    trace_variables: Mapping[str, Mapping[str, str]],
 ) -> Iterator[Mapping[str, StackSpec]]:
     """Give each model its own folder, port and secrets, by which other commands find it."""
     with ExitStack() as stack:
@@ -165,6 +176,7 @@ def _model_specs(
                 folder=folder,
                 port=port,
                 has_gateway=True,
+                trace_variables=trace_variables[name],
             )
             register_instance(specs[name].instance, folder)
         yield specs

@@ -27,7 +27,14 @@ from faasmoe_kernels import describe_cpu_kernels
 from faasmoe_operator.aio import gather_limited
 from faasmoe_operator.api.v1alpha1.patterns import CORS_ORIGIN, DESCRIPTIONS
 from faasmoe_operator.api.v1alpha1.validation import process_platform_warnings
-from faasmoe_operator.cli import child_process, control, live_page, model_arguments, router
+from faasmoe_operator.cli import (
+    child_process,
+    control,
+    live_page,
+    model_arguments,
+    router,
+    tracing,
+)
 from faasmoe_operator.cli.checkpoint import prepare_command
 from faasmoe_operator.cli.formatting import format_bytes, format_table
 from faasmoe_operator.cli.local_stack import ClientAccess, StackProcesses, StackSpec, running_stack
@@ -76,6 +83,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     functions = parser.add_argument_group("functions")
     model_arguments.add_granularity(functions)
     live_page.add_options(parser.add_argument_group("live page"))
+    tracing.add_options(parser.add_argument_group("traces"))
     _add_process_options(parser.add_argument_group("processes"))
     parser.set_defaults(run=run)
     return parser
@@ -175,6 +183,7 @@ def run(arguments: argparse.Namespace) -> int:
     access = ClientAccess(tuple(arguments.api_key), tuple(arguments.cors_origin))
     access.check(deployment)
     page = live_page.live_page_options(arguments)
+    trace_variables = tracing.tracing_variables(arguments, deployment.model.spec.tracing)
     endpoint = router.Endpoint(arguments.host, arguments.port)
     endpoint.check_free()
     if requested.cached is not None:
@@ -191,6 +200,7 @@ def run(arguments: argparse.Namespace) -> int:
                     keep_alive_s=arguments.keep_alive,
                     has_gateway=arguments.gateway,
                     page=page,
+                    trace_variables=trace_variables,
                 )
             )
         )
@@ -206,6 +216,7 @@ async def _prepare_and_serve(
     keep_alive_s: float | None,
     has_gateway: bool,
     page: live_page.LivePageOptions | None,
+    trace_variables: Mapping[str, str],
 ) -> int:
     deployment = requested.deployment
     await check_devices(deployment)
@@ -229,6 +240,7 @@ async def _prepare_and_serve(
             keep_alive_s=keep_alive_s,
             has_gateway=has_gateway,
             live_page=page,
+            trace_variables=trace_variables,
         )
         register_instance(spec.instance, folder)
         print_progress(f"CPU kernels: {describe_cpu_kernels()}")

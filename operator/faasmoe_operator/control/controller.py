@@ -18,6 +18,7 @@ from typing import Any
 from faasmoe_contracts.control_messages import LoadReport
 from faasmoe_contracts.usage import UsageReport
 from faasmoe_operator.aio import ChangeNotifier
+from faasmoe_operator.control.activation_trace import ActivationTrace
 from faasmoe_operator.control.autoscalers import FunctionAutoscalers, ReplicaChange
 from faasmoe_operator.control.executor import ActionExecutor, ExecutorContext
 from faasmoe_operator.control.fleet import Fleet
@@ -34,6 +35,7 @@ from faasmoe_operator.control.usage_ledger import UsageLedger
 from faasmoe_operator.plan.fleet import FleetSettings, FunctionDemand
 from faasmoe_operator.plan.sandboxes import plan_sandboxes
 from faasmoe_operator.platforms.base import Platform
+from faasmoe_tracing import NO_TRACER, Tracer
 
 SUSPENDED_AFTER_S = 5.0  # without a tick or a load report although there is load
 UNKNOWN_CONCURRENCY = 0.001  # of an active function whose load is unknown: keeps one replica
@@ -87,6 +89,7 @@ class Controller:
         usage_ledger: the tenants' usage of an earlier run.
         metrics: metrics of an earlier run, whose counters go on; None starts at zero.
         privacy: how much of single functions is shown on the live page.
+        tracer: traces activations.
         clock: monotonic time in seconds.
     """
 
@@ -101,6 +104,7 @@ class Controller:
         usage_ledger: UsageLedger | None = None,
         metrics: ControlPlaneMetrics | None = None,
         privacy: PrivacySettings | None = None,
+        tracer: Tracer = NO_TRACER,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         now = clock()
@@ -122,6 +126,7 @@ class Controller:
         self.autoscalers = FunctionAutoscalers(
             tuple(model.functions.values()), observed=None, now=now
         )
+        self._activation_trace = ActivationTrace(tracer, model.name)
         self.revision = 0
         """Increases with everything that may have changed the state, as each reconcile pass."""
         self._revision_notifier = ChangeNotifier()
@@ -140,6 +145,7 @@ class Controller:
                 clock,
                 on_change=self._request_reconcile,
                 on_attached=self._work_due.set,
+                activation_trace=self._activation_trace,
                 drain_s=lambda: self.timing.drain_s if self.routing_table.n_watchers else 0.0,
             ),
         )
@@ -183,8 +189,13 @@ class Controller:
             await self._prober.stop()
             await self._executor.stop()
 
-    def activate(self, functions: Iterable[str]) -> None:
-        """Scale functions up from zero and start the attaches that are possible immediately."""
+    def activate(self, functions: Iterable[str], *, traceparent: str = "") -> None:
+        """Scale functions up from zero and start the attaches that are possible immediately.
+
+        Args:
+            functions: the functions.
+            traceparent: the span of a request that waits for them; empty if it is not traced.
+        """
         now = self.clock()
         self.metrics.activation_requests.inc()
         self._backfill_load(now)
@@ -195,10 +206,18 @@ class Controller:
             self.function_stats.start_activation(change.function, now=now)
         for function in self.model.functions.keys() & set(functions):
             self.function_stats.record_request(function, now=now)
+        self._trace_activation(functions, traceparent, now)
         # A function that is waiting for memory is desired already, but the request makes it recent.
         if changes or self.model.memory_limit_bytes is not None:
             self._ticker.notify()
             self.reconcile()
+
+    def _trace_activation(self, functions: tuple[str, ...], traceparent: str, now: float) -> None:
+        started_s = self.function_stats.activating_since(functions)
+        if started_s:
+            self._activation_trace.begin(
+                started_s, traceparent=traceparent, started_s=min(started_s.values()), now_s=now
+            )
 
     def add_load_report(self, report: LoadReport) -> None:
         """Record a router's load report."""
@@ -230,6 +249,7 @@ class Controller:
     def reconcile(self) -> None:
         """Run one reconcile pass: plan, start the planned actions and publish the routing table."""
         now = self.clock()
+        self._activation_trace.record_plan(now)
         corrupted = self._executor.corrupted
         desired = {
             name: 0 if corrupted.is_backing_off(name, now) else self.autoscalers.desired(name)
@@ -288,6 +308,7 @@ class Controller:
         for function in self.function_stats.activating():
             if self.autoscalers.desired(function) == 0:
                 self.function_stats.finish_activation(function, now=now)
+                self._activation_trace.record_abandoned([function], now)
 
     def _backfill_load(self, now: float) -> None:
         """Record the last reported load for the seconds in which there was no tick."""
@@ -339,11 +360,9 @@ class Controller:
     def _record_activations(self, now: float) -> None:
         waiting = self.function_stats.activating()
         ready = self.fleet.ready_replicas() if waiting else {}
-        times = [
-            self.function_stats.finish_activation(name, now=now)
-            for name in waiting
-            if name in ready
-        ]
+        finished = [name for name in waiting if name in ready]
+        times = [self.function_stats.finish_activation(name, now=now) for name in finished]
+        self._activation_trace.record_ready(finished, now)
         self.activity.add_activations(times, now=now)
         for waited_s in times:
             self.metrics.activations.labels("ready").inc()

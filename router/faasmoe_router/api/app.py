@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from starlette.middleware.cors import CORSMiddleware
 
 from faasmoe_router.api.admission import AlwaysActivated, RequestActivator
@@ -42,6 +42,7 @@ from faasmoe_router.api.preparation import HeldBytes, PreparationQueue
 from faasmoe_router.api.preprocessing import Preprocessor
 from faasmoe_router.api.prompt_encoding import PromptEncoder
 from faasmoe_router.api.refusals import RefusalMetricsMiddleware, refusal_counter
+from faasmoe_router.api.request_span import TracingMiddleware
 from faasmoe_router.api.resumption import ResumptionMiddleware
 from faasmoe_router.api.tokenization import tokenization_routes
 from faasmoe_router.api.translated_routes import translated_routes
@@ -49,8 +50,10 @@ from faasmoe_router.api.validation import MAX_PROMPTS
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.sampling_defaults import SamplingDefaults
 from faasmoe_router.errors import EngineUnavailable
+from faasmoe_router.metrics import render_metrics
 from faasmoe_router.tenants.service import NoTenants, TenantService
 from faasmoe_router.version import installed_version
+from faasmoe_tracing import NO_TRACER, Tracer
 
 _NOT_IMPLEMENTED_ENDPOINTS: Mapping[str, str] = {
     "/v1/embeddings": "This server's model generates text and does not support embeddings.",
@@ -70,6 +73,7 @@ def create_app(
     sampling_defaults: SamplingDefaults | None = None,
     metrics_server: MetricsServer | None = None,
     front_token: str = "",
+    tracer: Tracer = NO_TRACER,
 ) -> FastAPI:
     """Return the app, which starts the engine on startup and stops it on shutdown.
 
@@ -86,6 +90,7 @@ def create_app(
         sampling_defaults: values of parameters that a request does not set; None is OpenAI's.
         metrics_server: serves the metrics elsewhere; None serves them at /metrics.
         front_token: what a gateway shows that continues streams; empty without one.
+        tracer: traces requests.
     """
     activator = activator or AlwaysActivated()
     tenant_admission = tenancy or NoTenants()
@@ -105,6 +110,7 @@ def create_app(
         registry=registry,
         cors_origins=cors_origins,
         front_token=front_token,
+        tracer=tracer,
     )
     add_error_handlers(app)
     generator = ResponseGenerator(
@@ -165,6 +171,7 @@ def _add_middleware(
     registry: CollectorRegistry,
     cors_origins: Sequence[str],
     front_token: str,
+    tracer: Tracer,
 ) -> None:
     """Add all middleware; the last one added is the outermost."""
     app.add_middleware(ContentEncodingMiddleware, max_body_bytes=max_body_bytes)
@@ -172,6 +179,8 @@ def _add_middleware(
     if tenancy is not None:
         app.add_middleware(AuthMiddleware, authenticator=tenancy)
     app.add_middleware(RequestContextMiddleware, max_body_bytes=max_body_bytes)
+    if tracer.is_enabled:
+        app.add_middleware(TracingMiddleware, tracer=tracer)
     app.add_middleware(RefusalMetricsMiddleware, counter=refusal_counter(registry))
     app.add_middleware(ResumptionMiddleware, front_token=front_token)
     if cors_origins:
@@ -224,9 +233,11 @@ def metrics_routes(registry: CollectorRegistry) -> APIRouter:
     router = APIRouter()
 
     @router.get("/metrics", response_class=PlainTextResponse, responses=text_error_responses(500))
-    async def metrics() -> Response:
-        """Return the metrics in Prometheus' text format."""
-        return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    async def metrics(request: Request) -> Response:
+        """Return the metrics in Prometheus' text format, or as OpenMetrics."""
+        accept = request.headers.get("accept", "")
+        body, content_type = render_metrics(registry, accept=accept)
+        return Response(body, headers={"Content-Type": content_type})
 
     return router
 

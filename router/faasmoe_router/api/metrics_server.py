@@ -10,7 +10,9 @@ from types import TracebackType
 from typing import Self
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
+
+from faasmoe_router.metrics import render_metrics
 
 
 class MetricsServer:
@@ -45,6 +47,7 @@ class MetricsServer:
         if self._runner is not None:
             await self._runner.cleanup()
 
-    async def _respond(self, _: web.Request) -> web.Response:
-        headers = {"Content-Type": CONTENT_TYPE_LATEST}
-        return web.Response(body=generate_latest(self._registry), headers=headers)
+    async def _respond(self, request: web.Request) -> web.Response:
+        accept = request.headers.get("Accept", "")
+        body, content_type = render_metrics(self._registry, accept=accept)
+        return web.Response(body=body, headers={"Content-Type": content_type})
