@@ -101,8 +101,8 @@ test-cluster: $(STAMP) ## Run the operator's tests against the API server of KUB
 GPU_BIN = $(or $(GPU_PYTHON),$(BIN)/python)
 GPU_ENV = PYTHONPATH=operator:router:expert_fn:kernels
 
-test-alerts: $(STAMP) ## Play outages against the alert rules with promtool (Debian's package prometheus)
-	REQUIRE_PROMTOOL=1 $(BIN)/python -m pytest tests/chart/test_alert_rules.py
+test-alerts: $(STAMP) ## Play outages against the alert rules, run the dashboard's queries (Debian's package prometheus)
+	REQUIRE_PROMTOOL=1 $(BIN)/python -m pytest tests/chart/test_alert_rules.py tests/chart/test_dashboard_queries.py
 
 test-gpu: $(if $(GPU_PYTHON),,$(STAMP)) ## Run the tests that need a CUDA device; they are skipped without one
 	$(GPU_ENV) $(GPU_BIN) -m pytest -m gpu -W default tests/gpu

@@ -111,7 +111,7 @@ class _RecordedSpan(Span):
 
     @property
     def trace_id(self) -> str:
-        return trace.format_trace_id(self._span.get_span_context().trace_id)
+        return str(trace.format_trace_id(self._span.get_span_context().trace_id))
 
     def child(
         self,

@@ -15,7 +15,7 @@ import secrets
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Never
 
@@ -83,6 +83,7 @@ class StackSpec:
         has_gateway: whether clients talk to a gateway.
         live_page: the page that it forwards to; None for none.
         trace_variables: environment variables by which the processes trace.
+        is_shared: whether the gateway has several models.
     """
 
     deployment: LocalModel
@@ -95,6 +96,7 @@ class StackSpec:
     has_gateway: bool = False
     live_page: LivePageOptions | None = None
     trace_variables: Mapping[str, str] = field(default_factory=dict)
+    is_shared: bool = False
 
     @classmethod
     def create(
@@ -109,6 +111,7 @@ class StackSpec:
         has_gateway: bool = False,
         live_page: LivePageOptions | None = None,
         trace_variables: Mapping[str, str] | None = None,
+        is_shared: bool = False,
     ) -> StackSpec:
         """Return a configuration with newly generated secrets."""
         secret_values = StackSecrets(secrets.token_urlsafe(32), secrets.token_hex(32))
@@ -123,13 +126,31 @@ class StackSpec:
             has_gateway,
             live_page,
             trace_variables or {},
+            is_shared,
         )
 
     @property
     def instance(self) -> LocalInstance:
         """The entry by which other commands find this instance."""
         name, file = self.deployment.model.metadata.name, self.deployment.file.resolve()
-        return LocalInstance(name, str(file), os.getpid(), self.port.url, self.secrets.token)
+        return LocalInstance(
+            name,
+            str(file),
+            os.getpid(),
+            self.port.url,
+            self.secrets.token,
+            url=self.endpoint.url,
+            served_name=self.deployment.served_model_name,
+            metrics_url=self._metrics_url,
+        )
+
+    @property
+    def _metrics_url(self) -> str:
+        """URL of the router's metrics; empty behind a gateway of several models."""
+        port = self.deployment.model.spec.router.metrics_port
+        if port is not None:
+            return f"{replace(self.endpoint, port=port).url}/metrics"
+        return "" if self.is_shared else f"{self.endpoint.url}/metrics"
 
 
 @dataclass(frozen=True, slots=True)

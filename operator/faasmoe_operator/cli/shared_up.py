@@ -177,6 +177,7 @@ def _model_specs(
                 port=port,
                 has_gateway=True,
                 trace_variables=trace_variables[name],
+                is_shared=True,
             )
             register_instance(specs[name].instance, folder)
         yield specs
