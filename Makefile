@@ -17,7 +17,7 @@ PARALLEL ?= -n 2 --dist loadfile
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-alerts test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-call bench-cuda bench-elastic bench-fairness bench-gateway bench-growth bench-paper bench-peers bench-prepare bench-reconcile bench-simulate bench-start bench-zero attack chaos soak trace-chat clean
+.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-alerts test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-call bench-cuda bench-elastic bench-fairness bench-gateway bench-growth bench-paper bench-peers bench-prepare bench-reconcile bench-seen bench-simulate bench-start bench-zero attack chaos soak trace-chat clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -164,6 +164,10 @@ bench-peers: $(STAMP) ## Compare with llama.cpp's server (QUICK=1, ARGS=); write
 bench-zero: $(STAMP) ## Measure memory at whole zero and the first token from there (ARGS=); writes benchmarks/out/zero.json
 	$(BIN)/faasmoe demo-model $(DEMO)-model
 	$(BIN)/python -m benchmarks.zero $(ARGS)
+
+bench-seen: $(STAMP) ## Measure what tracing and the live page cost (ARGS=); writes benchmarks/out/seen.json
+	$(BIN)/faasmoe demo-model $(DEMO)-model
+	$(BIN)/python -m benchmarks.seen $(ARGS)
 
 bench-elastic: $(STAMP) ## Measure activation, time to first token and memory; writes benchmarks/out/elastic.json
 	$(BIN)/python -m benchmarks.elastic

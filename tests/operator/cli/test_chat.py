@@ -70,7 +70,8 @@ def session(server: FakeServer) -> ChatSession:
 
 
 def test_an_answer_is_written_as_it_comes_and_remembered(server: FakeServer) -> None:
-    chat, written = session(server), []
+    chat = session(server)
+    written: list[str] = []
     taken = chat.ask("Hi", written.append)
     assert written == ["Hel", "lo"]
     assert taken.startswith("waited 0.25 s for functions, first token ")
