@@ -7,6 +7,9 @@ without reading it:
 
     kind u8 | tokens u32 | journal bytes u32 | frame bytes u32 | journal | frame     (big-endian)
 
+With each request, `ORIGIN_HEADER: NONCE SECONDS` says where ids, seed and time of its response come
+from, so that a request that is repeated is the same one, and counts once.
+
 The tokens are those generated since the record before. Of a whole response, and of a stream's
 prompts, headers tell the front how many there are, so that it can count what a tenant uses.
 
@@ -24,6 +27,7 @@ from typing import NamedTuple
 
 FRONT_HEADER = "x-faasmoe-front"
 JOURNAL_HEADER = "x-faasmoe-journal"
+ORIGIN_HEADER = "x-faasmoe-origin"
 RECORDS_HEADER = "x-faasmoe-records"
 TENANT_HEADER = "x-faasmoe-tenant"  # of a request: whose it is, which the front has verified
 INPUT_TOKENS_HEADER = "x-faasmoe-input-tokens"  # of a response: tokens of its prompts
@@ -92,6 +96,20 @@ class RecordReader:
             self._rest = b""
             yield Record(kind, journal, data[frame_at:start], n_tokens)
         self._rest = data[start:]
+
+
+def format_origin_header(nonce: str, created_s: int) -> str:
+    """Return the value of ORIGIN_HEADER."""
+    return f"{nonce} {created_s}"
+
+
+def parse_origin_header(value: str) -> tuple[str, int]:
+    """Return the nonce and the seconds since the epoch; raises StreamRecordError."""
+    nonce, _, created = value.partition(" ")
+    is_number = created.isascii() and created.isdecimal() and len(created) < 12
+    if not (nonce.isascii() and nonce.isalnum() and len(nonce) <= 64 and is_number):
+        raise StreamRecordError(f"{ORIGIN_HEADER}: got {value[:80]!r}, expected NONCE SECONDS")
+    return nonce, int(created)
 
 
 def format_journal_header(n_bytes: int, n_frames: int) -> str:

@@ -285,6 +285,19 @@ class ContinuousBatcher:
         self._manager.batch_processor.scheduler.resume(request_id)
         self._manager._wake_up_loop.set()
 
+    def n_shareable_tokens(self, request_id: str, prompt_token_ids: Sequence[int]) -> int:
+        """Return how many of a prompt's tokens later prompts can find in the prefix cache.
+
+        Those are whole pages; 0 if the request shares nothing.
+        """
+        is_shared = (
+            self._salt_tokens is not None
+            and self._manager.batch_processor.cache.use_prefix_sharing
+            and self._salt_tokens(request_id, prompt_token_ids[:1]) is not None
+        )
+        page_tokens = self._limits.page_tokens
+        return len(prompt_token_ids) // page_tokens * page_tokens if is_shared else 0
+
     def _pop_cached_tokens(self, request_ids: Iterable[str]) -> Mapping[str, int]:
         cached_tokens: Mapping[str, int] = (
             self._manager.batch_processor.scheduler.pop_cached_tokens(request_ids)

@@ -325,6 +325,12 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "scheduler",
         "releases the memory of an idle cache",
     ),
+    *_names(
+        _CACHE,
+        "use_prefix_sharing",
+        "continuous_batching",
+        "whether later prompts find a prompt's pages",
+    ),
     # prefix_cache
     *_names(
         _CACHE,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 from starlette.types import Receive, Scope, Send
 
 from faasmoe_gateway.connections import KNOWN_CLIENT_EXTENSION
+from faasmoe_gateway.credentials import KnownCredentials, shown_key
 from faasmoe_gateway.held_request import ClientGone, HeldRequest, HoldBudget
 from faasmoe_gateway.relay import (
     MESSAGES_PATH,
@@ -17,6 +19,7 @@ from faasmoe_gateway.relay import (
     WaitingRequests,
 )
 from faasmoe_gateway.request_span import begin_request_span, recording_status
+from faasmoe_gateway.sender_turns import TURNS_PER_SENDER, SenderTurns
 from faasmoe_tracing import NO_TRACER, Span, Tracer
 
 
@@ -43,6 +46,8 @@ class GatewayApp:
         self._page = page
         self._budget = budget or HoldBudget()
         self._waiting = WaitingRequests()
+        self._turns = SenderTurns(n_per_sender=TURNS_PER_SENDER)
+        self._credentials = KnownCredentials()
         self._running: set[asyncio.Task[None]] = set()
         self._aborted: set[asyncio.Task[None]] = set()
 
@@ -59,8 +64,15 @@ class GatewayApp:
         request.hand_on(span.traceparent)
         is_messages = scope["raw_path"].endswith(MESSAGES_PATH)
         client = ClientResponse(send, is_messages=is_messages)
-        router = self._upstream(scope["raw_path"])
-        relay = Relay(request, client, router, self._waiting, span=span)
+        key = shown_key(scope)
+        relay = Relay(
+            request,
+            client,
+            self._upstream(scope["raw_path"]),
+            self._waiting,
+            take_turn=partial(self._turns.take, self._credentials.sender(key)),
+            span=span,
+        )
         task = asyncio.create_task(relay.run())
         self._running.add(task)
         try:
@@ -71,9 +83,9 @@ class GatewayApp:
             self._running.discard(task)
             self._aborted.discard(task)
             request.release()
-        mark_known = scope.get("extensions", {}).get(KNOWN_CLIENT_EXTENSION)
-        if mark_known is not None and relay.is_authenticated:
-            mark_known()
+        if relay.is_authenticated:
+            self._credentials.add(key)
+            scope.get("extensions", {}).get(KNOWN_CLIENT_EXTENSION, lambda: None)()
 
     def _upstream(self, path: bytes) -> RouterAddress:
         """Return who answers a path."""

@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
@@ -22,6 +23,7 @@ from faasmoe_contracts.gateway_file import ModelEntry, TenantEntry, TenantModelE
 from faasmoe_contracts.tenant_usage import PERIODS
 from faasmoe_gateway.accounts import Accounts, TenantAccount
 from faasmoe_gateway.connections import KNOWN_CLIENT_EXTENSION
+from faasmoe_gateway.credentials import header_value, shown_key
 from faasmoe_gateway.demand_reporter import DemandReporter
 from faasmoe_gateway.held_request import ClientGone, HeldRequest, HoldBudget
 from faasmoe_gateway.limits import Hold
@@ -36,12 +38,15 @@ from faasmoe_gateway.request_body import (
 )
 from faasmoe_gateway.request_span import begin_request_span, recording_status
 from faasmoe_gateway.router_choice import affinity_key
+from faasmoe_gateway.sender_turns import TURNS_PER_SENDER, SenderTurns
 from faasmoe_gateway.tenant_directory import REFRESH_INTERVAL_S, TenantDirectory
 from faasmoe_tracing import NO_TRACER, Span, Tracer
 
 logger = logging.getLogger(__name__)
 
-GENERATING_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+COMPLETIONS_PATH = "/v1/completions"
+DEFAULT_COMPLETION_TOKENS = 16  # as the router's
+GENERATING_PATHS = (COMPLETIONS_PATH, "/v1/chat/completions", "/v1/responses", "/v1/messages")
 SAVE_INTERVAL_S = 5.0
 _TENANT_PATH = re.compile(r"/([^/]+)(/v1(?:/.*)?)", re.DOTALL)
 
@@ -74,7 +79,10 @@ class Call:
     @property
     def max_output_tokens(self) -> int:
         """The most tokens that it may generate."""
-        bounds = [self.work.max_output_tokens, self.terms.max_output_tokens]
+        asked = self.work.max_output_tokens
+        if asked is None and self.path == COMPLETIONS_PATH:
+            asked = DEFAULT_COMPLETION_TOKENS
+        bounds = [asked, self.terms.max_output_tokens]
         known = [bound for bound in bounds if bound is not None]
         return min([*known, self.model.max_model_len]) * self.work.n_choices
 
@@ -125,6 +133,7 @@ class Front:
             name: ModelRoute(model, front_token=front_token, hold_timeout_s=hold_timeout_s)
             for name, model in directory.models.items()
         }
+        self._turns = SenderTurns(n_per_sender=TURNS_PER_SENDER)
         self._running: set[asyncio.Task[None]] = set()
         self._aborted: set[asyncio.Task[None]] = set()
 
@@ -184,7 +193,7 @@ class Front:
             if named is not None:
                 raise _unknown_path(path)
             return None, path
-        tenant = self._directory.authenticate(_bearer_token(scope))
+        tenant = self._directory.authenticate(shown_key(scope))
         if tenant is None or named not in (None, tenant.name):
             raise invalid_api_key()
         return tenant, path if match is None else match[2]
@@ -243,7 +252,7 @@ class Front:
         body = await request.read_body(MAX_BODY_BYTES)
         if body is None:
             raise body_too_large()
-        encoding = _header(scope, b"content-encoding").strip().lower()
+        encoding = header_value(scope, b"content-encoding").strip().lower()
         work = await read_work(body, encoding=encoding)
         names = self._directory.names_for(tenant)
         name = work.model
@@ -280,7 +289,16 @@ class Front:
                 if relay.meter.input_tokens is not None:
                     hold.correct(relay.meter.input_tokens, call.max_output_tokens, self._clock())
 
-            relay = Relay(request, client, address, route.waiting, on_head=on_head, span=span)
+            sender = "" if call.tenant is None else call.tenant.name
+            relay = Relay(
+                request,
+                client,
+                address,
+                route.waiting,
+                take_turn=partial(self._turns.take, sender),
+                on_head=on_head,
+                span=span,
+            )
             try:
                 await self._run(relay, request, client)
             finally:
@@ -345,13 +363,3 @@ class Front:
 
 def _unknown_path(path: str) -> Refusal:
     return Refusal(f"path: got {path[:80]}, which does not exist", status=404, code="not_found")
-
-
-def _bearer_token(scope: Scope) -> str:
-    scheme, _, key = _header(scope, b"authorization").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else _header(scope, b"x-api-key").strip()
-
-
-def _header(scope: Scope, name: bytes) -> str:
-    value: bytes = next((v for n, v in scope["headers"] if n == name), b"")
-    return value.decode("latin-1")

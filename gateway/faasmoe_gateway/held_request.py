@@ -7,6 +7,8 @@ bounds is answered like any other, but ends with its router.
 from __future__ import annotations
 
 import asyncio
+import secrets
+import time
 from collections.abc import AsyncIterator
 
 from starlette.types import Receive, Scope
@@ -14,8 +16,10 @@ from starlette.types import Receive, Scope
 from faasmoe_contracts.stream_records import (
     FRONT_HEADER,
     JOURNAL_HEADER,
+    ORIGIN_HEADER,
     TENANT_HEADER,
     format_journal_header,
+    format_origin_header,
 )
 from faasmoe_tracing import TRACEPARENT
 
@@ -27,6 +31,7 @@ _DROPPED_HEADERS = frozenset(
         *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te"),
         *(b"trailer", b"transfer-encoding", b"upgrade", b"expect", b"content-length"),
         *(FRONT_HEADER.encode(), JOURNAL_HEADER.encode(), TENANT_HEADER.encode()),
+        ORIGIN_HEADER.encode(),
     )
 )
 
@@ -76,6 +81,7 @@ class HeldRequest:
         self._headers = [h for h in scope["headers"] if h[0] not in _DROPPED_HEADERS]
         self._length = next((v for n, v in scope["headers"] if n == b"content-length"), None)
         self._is_chunked = any(n == b"transfer-encoding" for n, _ in scope["headers"])
+        self._origin = format_origin_header(secrets.token_hex(16), int(time.time()))
         self._body: list[bytes] = []
         self._body_bytes = 0
         self._journal: list[bytes] = []
@@ -159,6 +165,7 @@ class HeldRequest:
         lines = [f"{self._method} ".encode() + self._target + b" HTTP/1.1\r\n"]
         lines += [name + b": " + value + b"\r\n" for name, value in self._headers]
         lines.append(f"{FRONT_HEADER}: {front_token}\r\n".encode())
+        lines.append(f"{ORIGIN_HEADER}: {self._origin}\r\n".encode())
         if self._journal:
             value = format_journal_header(self._journal_bytes, self.n_frames)
             lines.append(f"{JOURNAL_HEADER}: {value}\r\n".encode())

@@ -29,6 +29,7 @@ from faasmoe_contracts.stream_records import (
 )
 from faasmoe_gateway.errors import error_body, send_error
 from faasmoe_gateway.held_request import HeldRequest
+from faasmoe_gateway.sender_turns import Turn
 from faasmoe_gateway.upstream import ResponseHead, RouterAway, RouterConnection, RouterLost
 from faasmoe_tracing import NO_SPAN, Span
 
@@ -172,6 +173,7 @@ class Relay:
         client: its response.
         router: where the router is.
         waiting: counts the requests that wait.
+        take_turn: waits for the sender's turn to be handed on.
         on_head: called after the head of each response.
         span: the request's span.
 
@@ -186,11 +188,13 @@ class Relay:
         router: RouterAddress,
         waiting: WaitingRequests,
         *,
+        take_turn: Callable[[], Awaitable[Turn]],
         on_head: Callable[[], None] = lambda: None,
         span: Span = NO_SPAN,
     ) -> None:
         self.meter = TokenMeter()
         self._span = span
+        self._take_turn = take_turn
         self._on_head = on_head
         self._request = request
         self._client = client
@@ -284,11 +288,14 @@ class Relay:
 
     async def _connect_until(self, end_s: float, *, has_body: bool) -> RouterConnection:
         while True:
+            turn = await self._take_turn()
             try:
                 return await RouterConnection.open(self._router.path, has_body=has_body)
             except RouterAway:
                 if time.monotonic() > end_s:
                     raise RequestFailed("The server is being restarted.") from None
+            finally:
+                turn.release()
             await asyncio.sleep(RETRY_S)
 
     async def _resume(self, connection: RouterConnection, head: ResponseHead) -> None:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 OUT_OF_MEMORY = -2  # FK_E_MEMORY
 LIBRARY_NAME = "libfaasmoe_kernels.so"
 DISABLE_ENV = "FAASMOE_KERNELS"  # "off" leaves the library unused
@@ -129,7 +129,8 @@ class Matrix:
         k: input features, contiguous.
         codes: address of the codes.
         scales: address of the scales, [n, k / group], or [n] without groups; 0 if unscaled.
-        zeros: address of the zero points of INT4, shaped as the scales; 0 for symmetric codes.
+        zeros: address of the zero points of INT8 and INT4, shaped as the scales, of codes counted
+            from 0: the middle is 128 or 8; 0 for symmetric codes.
         bias: address of the bias, [n]; 0 without.
         group: columns per scale, a multiple of 32; 0 for one scale per row; 16 for NVFP4.
         scale_dtype: type of the scales; any but UINT8, and E4M3 for NVFP4 alone.
@@ -139,8 +140,8 @@ class Matrix:
             rows before them; 0 if they do.
         group_rows: rows that share their scales, of FP8 only: scales are [n / group_rows, k /
             group], both rounded up; 0 for one row.
-        scales_upper: address of the scales of rows n/2 and above, of FP8 and NVFP4, if they do not
-            follow those before them or begin a group of rows of their own; 0 otherwise.
+        scales_upper: address of the scales of rows n/2 and above, if they do not follow those
+            before them or begin a group of rows of their own; 0 otherwise, and with zero points.
         factors: address of the float32 number that multiplies the scales of NVFP4; 0 for 1.
         factors_upper: the same for rows n/2 and above; 0 for that of the rows before them.
     """

@@ -194,7 +194,7 @@ int32_t check_matrix(const char *owner, const fk_matrix &m) {
       return e;
   if (m.scheme != FK_W_FP8 && (m.group_rows < 0 || m.group_rows > 1))
     return reject("%sgroup_rows: got %d, expected 0 or 1 for scheme %d", owner, m.group_rows, m.scheme);
-  if (m.scheme < FK_W_FP8 && m.scales_upper)
+  if (m.scheme < FK_W_INT8 && m.scales_upper)
     return reject("%sscales_upper: got an address, expected NULL for scheme %d", owner, m.scheme);
   if (m.scheme != FK_W_NVFP4 && (m.factors || m.factors_upper))
     return reject("%sfactors: got an address, expected NULL for scheme %d", owner, m.scheme);
@@ -216,8 +216,11 @@ int32_t check_matrix(const char *owner, const fk_matrix &m) {
     return reject("%sgroup: got %d, expected 32 for MXFP4", owner, m.group);
   if (m.scheme != FK_W_INT8 && m.k % 2)
     return reject("%sk: got %lld, expected an even number for 4-bit codes", owner, (long long)m.k);
-  if (m.zeros && m.scheme != FK_W_INT4)
+  if (m.zeros && m.scheme == FK_W_MXFP4)
     return reject("%szeros: got an address, expected NULL for scheme %d", owner, m.scheme);
+  if (m.scales_upper && (m.n % 2 || m.zeros))
+    return reject("%sscales_upper: got an address, expected NULL with zeros or an odd n (%lld)", owner,
+                  (long long)m.n);
   return 0;
 }
 

@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 // Raised whenever a structure or the meaning of an argument changes.
-#define FK_ABI_VERSION 4
+#define FK_ABI_VERSION 5
 
 enum fk_dtype { FK_FLOAT32 = 0, FK_BFLOAT16 = 1, FK_FLOAT16 = 2 };
 
@@ -26,7 +26,7 @@ enum fk_scheme {
   FK_W_FLOAT32 = 0,
   FK_W_BFLOAT16 = 1,
   FK_W_FLOAT16 = 2,
-  FK_W_INT8 = 3,   // codes int8 [n, k]
+  FK_W_INT8 = 3,   // codes int8 [n, k]; value = code, or code + 128 - zero
   FK_W_INT4 = 4,   // codes uint8 [n, k / 2], low nibble = even column; value = code - 8, or code - zero
   FK_W_MXFP4 = 5,  // codes uint8 [n, k / 2] of E2M1, low nibble = even column; a scale per 32
   FK_W_FP8 = 6,    // codes uint8 [n, k] of E4M3 without NaN; a scale per row, or per group_rows x group
@@ -67,15 +67,15 @@ typedef struct fk_matrix {
   int64_t k;            // input features
   const void *codes;    // [n, k] in the scheme's type
   const void *scales;   // [n, k / group], or [n]; NULL for float schemes; see group_rows
-  const void *zeros;    // FK_W_INT4 only, shape of scales, in code units; NULL: symmetric (8)
+  const void *zeros;    // FK_W_INT8 (around 128), FK_W_INT4 (around 8): shape of scales; NULL: symmetric
   const void *bias;     // [n], or NULL
   int32_t scale_dtype;  // enum fk_parameter_dtype: float32, bfloat16, float16 or E8M0; E4M3 of FK_W_NVFP4
   int32_t zero_dtype;   // float32, bfloat16, float16 or uint8
   int32_t bias_dtype;   // float32, bfloat16 or float16
   int32_t group_rows;   // FK_W_FP8 only: rows that share their scales, the last ones perhaps fewer; 0 and 1: none
   const void *codes_upper;   // rows n/2 and above, if they lie elsewhere; NULL: all rows follow each other
-  const void *scales_upper;  // FK_W_FP8, FK_W_NVFP4: scales of rows n/2 and above, which begin a group of rows
-                             // there; NULL: all follow each other
+  const void *scales_upper;  // scales of rows n/2 and above, which begin a group of rows there; NULL: all follow
+                             // each other; only without zeros
   const void *factors;       // FK_W_NVFP4: one float32 that multiplies the scales; NULL: 1
   const void *factors_upper; // the same for rows n/2 and above; NULL: that of the rows below
 } fk_matrix;

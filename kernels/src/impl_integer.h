@@ -53,6 +53,10 @@ struct Int8Block {
   }
 };
 
+struct Int8ZerosBlock : Int8Block {  // inputs carry their sums, which zero points multiply
+  static constexpr int kOffset = 1;
+};
+
 // Nibble j of each 16 bits.
 static inline int nibble_column(int j, int i) { return i / 2 * 8 + i % 2 * 4 + j; }
 
@@ -155,22 +159,28 @@ struct GroupScales {
   }
   // Of `rows` weight rows; row after row.
   void read(int64_t row, int64_t rows, float *to) const {
-    int64_t count = floats(m), columns = kScaling == Scaling::kUnit ? kUnitColumns : 32;
-    if (kScaling == Scaling::kRow)
-      to_floats(m.scales, m.scale_dtype, row, rows, to);
-    else if (kScaling != Scaling::kZeros && group == columns && groups == count)  // as they lie in memory
-      to_floats(m.scales, m.scale_dtype, row * groups, rows * groups, to);
-    else
-      for (int64_t r = 0; r < rows; ++r) read_groups(row + r, columns, to + r * count);
+    int64_t half = m.scales_upper ? std::min(std::max(m.n / 2 - row, int64_t(0)), rows) : rows;
+    if (half > 0) read_from(m.scales, row, half, to);
+    if (half < rows) read_from(m.scales_upper, row + half - m.n / 2, rows - half, to + half * floats(m));
   }
 
  private:
-  void read_groups(int64_t row, int64_t columns, float *to) const {
+  void read_from(const void *scales, int64_t row, int64_t rows, float *to) const {
+    int64_t count = floats(m), columns = kScaling == Scaling::kUnit ? kUnitColumns : 32;
+    if (kScaling == Scaling::kRow)
+      to_floats(scales, m.scale_dtype, row, rows, to);
+    else if (kScaling != Scaling::kZeros && group == columns && groups == count)  // as they lie in memory
+      to_floats(scales, m.scale_dtype, row * groups, rows * groups, to);
+    else
+      for (int64_t r = 0; r < rows; ++r) read_groups(scales, row + r, columns, to + r * count);
+  }
+  void read_groups(const void *scales, int64_t row, int64_t columns, float *to) const {
     int64_t count = kScaling == Scaling::kUnit ? units : 4 * units;
-    spread(m.scales, m.scale_dtype, row, columns, count, to);
+    spread(scales, m.scale_dtype, row, columns, count, to);
     if (kScaling != Scaling::kZeros) return;
     spread(m.zeros, m.zero_dtype, row, columns, count, to + count);
-    for (int64_t i = 0; i < count; ++i) to[count + i] *= 1.0f / 8;  // multiplies -8 times the inputs' sum
+    for (int64_t i = 0; i < count; ++i)  // multiplies -8 or -1 times the inputs' sum
+      to[count + i] = m.scheme == FK_W_INT4 ? to[count + i] * (1.0f / 8) : to[count + i] - 128;
   }
   void spread(const void *p, int32_t dtype, int64_t row, int64_t columns, int64_t count, float *to) const {
     int64_t used = std::min(count, (m.k + columns - 1) / columns);
@@ -224,7 +234,7 @@ struct IntegerEngine {
   static constexpr bool kHasSums = B::kOffset != 0;  // whether inputs carry their sums
   static constexpr bool kStartsAtSums = D::kOffset != 0 && kScaling != Scaling::kZeros;
   static constexpr bool kIsPerUnit = kScaling == Scaling::kRow || kScaling == Scaling::kUnit;
-  static constexpr int kKey = 8 + 16 * int(kIsPerUnit) + (std::is_same<B, Int8Block>::value ? 0 : std::is_same<B, Int4Block>::value ? 1 : 2);
+  static constexpr int kKey = 8 + 16 * int(kIsPerUnit) + (std::is_same<B, Int8Block>::value ? 0 : std::is_same<B, Int4Block>::value ? 1 : std::is_same<B, Int8ZerosBlock>::value ? 3 : 2);
   static constexpr int kUnit = kUnitColumns;
   static constexpr int kUnitBytes = kBlocks * D::kBytes;
   static constexpr int kInputBytes = 2 * kUnitColumns + (kHasSums ? 64 : 0);

@@ -253,6 +253,7 @@ static int32_t with_engine(const fk_matrix &m, int32_t x_dtype, F &&f) {
       return f(FloatEngine<BFloat16>{});
 #endif
     case FK_W_INT8:
+      if (m.zeros) return f(IntegerEngine<Int8ZerosBlock, Int8ZerosBlock, Scaling::kZeros>{});
       if (is_per_row) return f(IntegerEngine<Int8Block, Int8Block, Scaling::kRow>{});
       if (m.group % kUnitColumns == 0) return f(IntegerEngine<Int8Block, Int8Block, Scaling::kUnit>{});
       return f(IntegerEngine<Int8Block, Int8Block, Scaling::kGroups>{});

@@ -1,15 +1,23 @@
 """`python -m faasmoe_router`: runs one router, configured by FAASMOE_* variables."""
 
+from __future__ import annotations
+
 import gc
 import logging
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
 from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_router.config import RouterConfig
 from faasmoe_router.errors import RouterConfigError
+from faasmoe_router.vllm_backend.compatibility import installed_vllm, select_engine
 from faasmoe_transformers.errors import UnsupportedVersions
+
+if TYPE_CHECKING:
+    from faasmoe_router.process import RouterProcess
+    from faasmoe_router.vllm_backend.process import VllmRouterProcess
 
 EXIT_FAILED = 1
 EXIT_BAD_CONFIG = 2
@@ -44,11 +52,7 @@ def serve_router(phases: StartPhases) -> int:
     try:
         die_with_parent()
         config = RouterConfig.from_env()  # before the imports: invalid settings should fail fast
-        import_router()
-        from faasmoe_router.process import RouterProcess
-
-        phases.end("imports")
-        process = RouterProcess(config, phases)
+        process = _create_process(config, phases)
     except (RouterConfigError, ParentDeathError) as error:
         print(f"faasmoe_router: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
@@ -62,6 +66,24 @@ def serve_router(phases: StartPhases) -> int:
         logging.shutdown()
         os._exit(EXIT_FAILED)
     return EXIT_FAILED if has_failed else 0
+
+
+def _create_process(config: RouterConfig, phases: StartPhases) -> RouterProcess | VllmRouterProcess:
+    """Return the process of the engine that the settings select; raises RouterConfigError."""
+    if config.engine == "vllm" or (config.engine == "auto" and installed_vllm() is not None):
+        from faasmoe_router.data_plane import open_store
+
+        architecture = open_store(config.store).manifest.model.architecture
+        if select_engine(config.engine, architecture, installed_vllm()) == "vllm":
+            from faasmoe_router.vllm_backend.process import VllmRouterProcess
+
+            phases.end("imports")
+            return VllmRouterProcess(config, phases)
+    import_router()
+    from faasmoe_router.process import RouterProcess
+
+    phases.end("imports")
+    return RouterProcess(config, phases)
 
 
 def import_router() -> None:

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from faasmoe_contracts.environment import (
@@ -29,6 +37,7 @@ ComputeMode = Literal["auto", "modules", "torch"]
 GenerationConfigMode = Literal["auto", "none"]
 PlacementMode = Literal["auto", "functions"]
 MailboxMode = Literal["on", "off"]
+EngineSetting = Literal["auto", "transformers", "vllm"]
 
 
 def _check_http_url(text: str) -> str:
@@ -51,7 +60,45 @@ def _check_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
     raise ValueError("origins such as https://chat.example.com or *, separated by commas")
 
 
+_ParserName = Annotated[str, Field(pattern="^[a-z0-9_.-]{1,64}$")]
+
+
+class VllmArguments(BaseModel):
+    """Arguments that go to vLLM's engine as they are, under vLLM's names; None is its default.
+
+    Attributes:
+        enforce_eager: whether vLLM leaves its model uncompiled; by default on a CPU only, where
+            compiling takes minutes at each start.
+        enable_prefix_caching: whether sequences share the KV cache of equal prefixes.
+        gpu_memory_utilization: part of the device's memory for model and KV cache.
+        max_logprobs: most log-probabilities that a request may ask for with a token.
+        tool_call_parser: name of vLLM's parser of tool calls; without one, tools are refused.
+        reasoning_parser: name of vLLM's parser of reasoning.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    enforce_eager: bool | None = None
+    enable_prefix_caching: bool | None = None
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_logprobs: Annotated[int, Field(ge=0, le=1000)] | None = None
+    tool_call_parser: _ParserName | None = None
+    reasoning_parser: _ParserName | None = None
+
+
+def _parse_engine_args(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return VllmArguments.model_validate_json(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, first["loc"])) or "the value"
+        raise ValueError(f"a JSON object of vLLM's arguments; {name}: {first['msg']}") from None
+
+
 _ORIGIN = re.compile(r"https?://[^/\s,]+")
+_EngineArgs = Annotated[VllmArguments, BeforeValidator(_parse_engine_args)]
 _Origins = Annotated[
     tuple[str, ...], BeforeValidator(_split_origins), AfterValidator(_check_origins)
 ]
@@ -92,6 +139,9 @@ class RouterConfig(BaseSettings):
         device: device of the router's part of the model.
         dtype: dtype in which the router computes; auto is the store's dtype, or float32 on a CPU
             without fast products in that dtype.
+        engine: transformers runs this router's own engine, vllm runs vLLM's; auto is vllm where it
+            is installed and serves the model's architecture.
+        engine_args: arguments of vLLM's engine as JSON; only with engine vllm or auto.
         compute: what computes the router's part on a CPU in float32: auto runs all decoder layers
             as one call of the kernel library where possible, modules runs transformers' modules
             with the library's linear layers and attention, torch leaves the library unused.
@@ -154,6 +204,8 @@ class RouterConfig(BaseSettings):
     listen_fd: _Descriptor | None = None
     device: Device = "auto"
     dtype: DtypeSetting = "auto"
+    engine: EngineSetting = "auto"
+    engine_args: _EngineArgs = VllmArguments()
     compute: ComputeMode = "auto"
     max_model_len: _ModelLength | None = None
     max_num_seqs: _Sequences = 32
@@ -217,6 +269,16 @@ class RouterConfig(BaseSettings):
         if self.table is not None and self.control_url is not None:
             raise ValueError(
                 "FAASMOE_CONTROL_URL: got it and FAASMOE_TABLE, expected only one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Self:
+        if self.engine == "transformers" and self.engine_args != VllmArguments():
+            given = self.engine_args.model_dump(exclude_none=True)
+            raise ValueError(
+                f"{PREFIX}ENGINE_ARGS: got {', '.join(given)}, expected nothing with "
+                f"{PREFIX}ENGINE=transformers"
             )
         return self
 

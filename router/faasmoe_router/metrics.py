@@ -16,6 +16,7 @@ from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
 from faasmoe_router.sequence_times import SequenceCounts, SequenceTimes
 
@@ -56,7 +57,7 @@ def new_registry() -> CollectorRegistry:
     return registry
 
 
-def render_metrics(registry: CollectorRegistry, *, accept: str) -> tuple[bytes, str]:
+def render_metrics(registry: Collector, *, accept: str) -> tuple[bytes, str]:
     """Return all metrics in the format that a scraper accepts, and its content type.
 
     Args:

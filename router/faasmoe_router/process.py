@@ -3,20 +3,16 @@
 import gc
 import logging
 import os
-import re
-import secrets
-import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from prometheus_client import CollectorRegistry
 from transformers import AutoTokenizer
 
-from faasmoe_contracts.routing_table import RoutingTable, RoutingTableError
 from faasmoe_contracts.start_phases import StartPhases
-from faasmoe_contracts.store import Store, StoreError
+from faasmoe_contracts.store import Store
 from faasmoe_expert.config import SandboxConfigError as DeviceError
 from faasmoe_expert.device import resolve_device
 from faasmoe_gateway.connections import ConnectionLimits, descriptor_limited
@@ -26,15 +22,14 @@ from faasmoe_router.api.app import create_app
 from faasmoe_router.api.metrics_server import MetricsServer
 from faasmoe_router.compute_dtype import select_compute_dtype
 from faasmoe_router.config import PREFIX, RouterConfig
-from faasmoe_router.control import ControlLink, LinkSettings
-from faasmoe_router.control.activator import ActivationQueueLimits, ActivationRequester
-from faasmoe_router.control.client import ControlClient
-from faasmoe_router.control.metrics import ControlLinkMetrics
+from faasmoe_router.data_plane import (
+    create_dispatcher,
+    create_tenant_service,
+    open_store,
+    read_tenants,
+)
 from faasmoe_router.dispatch import Dispatcher
-from faasmoe_router.dispatch.cold_start import ActivationSettings
-from faasmoe_router.dispatch.device_transfer import BufferedTransfer, transfer_for
-from faasmoe_router.dispatch.fanout import DispatchTimeouts
-from faasmoe_router.dispatch.metrics import DispatchMetrics
+from faasmoe_router.dispatch.device_transfer import transfer_for
 from faasmoe_router.engine.batcher import EngineLimits, KVCacheGeometry
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.sampling_defaults import SamplingDefaults
@@ -42,11 +37,7 @@ from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.errors import RouterConfigError
 from faasmoe_router.metrics import EngineMetrics, new_registry
 from faasmoe_router.model_loader import ModelLoadError, load_router_model
-from faasmoe_router.tenants.quota import ActivationQueueCapacity
-from faasmoe_router.tenants.registry import TenantRegistry
-from faasmoe_router.tenants.service import TenantService, UsageSources
-from faasmoe_router.tenants.usage import FunctionCost, FunctionCostMeter, RouterUsage
-from faasmoe_router.tenants.usage_store import UsageFileStore
+from faasmoe_router.tenants.usage import FunctionCost, FunctionCostMeter
 from faasmoe_router.version import system_fingerprint
 from faasmoe_tracing import create_tracer
 
@@ -72,19 +63,9 @@ class RouterProcess:
         host_buffers = transfer_for(device)
         registry = new_registry()
         self._tracer = create_tracer(os.environ, service="faasmoe-router")
-        tenant_registry = (
-            None if config.tenants_file is None else TenantRegistry(config.tenants_file)
-        )
-        store = _open_store(config.store)
-        if config.control_url is None:
-            link = None
-            self._dispatcher = _create_static_dispatcher(
-                store, config, DispatchMetrics(registry), host_buffers
-            )
-        else:
-            self._dispatcher, link = _create_link(
-                store, config, config.control_url, registry, host_buffers
-            )
+        tenant_registry = read_tenants(config)
+        store = open_store(config.store)
+        self._dispatcher, link = create_dispatcher(store, config, registry, host_buffers)
         self._link = link
         phases.end("store")
         try:
@@ -116,8 +97,12 @@ class RouterProcess:
             link.is_busy = lambda: self._engine.is_busy
         tenants = None
         if tenant_registry is not None:
-            tenants = _create_tenant_service(
-                tenant_registry, config, store, self._dispatcher, queue=self._engine
+            tenants = create_tenant_service(
+                tenant_registry,
+                config,
+                queue=self._engine,
+                read_cost=_cost_reader(store, self._dispatcher),
+                read_tokens=self._engine.computed_tokens.drain,
             )
             tenants.collector().register(registry)
             if link is not None:
@@ -194,13 +179,6 @@ class RouterProcess:
         self._server.should_exit = True
 
 
-def _open_store(path: Path) -> Store:
-    try:
-        return Store.open(path)
-    except (StoreError, OSError) as error:
-        raise RouterConfigError(f"FAASMOE_STORE: {error}") from error
-
-
 def _sampling_defaults(config: RouterConfig) -> SamplingDefaults:
     if config.generation_config == "none":
         return SamplingDefaults()
@@ -217,108 +195,14 @@ def _load_tokenizer(path: Path) -> ModelTokenizer:
         ) from error
 
 
-def _create_static_dispatcher(
-    store: Store,
-    config: RouterConfig,
-    metrics: DispatchMetrics,
-    host_buffers: BufferedTransfer | None,
-) -> Dispatcher:
-    assert config.table is not None
-    try:
-        table = RoutingTable.loads(config.table.read_bytes())
-        return Dispatcher(
-            store,
-            table,
-            token=config.token,
-            metrics=metrics,
-            timeouts=_call_timeouts(config),
-            socket_dir=config.socket_dir,
-            device_transfer=host_buffers,
-            placement=config.placement,
-            mailbox=config.mailbox == "on",
-        )
-    except (RoutingTableError, OSError) as error:
-        raise RouterConfigError(f"FAASMOE_TABLE: {error}") from error
-
-
-def _call_timeouts(config: RouterConfig) -> DispatchTimeouts:
-    return DispatchTimeouts(config.connect_timeout_s, config.call_timeout_s, config.layer_timeout_s)
-
-
-def _create_link(
-    store: Store,
-    config: RouterConfig,
-    url: str,
-    registry: CollectorRegistry,
-    host_buffers: BufferedTransfer | None,
-) -> tuple[Dispatcher, ControlLink]:
-    metrics = ControlLinkMetrics(registry)
-    client = ControlClient(url, token=config.token)
-    settings = LinkSettings(
-        router_name=_new_router_name(),
-        queue_limits=ActivationQueueLimits(
-            max_requests=config.max_activation_queue_requests,
-            max_bytes=config.max_activation_queue_bytes,
-            timeout_s=config.activation_timeout_s,
-        ),
-    )
-    activation_requester = ActivationRequester(
-        client,
-        router_name=settings.router_name,
-        metrics=metrics,
-        repeat_s=settings.activation_repeat_s,
-    )
-    dispatcher = Dispatcher(
-        store,
-        None,
-        token=config.token,
-        metrics=DispatchMetrics(registry),
-        activation=ActivationSettings(
-            activation_requester.request_threadsafe, timeout_s=config.call_queue_timeout_s
-        ),
-        timeouts=_call_timeouts(config),
-        socket_dir=config.socket_dir,
-        device_transfer=host_buffers,
-        placement=config.placement,
-        mailbox=config.mailbox == "on",
-    )
-    return dispatcher, ControlLink(
-        client, activation_requester, dispatcher, settings=settings, metrics=metrics
-    )
-
-
-def _create_tenant_service(
-    tenant_registry: TenantRegistry,
-    config: RouterConfig,
-    store: Store,
-    dispatcher: Dispatcher,
-    *,
-    queue: Engine,
-) -> TenantService:
-    usage_store = None if config.state_dir is None else UsageFileStore(config.state_dir)
+def _cost_reader(store: Store, dispatcher: Dispatcher) -> Callable[[], FunctionCost]:
     cost_meter = FunctionCostMeter(store)
 
     def read_cost() -> FunctionCost:
         specs = {name: entry.spec for name, entry in dispatcher.routing.entries.items()}
         return cost_meter.read_delta(dispatcher.load.snapshot(time.monotonic()), specs)
 
-    return TenantService(
-        tenant_registry,
-        RouterUsage(time.time()) if usage_store is None else usage_store.load(),
-        queue=queue,
-        usage_sources=UsageSources(read_cost, queue.computed_tokens.drain),
-        store=usage_store,
-        queue_capacity=ActivationQueueCapacity(
-            config.max_activation_queue_requests, config.max_activation_queue_bytes
-        ),
-        n_routers=config.router_replicas,
-    )
-
-
-def _new_router_name() -> str:
-    """Return a unique name: 1 to 64 letters, digits, dots and dashes."""
-    host = re.sub("[^A-Za-z0-9.-]", "-", socket.gethostname())
-    return f"{host[:40]}-{secrets.token_hex(4)}"
+    return read_cost
 
 
 def _resolve_device(requested: str) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -28,7 +29,29 @@ def system_fingerprint(store_digest: str, model: Any) -> str:
         store_digest: digest of the store that holds the weights.
         model: the model; supplies dtype and device.
     """
-    versions = [installed_version(), *map(version, FINGERPRINTED_PACKAGES)]
-    parts = (store_digest, str(model.dtype), model.device.type, *versions)
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    return f"fp_{digest[:FINGERPRINT_DIGITS]}"
+    return system_fingerprint_of(
+        store_digest, str(model.dtype), model.device.type, FINGERPRINTED_PACKAGES
+    )
+
+
+def system_fingerprint_of(
+    store_digest: str, dtype: str, device: str, packages: Iterable[str]
+) -> str:
+    """Return the fingerprint of weights that these packages compute; see `system_fingerprint`.
+
+    Args:
+        store_digest: digest of the store that holds the weights.
+        dtype: dtype of the computation.
+        device: kind of the device.
+        packages: the packages; their versions count, and those that are not installed do not.
+    """
+    versions = [installed_version(), *filter(None, map(_version_of, packages))]
+    digest = hashlib.sha256("\n".join((store_digest, dtype, device, *versions)).encode())
+    return f"fp_{digest.hexdigest()[:FINGERPRINT_DIGITS]}"
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,7 +1,8 @@
 """`python -m tests.chaos --seed N --minutes M`: a chaos run on the demo model.
 
 Writes benchmarks/out/chaos.json; `--replay FILE` repeats the schedule of such a file. Exits with
-status 1 if a request failed, a response was wrong or the system did not recover.
+status 1 if a request failed, a response was wrong, usage was not exact or the system did not
+recover.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ def main() -> int:
         if name != "schedule":
             print(f"{name}: {value}")
     print(f"figures: {arguments.out}")
-    return 0 if not report["failed"] and not report["wrong"] and report["recovered"] else 1
+    is_exact = report["answers_by_tenant"] == report["accounted_by_tenant"]
+    is_right = not report["failed"] and not report["wrong"] and is_exact
+    return 0 if is_right and report["recovered"] else 1
 
 
 def _prepared(model: Path) -> tuple[Path, Path]:

@@ -187,7 +187,6 @@ def _figures(
             "stall_max_s": "longest time between two tokens of a stream within "
             f"{AFTER_KILL_S:g} s after a sandbox was killed, in the phase with kills only "
             "(the first kills_alone_s)",
-            "accounted_by_tenant": "without what a killed router had not saved, 10 s at most",
             "stall_max_s_by_fault": "the same after each kind of fault, over the whole run",
             "stall_longest_s": "longest time between two tokens of a stream in the whole run",
         },

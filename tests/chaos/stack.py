@@ -77,7 +77,7 @@ class ChaosStack:
 
     async def router_metrics(self) -> dict[str, float]:
         """Return the router's samples without labels, by name without the prefix."""
-        text = (await self._get("/metrics", {})).decode()
+        text = (await self._get("/metrics", self.tenants[0].headers)).decode()
         samples = re.findall(r"^(faasmoe_router_\w+) (\S+)$", text, re.MULTILINE)
         return {name.removeprefix("faasmoe_router_"): float(value) for name, value in samples}
 

@@ -138,9 +138,9 @@ class CheckedWorkload:
             if response.status != 200:
                 raise ValueError(f"status {response.status}: {(await response.text())[:200]}")
             async for line in response.content:
+                if not line.startswith(b"data: "):
+                    continue  # a blank line, or a comment while nothing comes
                 data = line.removeprefix(b"data: ").strip()
-                if not data:
-                    continue
                 if data == b"[DONE]":
                     return text
                 event = json.loads(data)

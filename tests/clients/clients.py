@@ -263,7 +263,9 @@ def test_anthropic_message(anthropic_client: Any) -> None:
     assert answer.content[0].text
     assert (answer.stop_reason, answer.usage.output_tokens) == ("max_tokens", 8)
     counted = anthropic_client.messages.count_tokens(**body, system="Be brief.")
-    assert counted.input_tokens == answer.usage.input_tokens
+    usage = answer.usage
+    n_cached = usage.cache_read_input_tokens + usage.cache_creation_input_tokens
+    assert counted.input_tokens == usage.input_tokens + n_cached
 
 
 def test_anthropic_stream(anthropic_client: Any) -> None:

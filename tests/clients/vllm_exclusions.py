@@ -104,10 +104,6 @@ NOT_APPLICABLE: tuple[tuple[str, str], ...] = (
 
 NOT_SUPPORTED: tuple[tuple[str, str], ...] = (
     ("*test_batch_completions*", "beam search is refused by name"),
-    ("*test_chat_streaming*", "the chunk with the finish reason is empty, as OpenAI's"),
-    ("*test_parallel_streaming*", "the same: one chunk more than tokens"),
-    ("*test_chat_completion_stream_options*", "the same, with continuous usage"),
     ("*test_long_seed*", "the error is another text"),
     ("*test_enable_response_messages*", "`enable_response_messages` is refused by name"),
-    ("*test_anthropic_streaming_cache_usage*", "tokens written to the cache are not counted"),
 )

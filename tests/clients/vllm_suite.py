@@ -83,7 +83,10 @@ class RemoteOpenAIServer:
         python = os.environ["FAASMOE_PYTHON"]
         command = [python, "-m", "faasmoe_operator.cli", "up", "-f", str(file)]
         command += ["--port", str(self.port), "--skip-verify"]
-        if api_key := (env_dict or {}).get("VLLM_API_KEY", arguments.get("--api-key")):
+        api_key = (env_dict or {}).get("VLLM_API_KEY", arguments.get("--api-key"))
+        if api_key is None and "--enable-prompt-tokens-details" in arguments:
+            api_key = self.DUMMY_API_KEY  # prompts are cached for those who have a key
+        if api_key:
             command += ["--api-key", api_key]
         self._log = self.folder / f"{self.port}.log"
         with self._log.open("wb") as output:

@@ -267,6 +267,51 @@ def test_tokens_are_held_and_unused_ones_returned(folder: Path) -> None:
     run(system, work)
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "n_output"),
+    [
+        ("/v1/chat/completions", {"max_completion_tokens": 50}, 50),
+        ("/v1/responses", {"max_output_tokens": 50}, 50),
+        ("/v1/messages", {"max_tokens": 50}, 50),
+        ("/v1/completions", {}, 16),  # its default
+        ("/v1/chat/completions", {}, 100),  # the context
+    ],
+)
+def test_tokens_of_every_api_are_held_and_counted(
+    folder: Path, path: str, fields: dict[str, Any], n_output: int
+) -> None:
+    acme = tenant(folder, "acme", A, limits=LimitsEntry(tokens=300))
+    system = System(folder, acme, answers=(ANSWER,))
+    body = {"model": "mine", **fields}
+
+    async def work() -> None:
+        _, headers, _ = await system.call(body, key="key-acme", path=path)
+        held = n_output + len(json.dumps(body))
+        assert headers["x-ratelimit-remaining-tokens"] == str(300 - held)
+        (day,) = system.accounts.of("acme").usage.days.values()
+        assert day == {"a": Usage(1, 10, 5, 0.0)}
+
+    run(system, work)
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+def test_limit_is_refused_in_the_form_of_the_api(folder: Path, path: str) -> None:
+    acme = tenant(folder, "acme", A, limits=LimitsEntry(requests=1))
+    system = System(folder, acme, tenant(folder, "beta", B), answers=(ANSWER,))
+
+    async def work() -> None:
+        assert (await system.call({"model": "mine"}, key="key-acme", path=path))[0] == 200
+        status, headers, body = await system.call({"model": "mine"}, key="key-acme", path=path)
+        assert (status, headers["retry-after"]) == (429, "60")
+        kind = {"/v1/responses": "rate_limit_error", "/v1/messages": "rate_limit_error"}[path]
+        assert error(body)["type"] == kind
+        assert ("type" in json.loads(body)) == (path == "/v1/messages")
+        status, _, body = await system.call({"model": "mine"}, key="key-beta", path=path)
+        assert status == 404
+
+    run(system, work)
+
+
 def test_tokens_of_a_refused_request_come_back(folder: Path) -> None:
     acme = tenant(folder, "acme", A, limits=LimitsEntry(tokens=200, output_tokens=100))
     system = System(folder, acme, answers=(reply(b"{}", status=400),))

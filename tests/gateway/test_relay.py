@@ -263,11 +263,16 @@ def test_shutdown_ends_streams_with_an_error(path: Path) -> None:
 
 def test_headers_of_the_gateway_are_its_own(path: Path) -> None:
     async def work() -> None:
-        client = Client(x_faasmoe_front="forged", x_faasmoe_journal="1 1", te="trailers")
+        client = Client(
+            x_faasmoe_front="forged",
+            x_faasmoe_journal="1 1",
+            x_faasmoe_origin="forged 1",
+            te="trailers",
+        )
         async with FakeRouter(path, reply(b"{}")) as router:
             await app(path)(client.scope, client.receive, client.send)
         [request] = router.requests
-        assert request.count(b"x-faasmoe-front") == 1
+        assert request.count(b"x-faasmoe-front") == request.count(b"x-faasmoe-origin") == 1
         assert b"forged" not in request
         assert b"x-faasmoe-journal" not in request
         assert b"te: " not in request

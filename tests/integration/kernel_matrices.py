@@ -86,8 +86,10 @@ def random_matrix(
         scales = (rng.uniform(0.5, 1.5, (n_scaled, n_groups)) / k**0.5).astype(np.float32)  # [n, G]
         if scheme is Scheme.INT8:
             scales /= 64
-            levels = rng.integers(-128, 128, (n, k)).astype(np.float64)
-            codes = levels.astype(np.int8)
+            codes = rng.integers(-128, 128, (n, k)).astype(np.int8)
+            if has_zeros:
+                zeros = rng.integers(0, 256, (n, n_groups)).astype(np.float32)  # [n, G]
+            levels = codes + (0.0 if zeros is None else 128 - _spread(zeros, k, group))
         elif scheme is Scheme.FP8:
             scales /= 256
             codes = rng.integers(0, 256, (n, k), dtype=np.uint8)

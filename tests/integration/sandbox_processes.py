@@ -21,7 +21,9 @@ from faasmoe_contracts.routing_table import (
 )
 from faasmoe_contracts.store import Store
 
-DEADLINE_S = 60.0
+DEADLINE_S = 300.0
+"""For each answer: the first function that its family's own module computes imports transformers,
+3 s of CPU time that took over 60 s on a machine with 20 other processes."""
 _LISTENS = re.compile(r"listen(?:s|ing) on ([\d.]+:\d+)")
 
 

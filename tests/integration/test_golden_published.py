@@ -15,7 +15,7 @@ import transformers
 from families.inputs import prompts
 from families.registry import FAMILIES, Family, forward_logits
 from published.checkpoints import Published, Write, build, publish
-from published.floats import fp8_blocks, fp8_scaled, gpt_oss, mxfp8
+from published.floats import deepseek_v4, fp8_blocks, fp8_scaled, gpt_oss, mxfp8
 from published.integers import awq, gptq, nvfp4, packed_integers, plain_integers
 from sandbox_processes import StartSandbox
 from test_golden import TOLERANCE, Sandboxes, logits_through_functions
@@ -26,6 +26,7 @@ from faasmoe_contracts.wire import OutputMode
 from faasmoe_router.checkpoint.prepare import prepare
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+FP4 = FP8 | {"scale_fmt": "ue8m0", "expert_dtype": "fp4"}
 FP8_SIZES = {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
@@ -55,6 +56,7 @@ FORMATS: dict[str, tuple[str, Write, dict[str, Any], dict[str, Any]]] = {
     "fp8-qwen3_moe": ("qwen3_moe", fp8_blocks(), FP8, FP8_SIZES),
     "fp8-minimax_m2": ("minimax_m2", fp8_blocks(), FP8, FP8_SIZES),
     "fp8-deepseek_v3": ("deepseek_v3", fp8_blocks(), FP8, FP8_SIZES),
+    "fp4-deepseek_v4": ("deepseek_v4", deepseek_v4(), FP4, FP8_SIZES),
     "mxfp4-gpt_oss": ("gpt_oss", gpt_oss(), {"quant_method": "mxfp4"}, {}),
     "mxfp8-qwen3_moe": ("qwen3_moe", mxfp8(), MXFP8, {}),
     "ct-int4-qwen3_moe": ("qwen3_moe", packed_integers(), CT_INT4, {}),
@@ -72,9 +74,11 @@ FORMATS: dict[str, tuple[str, Write, dict[str, Any], dict[str, Any]]] = {
     "nvfp4-qwen3_moe": ("qwen3_moe", nvfp4(), NVFP4, {}),
     "nvfp4-deepseek_v3": ("deepseek_v3", nvfp4(), NVFP4, {}),
 }
-LOADED_BY_TRANSFORMERS = ("fp8-qwen3_moe", "fp8-minimax_m2", "mxfp8-qwen3_moe", "mxfp4-gpt_oss")
+LOADED_BY_TRANSFORMERS = (
+    *("fp8-qwen3_moe", "fp8-minimax_m2", "fp4-deepseek_v4", "mxfp8-qwen3_moe", "mxfp4-gpt_oss"),
+)
 KEPT_SCHEMES = {
-    "mxfp4": "mxfp4",
+    **dict.fromkeys(("mxfp4", "fp4"), "mxfp4"),
     **dict.fromkeys(("ct-int4", "gptq", "awq"), "int4"),
     "ct-int8": "int8",
     **dict.fromkeys(("fp8", "mxfp8", "ct-fp8"), "fp8"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import threading
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -179,24 +180,27 @@ def by_choice(events: list[str]) -> dict[str, list[str]]:
     }
 
 
-def completed_usage(up: FaasmoeUp) -> dict[str, Any]:
+def read_usage(up: FaasmoeUp) -> Counter[str]:
+    """Return a tenant's requests by outcome and its tokens."""
     headers = {"Authorization": "Bearer quiet-key"}
-    return dict(httpx.get(f"{up.base_url}/v1/usage", headers=headers).json())
+    usage = httpx.get(f"{up.base_url}/v1/usage", headers=headers).json()
+    tokens = {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
+    return Counter({**usage["requests"], **tokens})
 
 
-def test_streams_of_a_killed_router_go_on(up: FaasmoeUp) -> None:
+def test_streams_of_a_killed_router_go_on_and_count_once(up: FaasmoeUp) -> None:
+    usage_before = read_usage(up)
     calm = read_all(up, kills_router=False)
-    usage_before = completed_usage(up)
+    usage_calm = read_usage(up)
     disturbed = read_all(up, kills_router=True)
     for name in STREAMS:
         expected, got = calm[name].events, disturbed[name].events
         assert len(expected) > 2 * N_EVENTS_BEFORE, name
         assert by_choice(got) == by_choice(expected), name
         assert len(ids_of(got)) == len(ids_of(expected)), name
-    usage = completed_usage(up)
-    assert usage_before["requests"]["completed"] >= len(STREAMS)
-    assert usage["requests"]["completed"] >= len(STREAMS)  # the killed router saved none of them
-    assert usage["requests"]["failed"] == usage_before["requests"]["failed"]
+    used = usage_calm - usage_before
+    assert used["completed"] == len(STREAMS)
+    assert read_usage(up) - usage_calm == used
 
 
 def test_requests_without_an_answer_are_repeated(up: FaasmoeUp) -> None:
@@ -236,11 +240,34 @@ def test_probes_learn_that_the_router_is_away(up: FaasmoeUp) -> None:
     wait_until(lambda: is_healthy(up), timeout_s=30, what="a router")
 
 
+def test_a_killed_gateway_ends_its_streams_and_nothing_else(up: FaasmoeUp) -> None:
+    wait_until(lambda: is_healthy(up), timeout_s=60, what="a router")
+    router, gateway = up.router, up.child_running("faasmoe_gateway")
+    assert router is not None
+    assert gateway is not None
+    headers = {"Authorization": "Bearer quiet-key"}
+    url, body = f"{up.base_url}/v1/completions", {**COMPLETION, "stream": True}
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        gateway.kill()
+        with pytest.raises(httpx.TransportError):
+            deque(lines)
+    answer = httpx.post(url, json={**COMPLETION, "max_tokens": 2}, headers=headers, timeout=60)
+    assert answer.status_code == 200  # it waited for the next gateway
+    assert up.router == router
+
+    def is_idle() -> bool:
+        return bool(httpx.get(f"{up.base_url}/load").json()["server_load"] == 0)
+
+    wait_until(is_idle, timeout_s=60, what="the end of the stream in the router")
+
+
 def is_healthy(up: FaasmoeUp) -> bool:
     return httpx.get(f"{up.base_url}/health", timeout=10).status_code == 200
 
 
-@pytest.mark.parametrize("header", ["x-faasmoe-front", "x-faasmoe-journal"])
+@pytest.mark.parametrize("header", ["x-faasmoe-front", "x-faasmoe-journal", "x-faasmoe-origin"])
 def test_clients_cannot_pose_as_the_gateway(up: FaasmoeUp, header: str) -> None:
     headers = {"Authorization": "Bearer quiet-key", header: "1 1"}
     response = httpx.post(

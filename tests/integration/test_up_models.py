@@ -15,6 +15,7 @@ from faasmoe_up import FaasmoeUp, running_up
 from tiny_chat import save_tiny_chat_model
 from tiny_system import moemodel_yaml
 
+ORIGIN = "https://chat.example.com"
 TENANTS = """\
 apiVersion: faasmoe.dev/v1alpha1
 kind: Tenant
@@ -50,7 +51,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
     for tenant in ("acme", "beta"):
         (served / "keys" / tenant).mkdir(parents=True)
         (served / "keys" / tenant / "key").write_text(f"sk-{tenant}")
-    with running_up(served, folder / "up.log") as running:
+    with running_up(served, folder / "up.log", "--cors-origin", ORIGIN) as running:
         yield running
 
 
@@ -100,6 +101,48 @@ def test_usage_counts_over_models_whole_and_streamed(up: FaasmoeUp) -> None:
         "input_tokens": whole["prompt_tokens"] + chunk["prompt_tokens"],
         "output_tokens": whole["completion_tokens"] + chunk["completion_tokens"],
     }
+
+
+def ask(up: FaasmoeUp, path: str, model: str, key: str, **fields: Any) -> httpx.Response:
+    """Ask one of the APIs that are translated onto chats for two tokens."""
+    body = {"model": model, "temperature": 0, **fields}
+    if path == "/v1/responses":
+        body |= {"input": "the quick", "max_output_tokens": 2}
+    else:
+        body |= {"messages": [{"role": "user", "content": "the quick"}], "max_tokens": 2}
+    headers = {"x-api-key": key}
+    return httpx.post(up.base_url + path, json=body, headers=headers, timeout=60, trust_env=False)
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+def test_responses_and_messages_are_counted_and_kept_apart(up: FaasmoeUp, path: str) -> None:
+    before = get(up, "/v1/usage", "sk-acme")["day"]
+    whole = ask(up, path, "mine", "sk-acme").json()
+    streamed = ask(up, path, "first", "sk-acme", stream=True)
+    events = [line for line in streamed.text.splitlines() if line.startswith("data: {")]
+    assert len(events) > 2, streamed.text
+    after = get(up, "/v1/usage", "sk-acme")["day"]
+    usage = whole["usage"]
+    n_input = usage["input_tokens"] + usage.get("cache_read_input_tokens", 0)
+    n_input += usage.get("cache_creation_input_tokens", 0)
+    assert after["requests"] - before["requests"] == 2
+    assert after["input_tokens"] - before["input_tokens"] == 2 * n_input
+    assert after["output_tokens"] - before["output_tokens"] == 2 * usage["output_tokens"]
+    assert whole["model"] == "mine"
+    for model, key, status in (("first", "sk-beta", 404), ("first", "sk-other", 401)):
+        refused = ask(up, path, model, key)
+        assert refused.status_code == status
+        assert ("type" in refused.json()) == (path == "/v1/messages")
+
+
+def test_head_and_preflight_are_answered(up: FaasmoeUp) -> None:
+    headers = {"Authorization": "Bearer sk-acme"}
+    for path in ("/health", "/v1/models", "/v1/models/first"):
+        head = httpx.head(up.base_url + path, headers=headers, trust_env=False)
+        assert (head.status_code, head.content) == (200, b"")
+    asked = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
+    preflight = httpx.options(f"{up.base_url}/v1/messages", headers=asked, trust_env=False)
+    assert preflight.headers["access-control-allow-origin"] == ORIGIN
 
 
 def test_budget_ends_a_day(up: FaasmoeUp) -> None:

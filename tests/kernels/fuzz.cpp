@@ -36,7 +36,7 @@ struct Dense {
   fk_matrix matrix{};
   Buffer<uint8_t> codes, lower, upper;  // and where the matrix has them, if elsewhere
   Buffer<float> scales, zeros, bias, factors;
-  Buffer<uint8_t> stored_scales, stored_zeros;
+  Buffer<uint8_t> stored_scales, stored_zeros, upper_scales;
   std::vector<double> values;
 };
 
@@ -119,7 +119,7 @@ void make_nvfp4_scales(Dense &d, int64_t n) {
   d.matrix.factors_upper = n_factors == 2 ? d.factors.data() + 1 : nullptr;
 }
 
-// Moves codes to any address, and at times their upper rows to another.
+// Moves codes to any address, and at times their upper rows to another, with their scales.
 void place_elsewhere(Dense &d, int64_t n) {
   int64_t bytes = int64_t(d.codes.size()), shift = pick(0, 9);
   int64_t lower = n % 2 == 0 && pick(0, 1) ? bytes / 2 : bytes;
@@ -130,6 +130,11 @@ void place_elsewhere(Dense &d, int64_t n) {
   d.upper.resize(shift + bytes - lower);
   std::memcpy(d.upper.data() + shift, d.codes.data() + lower, bytes - lower);
   d.matrix.codes_upper = d.upper.data() + shift;
+  if (d.stored_scales.empty() || !d.zeros.empty() || d.matrix.group_rows > 1) return;
+  int64_t half = int64_t(d.stored_scales.size()) / 2;
+  d.upper_scales.resize(shift + half);
+  std::memcpy(d.upper_scales.data() + shift, d.stored_scales.data() + half, half);
+  d.matrix.scales_upper = d.upper_scales.data() + shift;
 }
 
 Dense random_matrix(int32_t scheme, int64_t n, int64_t k, int32_t group) {
@@ -146,9 +151,9 @@ Dense random_matrix(int32_t scheme, int64_t n, int64_t k, int32_t group) {
       for (float &s : d.scales) s /= 32;
     if (scheme == FK_W_FP8)
       for (float &s : d.scales) s /= 64;
-    if (scheme == FK_W_INT4 && pick(0, 1)) {
+    if ((scheme == FK_W_INT4 || scheme == FK_W_INT8) && pick(0, 1)) {
       d.zeros.resize(n * groups);
-      for (float &z : d.zeros) z = float(pick(0, 15));
+      for (float &z : d.zeros) z = float(pick(0, scheme == FK_W_INT4 ? 15 : 255));
     }
   }
   int32_t scale_dtype = d.scales.empty() ? 0 : FK_P_E4M3;
@@ -173,7 +178,7 @@ Dense random_matrix(int32_t scheme, int64_t n, int64_t k, int32_t group) {
       } else if (scheme == FK_W_INT8) {
         int8_t code = int8_t(pick(-128, 127));
         d.codes[i] = uint8_t(code);
-        d.values[i] = double(code) * d.scales[g];
+        d.values[i] = (code + (d.zeros.empty() ? 0.0 : 128 - double(d.zeros[g]))) * d.scales[g];
       } else if (scheme == FK_W_FP8) {
         d.codes[i] = random_e4m3(255);
         d.values[i] = e4m3(d.codes[i]) * d.scales[g];

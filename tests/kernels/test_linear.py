@@ -82,11 +82,12 @@ def test_columns_behind_the_last_vector_count(
             assert_close(run_linear(library, weight.matrix, x), expected_product(weight, x))
 
 
+@pytest.mark.parametrize("scheme", [Scheme.INT8, Scheme.INT4])
 @pytest.mark.parametrize("group", [0, 32, 128])
 def test_zero_points_are_subtracted(
-    library: KernelLibrary, rng: np.random.Generator, group: int
+    library: KernelLibrary, rng: np.random.Generator, group: int, scheme: Scheme
 ) -> None:
-    weight = random_matrix(rng, Scheme.INT4, 40, 256, group=group, has_zeros=True, has_bias=True)
+    weight = random_matrix(rng, scheme, 40, 256, group=group, has_zeros=True, has_bias=True)
     for rows in (1, 4, 20):
         x = random_rows(rng, rows, 256, KernelDtype.FLOAT32)
         assert_close(run_linear(library, weight.matrix, x), expected_product(weight, x))
@@ -132,10 +133,15 @@ def test_e8m0_has_no_zero_and_one_nan(library: KernelLibrary) -> None:
 
 @pytest.mark.parametrize("group", [0, 32])
 @pytest.mark.parametrize("dtype", [*FLOAT_PARAMETERS, ParameterDtype.UINT8])
+@pytest.mark.parametrize("scheme", [Scheme.INT8, Scheme.INT4])
 def test_zero_points_are_read_as_they_lie_in_a_store(
-    library: KernelLibrary, rng: np.random.Generator, dtype: ParameterDtype, group: int
+    library: KernelLibrary,
+    rng: np.random.Generator,
+    scheme: Scheme,
+    dtype: ParameterDtype,
+    group: int,
 ) -> None:
-    weight = random_matrix(rng, Scheme.INT4, 40, 224, group=group, has_zeros=True, zero_dtype=dtype)
+    weight = random_matrix(rng, scheme, 40, 224, group=group, has_zeros=True, zero_dtype=dtype)
     for rows in (1, 20):
         x = random_rows(rng, rows, 224, KernelDtype.BFLOAT16)
         assert_close(run_linear(library, weight.matrix, x), expected_product(weight, x))
@@ -228,7 +234,7 @@ def test_any_shape_equals_the_reference(library: KernelLibrary, data: st.DataObj
     n, rows = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 30))
     k = valid_depth(scheme, group, data.draw(st.integers(1, 300)))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
-    has_zeros = scheme is Scheme.INT4 and data.draw(st.booleans())
+    has_zeros = scheme in (Scheme.INT8, Scheme.INT4) and data.draw(st.booleans())
     weight = random_matrix(
         rng, scheme, n, k, group=group, has_zeros=has_zeros, has_bias=data.draw(st.booleans())
     )
@@ -303,7 +309,16 @@ def test_rows_of_fp8_may_share_their_scales(
 
 @pytest.mark.parametrize("shift", [0, 1, 3])
 @pytest.mark.parametrize(
-    ("scheme", "group", "group_rows"), [(Scheme.FP8, 32, 128), (Scheme.NVFP4, 16, 1)]
+    ("scheme", "group", "group_rows"),
+    [
+        (Scheme.FP8, 32, 128),
+        (Scheme.NVFP4, 16, 1),
+        (Scheme.INT8, 0, 1),
+        (Scheme.INT8, 32, 1),
+        (Scheme.INT4, 96, 1),
+        (Scheme.INT4, 32, 1),
+        (Scheme.MXFP4, 32, 1),
+    ],
 )
 def test_scales_may_lie_in_two_places_at_any_address(
     library: KernelLibrary,
@@ -318,8 +333,9 @@ def test_scales_may_lie_in_two_places_at_any_address(
     halves = [
         random_matrix(rng, scheme, n // 2, k, group=group, group_rows=group_rows) for _ in range(2)
     ]
-    n_code_bytes = n // 2 * k // (1 if scheme is Scheme.FP8 else 2)
-    n_scale_bytes = 3 * 4 if scheme is Scheme.FP8 else n // 2 * 6
+    n_code_bytes = n // 2 * k // (1 if scheme in (Scheme.FP8, Scheme.INT8) else 2)
+    n_scale_rows = -(-n // 2 // group_rows)
+    n_scale_bytes = n_scale_rows * k // (group or k) * (1 if scheme is Scheme.NVFP4 else 4)
     addresses = [
         (half.matrix.codes, n_code_bytes, half.matrix.scales, n_scale_bytes, half.matrix.factors)
         for half in halves

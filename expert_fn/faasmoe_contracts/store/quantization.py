@@ -3,9 +3,9 @@
 A quantised parameter `X` is two tensors or more: its codes `X`, [..., N, K] of a byte or
 [..., N, K/2] with the even column in the low nibble, and beside it `X_scale` [..., N, G], where G
 is K / group, or 1 with one scale per row. A weight is the value of its code times its scale. fp8
-may have a scale for several rows, nvfp4 has factors of all scales (`X_global_scale`), int4 may have
-zero points (`X_zero_point`). The layout is the same for every CPU, so all are read as they lie in
-the mapped file.
+may have a scale for several rows, nvfp4 has factors of all scales (`X_global_scale`), int8 and
+int4 may have zero points (`X_zero_point`). The layout is the same for every CPU, so all are read as
+they lie in the mapped file.
 """
 
 from __future__ import annotations
@@ -82,15 +82,16 @@ class TensorQuantization:
     """How one weight, or each expert's weight of a stack, is quantised.
 
     Attributes:
-        scheme: "int8" (code * scale), "int4" ((code - 8) * scale, or - its zero point), "mxfp4"
-            (E2M1 * scale), "fp8" (E4M3 * scale) or "nvfp4" (E2M1 * scale * factor).
+        scheme: "int8" (code * scale), "int4" ((code - 8) * scale), "mxfp4" (E2M1 * scale), "fp8"
+            (E4M3 * scale) or "nvfp4" (E2M1 * scale * factor).
         shape: N and K of the weight that the codes represent, K contiguous.
         group: columns per scale, a multiple of 32 that divides K, in fp8 perhaps but for a rest; 16
             in nvfp4; 0 for one scale per row.
         scale_dtype: a key of SCALE_DTYPES.
         group_rows: rows per scale, of fp8 only; the last ones of a part may be fewer.
         parts: equal parts of the rows, each with scale rows (fp8), or a factor (nvfp4), of its own.
-        symmetric: whether there are no zero points.
+        symmetric: whether there are no zero points, of int8 and int4 only: (code + 128 - zero)
+            * scale, or (code - zero) * scale.
         transposed: whether the codes are the transpose of the model's parameter.
         norm: Frobenius norm of the original weights.
         relative_error: Frobenius norm of the difference to the original weights over `norm`.
@@ -169,7 +170,7 @@ class TensorQuantization:
         rows, columns = self.shape
         if self.bits == 4 and columns % 2:
             raise fields.error("shape", list(self.shape), "an even number of columns")
-        if not self.symmetric and self.scheme != "int4":
+        if not self.symmetric and self.scheme not in ("int8", "int4"):
             raise fields.error("symmetric", False, f"true for {self.scheme}")
         if not 1 <= self.parts <= MAX_PARTS or rows % self.parts:
             raise fields.error("parts", self.parts, f"1, or 2 of an even number of rows, of {rows}")

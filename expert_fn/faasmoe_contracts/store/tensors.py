@@ -38,6 +38,8 @@ DTYPE_SIZES: Mapping[str, int] = {
     "I64": 8,
     "F64": 8,
 }
+CHECKPOINT_DTYPE_SIZES: Mapping[str, int] = {**DTYPE_SIZES, "F8_E8M0": 1}
+"""The same with dtypes that a checkpoint may have and no store has: powers of two, read as U8."""
 MADV_POPULATE_READ = 22  # Linux 5.14; mmap has no constant for it before Python 3.13
 _HEADER_LENGTH = struct.Struct("<Q")
 _MAX_HEADER_BYTES = 100_000_000  # same limit as the safetensors library
@@ -242,8 +244,8 @@ def read_tensor_table(
     """Read the header of a safetensors file, which may also hold dtypes that no store has.
 
     Returns:
-        The dtype, shape and offset in the file by name of each tensor with a dtype of DTYPE_SIZES,
-        and the file's size.
+        The dtype, shape and offset in the file by name of each tensor with a dtype of
+        CHECKPOINT_DTYPE_SIZES, and the file's size.
 
     Raises:
         StoreError: the file cannot be read or is invalid; the message names it and the tensor.
@@ -260,9 +262,10 @@ def read_tensor_table(
     data_start = _HEADER_LENGTH.size + len(text)
     table: dict[str, tuple[str, tuple[int, ...], int]] = {}
     for name, value in _load_header(text, path).items():
-        if isinstance(value, dict) and value.get("dtype") not in DTYPE_SIZES:
+        dtype = value.get("dtype") if isinstance(value, dict) else None
+        if isinstance(dtype, str) and dtype not in CHECKPOINT_DTYPE_SIZES:
             continue
-        entry = _read_tensor_info(value, f"{path}: {name}")
+        entry = _read_tensor_info(value, f"{path}: {name}", CHECKPOINT_DTYPE_SIZES)
         if data_start + entry.end > size_bytes:
             raise StoreError(
                 f"{path}: {name}: got an end at byte {data_start + entry.end}, expected at most "
@@ -308,7 +311,9 @@ def _parse_header(text: bytes, size_bytes: int, path: Path) -> tuple[dict[str, _
     return entries, data_start
 
 
-def _read_tensor_info(value: Any, path: str) -> _TensorInfo:
+def _read_tensor_info(
+    value: Any, path: str, dtype_sizes: Mapping[str, int] = DTYPE_SIZES
+) -> _TensorInfo:
     fields = JsonFields(value, path)
     dtype, shape, offsets = (
         fields.pop_string("dtype"),
@@ -316,15 +321,15 @@ def _read_tensor_info(value: Any, path: str) -> _TensorInfo:
         fields.pop_array("data_offsets"),
     )
     fields.reject_unknown()
-    if dtype not in DTYPE_SIZES:
-        raise fields.error("dtype", dtype, f"one of {', '.join(DTYPE_SIZES)}")
+    if dtype not in dtype_sizes:
+        raise fields.error("dtype", dtype, f"one of {', '.join(dtype_sizes)}")
     if not all(_is_count(n) for n in shape):
         raise fields.error("shape", shape, "non-negative integers")
     if len(offsets) != 2 or not all(_is_count(n) for n in offsets):
         raise fields.error("data_offsets", offsets, "two non-negative integers")
     start, end = offsets
-    if end - start != math.prod(shape) * DTYPE_SIZES[dtype]:
-        size_bytes = math.prod(shape) * DTYPE_SIZES[dtype]
+    size_bytes = math.prod(shape) * dtype_sizes[dtype]
+    if end - start != size_bytes:
         raise fields.error("data_offsets", offsets, f"{size_bytes} bytes apart")
     return _TensorInfo(dtype, tuple(shape), start, end)
 

@@ -34,6 +34,8 @@ E2M1_VALUES = (
 """Values of the 4-bit floating point numbers of MXFP4 and NVFP4, by their code."""
 INT4_ZERO = 8
 """Code of zero in int4."""
+_MIDDLES: Mapping[str, int] = {"int8": 128, "int4": INT4_ZERO}
+"""The zero point that stands for none: codes counted from 0 are around it."""
 E8M0_BIAS = 127
 
 
@@ -66,7 +68,7 @@ def dequantize(
     if factors is not None:
         per_row = per_row * factors.repeat_interleave(n_rows // quantization.parts, -2)
     if zeros is not None:
-        offsets = zeros.float() - INT4_ZERO  # [..., N, G]; the values are those around 8
+        offsets = zeros.float() - _MIDDLES[quantization.scheme]  # [..., N, G]
         values = _grouped(values, quantization).sub_(offsets[..., None]).flatten(-2)
     columns = values.shape[-1]
     if quantization.group and columns % quantization.group:

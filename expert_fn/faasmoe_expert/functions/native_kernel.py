@@ -352,8 +352,8 @@ def quantized_matrix(stack: QuantizedStack, expert: int) -> Matrix:
     scales, scales_upper = _addresses(stack.scales, expert)
     zeros, zeros_upper = _addresses(stack.zeros, expert)
     factors, factors_upper = _addresses(stack.factors, expert)
-    if zeros_upper or (scales_upper and entry.scheme not in ("fp8", "nvfp4")):
-        raise UnsupportedLayer(f"{entry.scheme} scales lie in two places")
+    if zeros_upper or (scales_upper and zeros):
+        raise UnsupportedLayer(f"{entry.scheme} zero points lie in two places")
     if entry.parts > 1:  # each part has rows of scales, and factors, of its own
         scales_upper = scales_upper or scales + _half_bytes(stack.scales)
         if stack.factors is not None:

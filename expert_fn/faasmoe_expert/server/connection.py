@@ -166,6 +166,14 @@ class HttpConnection(asyncio.Protocol):
             self._held.close()
         self._held = resource
 
+    def close_held(self) -> None:
+        """Close the resource, if there is one, and with it the connection, which serves only it."""
+        if self._held is None:
+            return
+        self._held.close()
+        self._held = None
+        self.close()
+
     def close(self) -> None:
         """Close the connection after the pending response, once written data is sent."""
         self._is_closing = True

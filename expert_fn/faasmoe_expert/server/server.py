@@ -110,6 +110,8 @@ async def _serve_until_stopped(runtime: SandboxRuntime, listener: socket.socket 
     )
     await stop.wait()
     routes.start_draining()
+    for connection in tuple(connections):  # no frame will come through a mailbox any more
+        connection.close_held()
     logger.info("sandbox %s draining for up to %g s", config.id, config.drain_s)
     await _wait_until_drained(connections, drain_s=config.drain_s)
     listeners.close()

@@ -49,7 +49,8 @@ async def _explain(instance: LocalInstance) -> str:
         return render(instance.name, status, None, note=note)
     exposition = await _fetch_metrics(instance.metrics_url)
     if exposition is None:
-        return render(instance.name, status, None, note=f"{instance.metrics_url} does not answer")
+        note = f"{instance.metrics_url} is not answered without a key; set `router.metricsPort`"
+        return render(instance.name, status, None, note=note)
     return render(instance.name, status, parse_totals(exposition))
 
 

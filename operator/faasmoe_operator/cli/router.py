@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from faasmoe_operator.cli.supervisor import RestartPolicy
@@ -21,6 +22,7 @@ from faasmoe_operator.errors import CommandError
 
 COMMAND = (sys.executable, "-m", "faasmoe_router")
 ZYGOTE_COMMAND = (sys.executable, "-m", "faasmoe_router.zygote")
+VLLM_PYTHON_VARIABLE = "FAASMOE_VLLM_PYTHON"
 ZYGOTE_GRACE_S = 5.0
 START_TIMEOUT_S = 900.0
 GRACE_S = 35.0  # the router drains running requests for up to 30 s
@@ -134,6 +136,8 @@ def environment(
         "FRONT_TOKEN": None if behind is None else behind.front_token,
         "KEEP_ALIVE": router.keep_alive_seconds if keep_alive_s is None else keep_alive_s,
         "METRICS_PORT": router.metrics_port,
+        "ENGINE": router.engine,
+        "ENGINE_ARGS": router.engine_arguments,
         "DEVICE": router.device,
         "DTYPE": router.dtype,
         "COMPUTE": router.compute,
@@ -156,6 +160,22 @@ def environment(
         **{variable.name: variable.value for variable in router.env},
         **{f"FAASMOE_{name}": str(value) for name, value in settings.items() if value is not None},
     }
+
+
+def own_command(environment: Mapping[str, str]) -> Sequence[str] | None:
+    """Return the command of a router with vLLM, which no zygote forks; None for any other.
+
+    vLLM needs other versions of libraries than the rest: VLLM_PYTHON_VARIABLE names the interpreter
+    of its environment, by default this one.
+
+    Args:
+        environment: the router's complete environment.
+    """
+    engine = environment.get("FAASMOE_ENGINE", "auto")
+    if engine == "transformers" or (engine == "auto" and find_spec("vllm") is None):
+        return None
+    python = environment.get(VLLM_PYTHON_VARIABLE) if engine == "vllm" else None
+    return (python or sys.executable, *COMMAND[1:])
 
 
 def new_zygote(environment: Mapping[str, str], *, log: Callable[[str], None]) -> Zygote:

@@ -45,11 +45,13 @@ class TenantAdmission(AbstractAsyncContextManager[Any], Protocol):
         requests: Sequence[GenerationRequest],
         *,
         n_prompt: int,
+        request_id: str = "",
         is_admitted: bool = False,
     ) -> RequestUsageRecorder:
         """Admit the tokens of a request, `n_prompt` of them prompt tokens, or raise RouterError.
 
-        One that another router has admitted is counted, not refused.
+        One that another router has admitted is counted, not refused; its usage counts once for each
+        `request_id`, unless that is empty.
         """
 
     def queue_slot(self, caller: Caller, *, size_bytes: int) -> AbstractContextManager[None]:

@@ -1,8 +1,8 @@
 """The FastAPI app: every route and middleware, around one engine.
 
 `create_app` ties the lifetime of the engine, the activator and the tenants to the app's. The small
-routes that no other module needs are defined here: health and metrics endpoints, which are for
-probes and Prometheus and need no API key, and OpenAI endpoints that answer 501.
+routes that no other module needs are defined here: health endpoints, which are for probes and need
+no API key, metrics, and OpenAI endpoints that answer 501.
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -27,7 +27,7 @@ from faasmoe_router.api.completions import (
 from faasmoe_router.api.content_encoding import ContentEncodingMiddleware, HeadMiddleware
 from faasmoe_router.api.errors import ApiError, add_error_handlers
 from faasmoe_router.api.metrics_server import MetricsServer
-from faasmoe_router.api.middleware import AuthMiddleware, RequestContextMiddleware
+from faasmoe_router.api.middleware import AuthMiddleware, RequestContextMiddleware, get_caller
 from faasmoe_router.api.models import model_routes, usage_routes
 from faasmoe_router.api.openapi import (
     HealthResponse,
@@ -46,11 +46,13 @@ from faasmoe_router.api.request_span import TracingMiddleware
 from faasmoe_router.api.resumption import ResumptionMiddleware
 from faasmoe_router.api.tokenization import tokenization_routes
 from faasmoe_router.api.translated_routes import translated_routes
+from faasmoe_router.api.turns import TurnMiddleware
 from faasmoe_router.api.validation import MAX_PROMPTS
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.sampling_defaults import SamplingDefaults
 from faasmoe_router.errors import EngineUnavailable
 from faasmoe_router.metrics import render_metrics
+from faasmoe_router.tenants.metrics import OwnMetrics
 from faasmoe_router.tenants.service import NoTenants, TenantService
 from faasmoe_router.version import installed_version
 from faasmoe_tracing import NO_TRACER, Tracer
@@ -177,6 +179,7 @@ def _add_middleware(
     app.add_middleware(ContentEncodingMiddleware, max_body_bytes=max_body_bytes)
     app.add_middleware(HeadMiddleware)
     if tenancy is not None:
+        app.add_middleware(TurnMiddleware)
         app.add_middleware(AuthMiddleware, authenticator=tenancy)
     app.add_middleware(RequestContextMiddleware, max_body_bytes=max_body_bytes)
     if tracer.is_enabled:
@@ -234,9 +237,11 @@ def metrics_routes(registry: CollectorRegistry) -> APIRouter:
 
     @router.get("/metrics", response_class=PlainTextResponse, responses=text_error_responses(500))
     async def metrics(request: Request) -> Response:
-        """Return the metrics in Prometheus' text format, or as OpenMetrics."""
+        """Return the metrics in Prometheus' text format, or as OpenMetrics; to a tenant its own."""
+        tenant = get_caller(request).tenant
+        visible = OwnMetrics(registry, tenant) if tenant else registry
         accept = request.headers.get("accept", "")
-        body, content_type = render_metrics(registry, accept=accept)
+        body, content_type = render_metrics(visible, accept=accept)
         return Response(body, headers={"Content-Type": content_type})
 
     return router

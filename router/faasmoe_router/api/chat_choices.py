@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from faasmoe_router.api.choice_logprobs import OffsetLogprobs, to_chat_logprobs
-from faasmoe_router.api.choices import ChoiceState
+from faasmoe_router.api.choices import ChoiceState, with_finish_reason
 from faasmoe_router.api.origin import Origin
 from faasmoe_router.api.reasoning import MessageFormat
 from faasmoe_router.api.token_details import TokenBytes
@@ -107,7 +107,7 @@ class ChatChoiceFormatter:
         return self._chunk_choice(index, {"role": "assistant", "content": self._echoed})
 
     def format_chunks(self, index: int, output: CompletionOutput) -> list[dict[str, Any]]:
-        """Return a choice's deltas; the one with the finish reason is empty."""
+        """Return a choice's deltas; the last one has the finish reason."""
         message_deltas, finish_reason = self._message_deltas(index, output)
         logprobs = self._logprobs(output.logprobs) if output.logprobs else None
         if logprobs is not None and not message_deltas:
@@ -116,8 +116,8 @@ class ChatChoiceFormatter:
         if logprobs is not None:
             chunks[0]["logprobs"] = logprobs
         if finish_reason is not None:
-            final_chunk = self._chunk_choice(index, {}, finish_reason)
-            chunks.append({**final_chunk, "stop_reason": output.stop_reason})
+            last = chunks.pop() if chunks else self.empty_chunk(index)
+            chunks.append(with_finish_reason(last, finish_reason, output.stop_reason))
         return chunks
 
     def empty_chunk(self, index: int) -> dict[str, Any]:
@@ -206,10 +206,8 @@ class ChatChoiceFormatter:
             token_logprobs, self._token_bytes, n_top=self._n_top, as_ids=self._as_ids
         )
 
-    def _chunk_choice(
-        self, index: int, delta: dict[str, Any], reason: str | None = None
-    ) -> dict[str, Any]:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _chunk_choice(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
 def _custom_input(arguments: str) -> str:

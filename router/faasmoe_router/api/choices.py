@@ -5,6 +5,7 @@ OpenAI's current form of log-probabilities (`chat_choices`), text completions ha
 the legacy form (`completion_choices`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ class ChoiceState:
         finish_reason: why the choice ended; None while it runs, and in a stream.
         stop_reason: the stop string or stop token that ended it, if one did.
         n_cached_tokens: prompt tokens found in the prefix cache; None until known.
+        n_cache_written_tokens: prompt tokens that the prefix cache has gained.
         logprobs: the log-probabilities of its tokens, if requested; stays empty in a stream.
         token_ids: its tokens; stays empty in a stream.
         prompt_logprobs: the log-probabilities of its prompt's tokens but the first, if requested.
@@ -32,6 +34,7 @@ class ChoiceState:
     finish_reason: str | None = None
     stop_reason: StopReason | None = None
     n_cached_tokens: int | None = None
+    n_cache_written_tokens: int = 0
     logprobs: list[tuple[int, SampledLogprob]] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[SampledLogprob] = field(default_factory=list)
@@ -49,8 +52,16 @@ class ChoiceState:
     def add_counts(self, output: CompletionOutput) -> None:
         """Add the token counts of new output only."""
         self.n_tokens += output.n_tokens
+        self.n_cache_written_tokens += output.n_cache_written_tokens
         if output.n_cached_tokens is not None:
             self.n_cached_tokens = output.n_cached_tokens
+
+
+def with_finish_reason(
+    entry: Mapping[str, Any], finish_reason: str | None, stop_reason: StopReason | None
+) -> dict[str, Any]:
+    """Return an entry of `choices` with why the choice ended."""
+    return {**entry, "finish_reason": finish_reason, "stop_reason": stop_reason}
 
 
 class ChoiceFormatter(Protocol):
@@ -67,7 +78,11 @@ class ChoiceFormatter(Protocol):
         """Return a choice's entry in its first chunk, before any output; None if there is none."""
 
     def format_chunks(self, index: int, output: CompletionOutput) -> list[dict[str, Any]]:
-        """Return a choice's entries for new output, one per chunk; the last has no content."""
+        """Return a choice's entries for new output, one per chunk.
+
+        The last entry of a choice has its finish reason. As in vLLM it has content too if the last
+        token has any.
+        """
 
     def empty_chunk(self, index: int) -> dict[str, Any]:
         """Return a choice's entry without any output."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from faasmoe_router.api.choice_logprobs import OffsetLogprobs, to_completion_logprobs
-from faasmoe_router.api.choices import ChoiceState
+from faasmoe_router.api.choices import ChoiceState, with_finish_reason
 from faasmoe_router.api.token_details import (
     TokenBytes,
     legacy_token_name,
@@ -52,14 +52,12 @@ class CompletionChoiceFormatter:
     def format_choice(self, index: int, choice: ChoiceState) -> dict[str, Any]:
         """Return a choice with its text, after the echoed prompt."""
         text = self._echoed_prompt(index) + choice.text
-        text_choice = self._text_choice(
-            index, text, token_logprobs=choice.logprobs, finish_reason=choice.finish_reason
-        )
+        text_choice = self._text_choice(index, text, token_logprobs=choice.logprobs, is_end=True)
         if self._echoed_prompts is not None and text_choice["logprobs"] is not None:
             of_prompt = self._prompt_logprobs(index, choice.prompt_logprobs)
             logprobs = text_choice["logprobs"]
             text_choice["logprobs"] = {n: of_prompt[n] + logprobs[n] for n in logprobs}
-        return {**text_choice, "stop_reason": choice.stop_reason}
+        return with_finish_reason(text_choice, choice.finish_reason, choice.stop_reason)
 
     def _prompt_logprobs(
         self, index: int, prompt_logprobs: Sequence[SampledLogprob]
@@ -104,13 +102,13 @@ class CompletionChoiceFormatter:
         ]
 
     def format_chunks(self, index: int, output: CompletionOutput) -> list[dict[str, Any]]:
-        """Return a choice's text; the entry with the finish reason is empty."""
+        """Return a choice's text; the last entry has the finish reason."""
         chunks = self._scored_prompt(index, output)
         if output.text or output.logprobs:
             chunks.append(self._text_choice(index, output.text, token_logprobs=output.logprobs))
         if output.finish_reason is not None:
-            final_chunk = self._text_choice(index, "", finish_reason=output.finish_reason)
-            chunks.append({**final_chunk, "stop_reason": output.stop_reason})
+            last = chunks.pop() if chunks else self._text_choice(index, "", is_end=True)
+            chunks.append(with_finish_reason(last, output.finish_reason, output.stop_reason))
         return chunks
 
     def empty_chunk(self, index: int) -> dict[str, Any]:
@@ -130,13 +128,13 @@ class CompletionChoiceFormatter:
         text: str,
         *,
         token_logprobs: OffsetLogprobs = (),
-        finish_reason: str | None = None,
+        is_end: bool = False,
     ) -> dict[str, Any]:
         logprobs = None
-        is_whole = bool(token_logprobs) or finish_reason is None or bool(self._prompts)
+        is_whole = bool(token_logprobs) or not is_end or bool(self._prompts)
         if self._token_bytes is not None and is_whole:
             offset = len(self._echoed_prompt(index))
             logprobs = to_completion_logprobs(
                 token_logprobs, self._token_name, first_text_offset=offset, n_top=self._n_top
             )
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}

@@ -40,6 +40,7 @@ from faasmoe_router.api.openapi import (
     json_responses,
 )
 from faasmoe_router.api.origin import Origin, get_origin
+from faasmoe_router.api.preparation import release_turn
 from faasmoe_router.api.preprocessing import Preprocessor
 from faasmoe_router.api.protocol import (
     ChatCompletionRequest,
@@ -271,6 +272,7 @@ class ResponseGenerator:
 
     async def respond(self, request: Request, prepared: PreparedRequest) -> Response:
         """Return the response to a request; raises RouterError if it is not admitted."""
+        release_turn()
         body, requests, rendering = prepared.body, prepared.requests, prepared.rendering
         if not self._engine.is_ready:
             raise EngineUnavailable("the engine is starting")
@@ -287,6 +289,7 @@ class ResponseGenerator:
                 caller,
                 requests,
                 n_prompt=n_prompt_tokens,
+                request_id=get_origin(request).hex_id("usage"),
                 is_admitted=get_resumption(request) is not None,
             )
         span = begin_generation_span(
@@ -419,12 +422,12 @@ def _stream_response(
     """Return a stream: of records if a front asks for it, which may have a part of it already."""
     options = body.stream_options or StreamOptions()
     if not has_front(request):
-        outputs = _outputs(start)
+        outputs = stream_outputs(start)
         return EventStreamResponse(
             rendering.frames(builder.stream_chunks(outputs, options)), on_close
         )
     journal = StreamJournal(get_origin(request), get_resumption(request))
-    frames = rendering.frames(builder.stream_chunks(journal.watch(_outputs(start)), options))
+    frames = rendering.frames(builder.stream_chunks(journal.watch(stream_outputs(start)), options))
     response = EventStreamResponse(
         journal.records(frames), on_close, keepalive_frame=comment_record(KEEPALIVE_FRAME)
     )
@@ -432,11 +435,13 @@ def _stream_response(
     return response
 
 
-async def _outputs(
+async def stream_outputs(
     start: Callable[[], Awaitable[Generation]],
 ) -> AsyncIterator[tuple[int, CompletionOutput]]:
-    async for output in await start():
-        yield output
+    """Yield the outputs; their usage is recorded before the client can have seen the end."""
+    async with await start() as generation:
+        async for output in generation:
+            yield output
 
 
 def _header_value(text: str) -> str:

@@ -7,6 +7,7 @@ it, and quotes client input safely. Messages name the field, what it got and wha
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -113,6 +114,22 @@ class ApiError(Exception):
                 "code": self.code,
             }
         }
+
+    def renamed(self, names: Mapping[str, str]) -> "ApiError":
+        """Return this error with other names of fields, those of the API that was called."""
+        pattern = re.compile(rf"\b(?:{'|'.join(names)})\b")
+
+        def rename(text: str) -> str:
+            return pattern.sub(lambda match: names[match[0]], text)
+
+        return ApiError(
+            rename(str(self)),
+            status=self.status,
+            error_type=self.error_type,
+            param=None if self.param is None else rename(self.param),
+            code=self.code,
+            headers=self.headers,
+        )
 
     def response(self) -> JSONResponse:
         """Return the HTTP response, with retry headers that fit its status."""
@@ -283,11 +300,6 @@ def add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, ApiError)
         return error_response(request.url.path, error)
 
-    async def handle_router_error(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RouterError)
-        set_refusal_reason(request.scope, error)
-        return error_response(request.url.path, from_router_error(error))
-
     async def handle_validation_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         return error_response(request.url.path, from_validation_errors(error.errors()))
@@ -302,9 +314,20 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ClientDisconnected, handle_disconnect)
     app.add_exception_handler(ClientDisconnect, handle_disconnect)
     app.add_exception_handler(ApiError, handle_api_error)
-    app.add_exception_handler(RouterError, handle_router_error)
+    add_router_error_handler(app)
     app.add_exception_handler(RequestValidationError, handle_validation_error)
     app.add_exception_handler(HTTPException, handle_http_exception)
+
+
+def add_router_error_handler(app: FastAPI) -> None:
+    """Make the app answer the router's errors, and leave all others as they are."""
+
+    async def handle_router_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RouterError)
+        set_refusal_reason(request.scope, error)
+        return error_response(request.url.path, from_router_error(error))
+
+    app.add_exception_handler(RouterError, handle_router_error)
 
 
 def error_response(path: str, error: ApiError) -> JSONResponse:

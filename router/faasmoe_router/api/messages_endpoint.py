@@ -15,13 +15,17 @@ from faasmoe_router.api.errors import (
     unsupported_param,
 )
 from faasmoe_router.api.origin import Origin
-from faasmoe_router.api.protocol import MAX_TOOLS
+from faasmoe_router.api.protocol import CHAT_EXTENSIONS, MAX_TOOLS
 from faasmoe_router.api.rendering import PartDelta, event_frame, message_parts
 from faasmoe_router.api.streaming import log_stream_failure
 from faasmoe_router.api.validation import MAX_MESSAGES, RequestModel, Text, reject_unsupported
 from faasmoe_router.errors import RouterError
 
-_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {"container": (), "mcp_servers": ([],)}
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "container": (),
+    "mcp_servers": ([],),
+    "response_format": ({"type": "text"},),
+}
 _SAME = ("model", "temperature", "top_p", "top_k", "stream")
 _STOP_REASONS: Mapping[str, str] = {"length": "max_tokens", "tool_calls": "tool_use"}
 _TOOL_CHOICES: Mapping[str, str] = {"auto": "auto", "any": "required", "none": "none"}
@@ -38,6 +42,7 @@ class CountTokensRequest(RequestModel):
     """The body of POST /v1/messages/count_tokens, and the prompt of POST /v1/messages."""
 
     unsupported_parameters = _UNSUPPORTED
+    known_extra = frozenset(CHAT_EXTENSIONS)
 
     messages: list[MessageParam] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     model: Text | None = None
@@ -48,15 +53,19 @@ class CountTokensRequest(RequestModel):
 
     def to_chat(self) -> dict[str, Any]:
         """Return the body of the same request to chat completions; raises ApiError."""
-        reject_unsupported(self.model_extra, _UNSUPPORTED)
-        chat: dict[str, Any] = {"messages": list(self._messages()), "model": self.model}
+        extra = self.model_extra or {}
+        reject_unsupported(extra, _UNSUPPORTED)
+        chat = {name: extra[name] for name in CHAT_EXTENSIONS if name in extra}
+        chat |= {"messages": list(self._messages()), "model": self.model}
         if self.tools:
             chat["tools"] = [_chat_tool(tool, index) for index, tool in enumerate(self.tools)]
         if self.tool_choice is not None:
             chat |= _chat_tool_choice(self.tool_choice)
         if self.thinking is not None:
             is_enabled = self.thinking.get("type") != "disabled"
-            chat["chat_template_kwargs"] = {"enable_thinking": is_enabled}
+            given = chat.get("chat_template_kwargs") or {}
+            if isinstance(given, dict):  # otherwise the chat names it
+                chat["chat_template_kwargs"] = {"enable_thinking": is_enabled, **given}
         return chat
 
     def _messages(self) -> Iterator[dict[str, Any]]:
@@ -228,11 +237,12 @@ class MessagesRendering:
 
 
 def _usage(usage: Mapping[str, Any]) -> dict[str, Any]:
-    n_cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+    details = usage.get("prompt_tokens_details") or {}
+    n_read, n_created = details.get("cached_tokens", 0), details.get("cache_write_tokens", 0)
     return {
-        "input_tokens": usage.get("prompt_tokens", 0) - n_cached,
-        "cache_read_input_tokens": n_cached,
-        "cache_creation_input_tokens": 0,
+        "input_tokens": usage.get("prompt_tokens", 0) - n_read - n_created,
+        "cache_read_input_tokens": n_read,
+        "cache_creation_input_tokens": n_created,
         "output_tokens": usage.get("completion_tokens", 0),
     }
 

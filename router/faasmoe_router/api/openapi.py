@@ -12,8 +12,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, Field
 from pydantic.json_schema import models_json_schema
 
-# For probes and Prometheus. Only /v1 and /{tenant}/v1 are exposed to tenants.
-UNAUTHENTICATED_PATHS = frozenset({"/health", "/ping", "/load", "/version", "/metrics"})
+# For probes. Only /v1 and /{tenant}/v1 are exposed to tenants.
+UNAUTHENTICATED_PATHS = frozenset({"/health", "/ping", "/load", "/version"})
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -44,6 +44,9 @@ class PromptTokensDetails(BaseModel):
     audio_tokens: NonNegativeInt
     cached_tokens: Annotated[
         int, Field(ge=0, description="Tokens cached from earlier prompts of the same tenant.")
+    ]
+    cache_write_tokens: Annotated[
+        int, Field(ge=0, description="Tokens that later prompts of the same tenant find cached.")
     ]
 
 

@@ -5,6 +5,8 @@ run here: on few threads, so that the engine keeps its cores, in turns between t
 Whoever cancels the wait, because the client has left, gives up its turn; work that has begun runs
 to its end, and only then frees its slot. Small work is done at once: a thread would cost more.
 
+Before that, small requests take turns on the event loop (`turns`), which end here.
+
 `HeldBytes` bounds the memory of bodies that are being read and prepared, by tenant.
 """
 
@@ -15,9 +17,11 @@ import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Self, TypeVar
 
+from faasmoe_gateway.sender_turns import Turn
 from faasmoe_router.api.fair_slots import FairSlots
 from faasmoe_router.errors import TenantQueueFull
 from faasmoe_router.tenants.service import Caller
@@ -30,6 +34,16 @@ BODY_BYTES_FACTOR = 2  # a body and the strings parsed from it
 VALUE_BYTES = 100  # of Python objects per JSON value
 
 T = TypeVar("T")
+
+current_turn: ContextVar[Turn | None] = ContextVar("current_turn", default=None)
+"""The turn on the event loop of the request that is being handled."""
+
+
+def release_turn() -> None:
+    """End the turn of the request that is being handled, if it has one."""
+    turn = current_turn.get()
+    if turn is not None:
+        turn.release()
 
 
 class PreparationQueue:
@@ -87,6 +101,7 @@ class PreparationQueue:
             work: computes the result.
             timeout_s: how long it may run; it cannot be interrupted, and keeps its slot meanwhile.
         """
+        release_turn()
         await self._wait_for_turn(caller)
         started_s = time.monotonic()
         future = asyncio.get_running_loop().run_in_executor(self._executor, work)

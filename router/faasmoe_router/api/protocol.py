@@ -260,6 +260,16 @@ class CompletionRequestBase(RequestModel):
             )
 
 
+CHAT_EXTENSIONS = (
+    *("allowed_token_ids", "bad_words", "cache_salt", "chat_template_kwargs", "ebnf"),
+    *("frequency_penalty", "grammar", "guided_choice", "guided_grammar", "guided_json"),
+    *("guided_regex", "ignore_eos", "include_stop_str_in_output", "json_schema", "logit_bias"),
+    *("min_p", "min_tokens", "presence_penalty", "priority", "regex", "repetition_penalty"),
+    *("seed", "skip_special_tokens", "stop_token_ids", "structured_outputs"),
+)
+"""Parameters that other APIs do not have, and that mean there what they mean in a chat."""
+
+
 class ChatCompletionRequest(CompletionRequestBase):
     """The body of POST /v1/chat/completions."""
 

@@ -4,7 +4,7 @@ A `ResponseBuilder` reads one generation and adds ids, usage and metadata to its
 `ChoiceFormatter` writes. Nothing here does I/O.
 """
 
-from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -154,13 +154,13 @@ class ResponseBuilder:
     def _usage(self) -> dict[str, Any]:
         n_prompt = self._counts.n_prompt_tokens
         n_completion = sum(choice.n_tokens for choice in self._choices)
-        n_cached = self._n_cached_tokens()
+        n_cached, n_written = self._n_cached_tokens(), self._n_cache_written_tokens()
         return {
             "prompt_tokens": n_prompt,
             "completion_tokens": n_completion,
             "total_tokens": n_prompt + n_completion,
             "prompt_tokens_details": (
-                None if n_cached is None else {"audio_tokens": 0, "cached_tokens": n_cached}
+                None if n_cached is None else _prompt_details(n_cached, n_written)
             ),
             "completion_tokens_details": {
                 **_COMPLETION_TOKENS_DETAILS,
@@ -178,5 +178,21 @@ class ResponseBuilder:
         known = [n for n in cached_per_choice if n is not None]
         if len(known) < len(cached_per_choice):
             return None
+        return sum(map(min, self._by_prompt(known)))
+
+    def _n_cache_written_tokens(self) -> int:
+        """Return the prompt tokens that the prefix cache has gained.
+
+        Choices of a prompt that run at once write the same ones.
+        """
+        written_per_choice = [choice.n_cache_written_tokens for choice in self._choices]
+        return sum(map(max, self._by_prompt(written_per_choice)))
+
+    def _by_prompt(self, counts: Sequence[int]) -> list[Sequence[int]]:
+        """Return the counts of each prompt's choices."""
         n_each = self._counts.n_choices_per_prompt
-        return sum(min(known[i : i + n_each]) for i in range(0, len(known), n_each))
+        return [counts[i : i + n_each] for i in range(0, len(counts), n_each)]
+
+
+def _prompt_details(n_cached: int, n_written: int) -> dict[str, int]:
+    return {"audio_tokens": 0, "cached_tokens": n_cached, "cache_write_tokens": n_written}

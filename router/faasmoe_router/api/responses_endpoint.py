@@ -18,7 +18,7 @@ from faasmoe_router.api.errors import (
     unsupported_param,
 )
 from faasmoe_router.api.origin import Origin
-from faasmoe_router.api.protocol import MAX_TOOLS
+from faasmoe_router.api.protocol import CHAT_EXTENSIONS, MAX_TOOLS
 from faasmoe_router.api.rendering import event_frame, message_parts, text_logprobs
 from faasmoe_router.api.response_items import OutputItems
 from faasmoe_router.api.streaming import log_stream_failure
@@ -34,18 +34,14 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "max_tool_calls": (),
     "previous_response_id": (),
     "prompt": (),
+    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "truncation": ("disabled",),
 }
 _STANDARD = ("model", "temperature", "top_p", "parallel_tool_calls", "stream")
-_OF_VLLM = (
-    *("cache_salt", "chat_template_kwargs", "frequency_penalty", "ignore_eos"),
-    *("include_stop_str_in_output", "min_p", "presence_penalty", "priority"),
-    *("repetition_penalty", "seed", "skip_special_tokens", "stop", "structured_outputs", "top_k"),
-)
 # Parameters that mean the same in a chat.
-_SAME = (*_STANDARD, *_OF_VLLM)
+_SAME = (*_STANDARD, *CHAT_EXTENSIONS, "stop", "top_k")
 _LOGPROBS = "message.output_text.logprobs"
 _ECHOED = ("instructions", "max_output_tokens", "temperature", "top_p", "metadata", "user")
 _TEXT_PARTS = ("input_text", "output_text", "text")
@@ -325,7 +321,7 @@ def _usage(usage: Mapping[str, Any]) -> dict[str, Any]:
         "input_tokens": usage.get("prompt_tokens", 0),
         "input_tokens_details": {
             "cached_tokens": prompt.get("cached_tokens", 0),
-            "cache_write_tokens": 0,
+            "cache_write_tokens": prompt.get("cache_write_tokens", 0),
         },
         "output_tokens": usage.get("completion_tokens", 0),
         "output_tokens_details": {"reasoning_tokens": completion.get("reasoning_tokens", 0)},

@@ -23,10 +23,12 @@ from faasmoe_contracts.stream_records import (
     EVENT,
     FRONT_HEADER,
     JOURNAL_HEADER,
+    ORIGIN_HEADER,
     TENANT_HEADER,
     StreamRecordError,
     pack_record,
     parse_journal_header,
+    parse_origin_header,
 )
 from faasmoe_router.api.errors import ApiError
 from faasmoe_router.api.origin import Origin
@@ -34,7 +36,7 @@ from faasmoe_router.engine.generation import CompletionOutput
 from faasmoe_router.engine.journal import JournalEntry, JournalError
 
 MAX_JOURNAL_BYTES = 64 << 20
-INTERNAL_HEADERS = (FRONT_HEADER, JOURNAL_HEADER, TENANT_HEADER)
+INTERNAL_HEADERS = (FRONT_HEADER, JOURNAL_HEADER, ORIGIN_HEADER, TENANT_HEADER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,8 @@ class StreamJournal:
             if self._n_known_entries:
                 self._n_known_entries -= 1
             elif output.progress.token_ids:
-                entry = JournalEntry(index, output.progress, output.n_cached_tokens)
+                n_cached, n_written = output.n_cached_tokens, output.n_cache_written_tokens
+                entry = JournalEntry(index, output.progress, n_cached, n_written)
                 self._pending += entry.dumps()
                 self._n_tokens += output.n_tokens
             yield index, output
@@ -157,15 +160,18 @@ class ResumptionMiddleware:
         if TENANT_HEADER in headers:
             state["front_tenant"] = headers[TENANT_HEADER]
         inner = {**scope, "state": state, "headers": _without_internal(scope)}
-        if JOURNAL_HEADER not in headers:
-            await self._app(inner, receive, send)
-            return
         try:
-            n_bytes, n_frames = parse_journal_header(headers[JOURNAL_HEADER])
-            journal, rest = await _read_journal(receive, n_bytes)
-            resumption = Resumption.loads(journal, n_frames)
+            if ORIGIN_HEADER in headers:
+                state["origin"] = Origin(*parse_origin_header(headers[ORIGIN_HEADER]))
+            if JOURNAL_HEADER in headers:
+                n_bytes, n_frames = parse_journal_header(headers[JOURNAL_HEADER])
+                journal, rest = await _read_journal(receive, n_bytes)
+                resumption = Resumption.loads(journal, n_frames)
         except (StreamRecordError, JournalError) as error:
             await invalid_journal(error).response()(scope, receive, send)
+            return
+        if JOURNAL_HEADER not in headers:
+            await self._app(inner, receive, send)
             return
         state |= {"resumption": resumption, "origin": resumption.origin}
         _subtract_length(inner, n_bytes)

@@ -1,6 +1,7 @@
 """The routes of APIs that are translated onto chats: responses and messages."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -8,7 +9,7 @@ from fastapi.responses import Response
 from pydantic import ValidationError
 
 from faasmoe_router.api.completions import ERROR_STATUSES, ChatService
-from faasmoe_router.api.errors import from_validation_errors
+from faasmoe_router.api.errors import ApiError, from_validation_errors
 from faasmoe_router.api.messages_endpoint import (
     CountTokensRequest,
     MessagesRendering,
@@ -26,6 +27,13 @@ from faasmoe_router.api.protocol import ChatCompletionRequest
 from faasmoe_router.api.rendering import Rendering
 from faasmoe_router.api.responses_endpoint import ResponsesRendering, ResponsesRequest
 
+# Names in these APIs of what chats call otherwise.
+_RESPONSES_NAMES: Mapping[str, str] = {
+    "max_completion_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+}
+_MESSAGES_NAMES: Mapping[str, str] = {"max_completion_tokens": "max_tokens"}
+
 
 def translated_routes(chats: ChatService) -> APIRouter:
     """Return the routes of POST /v1/responses, /v1/messages and /v1/messages/count_tokens."""
@@ -38,7 +46,8 @@ def translated_routes(chats: ChatService) -> APIRouter:
     )
     async def create_response(request: Request) -> Response:
         """Generate a response, statelessly."""
-        return await chats.respond(request, ResponsesRequest, _response_chat)
+        with _naming(_RESPONSES_NAMES):
+            return await chats.respond(request, ResponsesRequest, _response_chat)
 
     @router.post(
         "/v1/messages",
@@ -47,7 +56,8 @@ def translated_routes(chats: ChatService) -> APIRouter:
     )
     async def create_message(request: Request) -> Response:
         """Generate the next message, in Anthropic's form."""
-        return await chats.respond(request, MessagesRequest, _message_chat)
+        with _naming(_MESSAGES_NAMES):
+            return await chats.respond(request, MessagesRequest, _message_chat)
 
     @router.post(
         "/v1/messages/count_tokens",
@@ -61,6 +71,15 @@ def translated_routes(chats: ChatService) -> APIRouter:
         return {"input_tokens": n_tokens}
 
     return router
+
+
+@contextmanager
+def _naming(names: Mapping[str, str]) -> Iterator[None]:
+    """Let errors name fields as the API does that was called."""
+    try:
+        yield
+    except ApiError as error:
+        raise error.renamed(names) from error
 
 
 def _response_chat(

@@ -26,9 +26,6 @@ from faasmoe_transformers.weight_conversion import (
     unconverted_parts,
 )
 
-_SPLIT_SCHEMES = ("fp8", "nvfp4")
-"""Schemes whose scales a kernel reads from two places, gate's and up's."""
-
 
 @runtime_checkable
 class CodedSource(Protocol):
@@ -114,9 +111,9 @@ class KeptParameter:
     def sources_of(self, suffix: str) -> list[str] | None:
         """Return the tensors of the checkpoint that hold a component, in the order of its bytes.
 
-        None if it is made of them, or if no kernel reads it there.
+        None if it is made of them, or if no kernel reads it there: zero points in two places.
         """
-        if len(self.parts[0]) > 1 and self.quantization.scheme not in _SPLIT_SCHEMES:
+        if len(self.parts[0]) > 1 and not self.quantization.symmetric:
             return None
         names = [tensor.source_of(suffix) for row in self.parts for tensor in row]
         return None if None in names else [name for name in names if name is not None]

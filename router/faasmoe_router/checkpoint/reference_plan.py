@@ -15,8 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from faasmoe_contracts.store.quantization import COMPONENT_NAMES
 from faasmoe_contracts.store.references import CheckpointFile, TensorReference
-from faasmoe_contracts.store.tensors import DTYPE_SIZES, read_tensor_table
+from faasmoe_contracts.store.tensors import CHECKPOINT_DTYPE_SIZES, DTYPE_SIZES, read_tensor_table
 from faasmoe_router.checkpoint.kept_codes import KeptParameter
 from faasmoe_router.checkpoint.kernel_selection import select_kernel
 from faasmoe_router.errors import SourceUnsupported
@@ -30,6 +31,8 @@ from faasmoe_transformers.weight_conversion import (
 )
 
 MAX_PARTS = 2  # blocks of rows of one expert's parameter that a kernel reads
+_BYTES_OF = {"U8": ("U8", "I8", "I32", "F8_E8M0")}
+"""Dtypes that a checkpoint may have for bytes that a store reads as another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +46,14 @@ class TensorLocation:
 
     def holds(self, tensor: LazyTensor) -> bool:
         """Return whether a tensor has the form that it has in the file, so is not decoded."""
-        return tensor.get_dtype() == self.dtype and tuple(tensor.get_shape()) == self.shape
+        is_same = tensor.get_dtype() == self.dtype and tuple(tensor.get_shape()) == self.shape
+        return is_same and self.dtype in DTYPE_SIZES
 
     def has(self, dtype: str, size: int) -> bool:
-        """Return whether it has a dtype and a number of elements."""
-        return (self.dtype, math.prod(self.shape)) == (dtype, size)
+        """Return whether it can be read as so many elements of a dtype."""
+        size_bytes = math.prod(self.shape) * CHECKPOINT_DTYPE_SIZES[self.dtype]
+        is_readable = self.dtype in _BYTES_OF.get(dtype, (dtype,))
+        return is_readable and size_bytes == size * DTYPE_SIZES[dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +177,15 @@ def plan_references(
             reference = _reference_or_reason(job, name_of, layout)
             references.setdefault(aliases.get(target, target), reference)
     references |= dict.fromkeys(quantized, "quantised")
-    references |= dict.fromkeys(kept, "codes that are combined")
+    codes: dict[str, dict[str, TensorReference]] = {}
+    for name, parameter in kept.items():
+        parts = _kept_references(parameter, layout)
+        if isinstance(parts, str):
+            references[name] = parts
+        else:
+            codes[name] = parts
+            references[name] = "codes, which a router reads from its own files"
     found = {name: references.get(name, "not in the checkpoint") for name in names}
-    codes = {
-        name: parts
-        for name, parameter in kept.items()
-        if (parts := _kept_references(parameter, layout)) is not None
-    }
     layers: dict[str, dict[str, TensorReference]] = {}
     copied: dict[str, str] = {}
     router = dict(found)
@@ -234,8 +242,8 @@ def _reference_or_reason(
 
 def _kept_references(
     parameter: KeptParameter, layout: CheckpointLayout
-) -> dict[str, TensorReference] | None:
-    """Return where a parameter's codes, scales and so on lie by suffix; None if they do not."""
+) -> dict[str, TensorReference] | str:
+    """Return where a parameter's codes, scales and so on lie by suffix, or why they do not."""
     references: dict[str, TensorReference] = {}
     for suffix, (dtype, matrix) in parameter.quantization.components.items():
         locations = [layout.locations.get(n) for n in parameter.sources_of(suffix) or ()]
@@ -243,7 +251,8 @@ def _kept_references(
         size = math.prod(shape) // len(locations) if locations else 0
         pieces = [(x.file, x.offset) for x in locations if x is not None and x.has(dtype, size)]
         if not locations or len(pieces) != len(locations):
-            return None
+            scheme, part = parameter.quantization.scheme, COMPONENT_NAMES[suffix]
+            return f"{scheme} {part} are not laid out as kernels read them"
         reference = TensorReference(dtype, shape, tuple(pieces))
         references[suffix] = _joined(reference, len(parameter.parts))
     return references

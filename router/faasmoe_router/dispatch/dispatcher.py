@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,25 @@ from faasmoe_router.dispatch.native_dispatch import NativeDispatch
 from faasmoe_router.dispatch.routing import RoutingIndex
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SentLayer:
+    """A layer between `Dispatcher.send` and `Dispatcher.receive`.
+
+    Attributes:
+        layer: index of the MoE layer.
+        hidden: hidden states, [T, H].
+        top_k_index: global expert indices, [T, k].
+        top_k_weight: routing weights, [T, k].
+        is_in_flight: whether its calls are under way; otherwise `receive` makes them.
+    """
+
+    layer: int
+    hidden: Tensor
+    top_k_index: Tensor
+    top_k_weight: Tensor
+    is_in_flight: bool
 
 
 class Dispatcher:
@@ -159,7 +179,7 @@ class Dispatcher:
         top_k_index: Tensor,
         top_k_weight: Tensor,
         *,
-        while_waiting: OverlappedWork = lambda: None,
+        while_waiting: OverlappedWork | None = None,
     ) -> Tensor:
         """Return the weighted sum of each token's experts.
 
@@ -177,19 +197,46 @@ class Dispatcher:
             StoreUnreadable: local fallback is needed, and the store lacks the function.
             StoreCorrupted: local fallback is needed, and the function's bytes fail verification.
         """
+        sent = self.send(layer, hidden, top_k_index, top_k_weight)
+        return self.receive(sent, while_waiting=while_waiting)
+
+    def send(
+        self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weight: Tensor
+    ) -> SentLayer:
+        """Send the calls of an ordinary layer; `receive` makes those of every other.
+
+        For engines that do other work between the two; arguments as for `compute`.
+        """
         if not len(hidden):
-            while_waiting()
-            return torch.zeros_like(hidden)
+            return SentLayer(layer, hidden, top_k_index, top_k_weight, False)
         if layer == 0:
             self.start_pass(len(hidden))
-        if self.native is not None:
-            output, while_waiting = self._compute_natively(
-                self.native, layer, hidden, top_k_index, top_k_weight, while_waiting
-            )
-            if output is not None:
+        if self.native is None or hidden.dtype not in WIRE_DTYPES:
+            return SentLayer(layer, hidden, top_k_index, top_k_weight, False)
+        rows = hidden.detach().contiguous()  # [T, H]
+        index = top_k_index.detach().to(torch.int64).contiguous()  # [T, k]
+        weight = top_k_weight.detach().to(torch.float32).contiguous()  # [T, k]
+        is_in_flight = self.native.begin(layer, rows, index, weight)
+        return SentLayer(layer, rows, index, weight, is_in_flight)
+
+    def receive(self, sent: SentLayer, *, while_waiting: OverlappedWork | None = None) -> Tensor:
+        """Return the output of a layer that was sent; see `compute`."""
+        if not len(sent.hidden):
+            if while_waiting is not None:
+                while_waiting()
+            return torch.zeros_like(sent.hidden)
+        if sent.is_in_flight:
+            assert self.native is not None
+            output = torch.empty_like(sent.hidden)  # [T, H]
+            if self.native.finish(sent.layer, output, while_waiting):
                 return output
+            while_waiting = None
         return self.compute_general(
-            layer, hidden, top_k_index, top_k_weight, while_waiting=while_waiting
+            sent.layer,
+            sent.hidden,
+            sent.top_k_index,
+            sent.top_k_weight,
+            while_waiting=while_waiting,
         )
 
     def compute_general(
@@ -199,7 +246,7 @@ class Dispatcher:
         top_k_index: Tensor,
         top_k_weight: Tensor,
         *,
-        while_waiting: OverlappedWork = lambda: None,
+        while_waiting: OverlappedWork | None = None,
     ) -> Tensor:
         """Return the same as `compute`, over the general path; for a pass that was started."""
         with self._metrics.layer_seconds.time():
@@ -216,7 +263,7 @@ class Dispatcher:
         hidden: Tensor,
         top_k_index: Tensor,
         top_k_weight: Tensor,
-        while_waiting: OverlappedWork,
+        while_waiting: OverlappedWork | None,
     ) -> Tensor:
         rows = hidden.detach().to(self._store_dtype)  # [T, H]
         if self._device_transfer is None:
@@ -229,35 +276,16 @@ class Dispatcher:
                 output_dtype=hidden.dtype,
             )
         host_inputs = self._device_transfer.to_host(
-            rows, top_k_index, top_k_weight, while_waiting=while_waiting
+            rows, top_k_index, top_k_weight, while_waiting=while_waiting or _no_work
         )
         return self._compute_on_host(
             layer,
             host_inputs.rows,
             host_inputs.top_k_index,
             host_inputs.top_k_weight,
-            lambda: None,
+            None,
             output_dtype=hidden.dtype,
         )
-
-    def _compute_natively(
-        self,
-        native: NativeDispatch,
-        layer: int,
-        hidden: Tensor,
-        top_k_index: Tensor,
-        top_k_weight: Tensor,
-        while_waiting: OverlappedWork,
-    ) -> tuple[Tensor | None, OverlappedWork]:
-        """Return the output, or None and the work that the general path still has to do."""
-        hidden = hidden.detach().contiguous()  # [T, H]
-        index = top_k_index.detach().to(torch.int64).contiguous()  # [T, k]
-        weight = top_k_weight.detach().to(torch.float32).contiguous()  # [T, k]
-        if hidden.dtype not in WIRE_DTYPES or not native.begin(layer, hidden, index, weight):
-            return None, while_waiting
-        output = torch.empty_like(hidden)
-        is_done = native.finish(layer, output, while_waiting)
-        return (output if is_done else None), lambda: None
 
     def _compute_on_host(
         self,
@@ -265,7 +293,7 @@ class Dispatcher:
         rows: Tensor,
         top_k_index: NDArray[np.int64],
         top_k_weight: NDArray[np.float32],
-        while_waiting: OverlappedWork,
+        while_waiting: OverlappedWork | None,
         *,
         output_dtype: torch.dtype,
     ) -> Tensor:
@@ -350,3 +378,7 @@ class Dispatcher:
             self.native.close()
         self._executor.close()
         self._fanout.close()
+
+
+def _no_work() -> None:
+    """Do nothing while inputs are copied."""

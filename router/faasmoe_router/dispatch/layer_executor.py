@@ -105,7 +105,7 @@ class LayerExecutor:
         layer: int,
         functions: Sequence[FunctionEndpoints],
         *,
-        while_waiting: OverlappedWork = lambda: None,
+        while_waiting: OverlappedWork | None = None,
     ) -> None:
         """Add an output of every group to the batch.
 
@@ -132,11 +132,18 @@ class LayerExecutor:
             corrupted: list[int] = []
 
             def do_overlapped_work() -> None:
-                while_waiting()
+                if while_waiting is not None:
+                    while_waiting()
                 corrupted.extend(self._compute_colocated(batch, colocated, entries, in_flight))
 
+            has_work = while_waiting is not None or bool(colocated)
             failures = self._call_functions(
-                batch, remote, in_flight, round_robin_index, deadline_s, do_overlapped_work
+                batch,
+                remote,
+                in_flight,
+                round_robin_index,
+                deadline_s,
+                do_overlapped_work if has_work else None,
             )
             if corrupted:
                 retried = {i: entries[i] for i in corrupted}

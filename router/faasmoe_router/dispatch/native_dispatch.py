@@ -191,16 +191,17 @@ class NativeDispatch:
             top_k_weight.data_ptr(),
         )
 
-    def finish(self, layer: int, out: Tensor, while_waiting: OverlappedWork) -> bool:
+    def finish(self, layer: int, out: Tensor, while_waiting: OverlappedWork | None) -> bool:
         """Do other work, then write the layer's output; return False for the general path.
 
         Args:
             layer: index of the MoE layer.
             out: [T, H] on the host, contiguous.
-            while_waiting: work to do while the calls are in flight.
+            while_waiting: work to do while the calls are in flight; None for none.
         """
-        with limit_torch_threads(self._calls.n_in_flight()):
-            while_waiting()
+        if while_waiting is not None:
+            with limit_torch_threads(self._calls.n_in_flight()):
+                while_waiting()
         is_done = self._calls.finish(layer, out.data_ptr(), DTYPES[out.dtype])
         self._settle()
         if not is_done:

@@ -148,6 +148,8 @@ class CompletionOutput:
             offset counts characters from the start of the sequence's text.
         stop_reason: the request's stop string or stop token that ended the sequence, if one did.
         n_cached_tokens: prompt tokens found in the prefix cache; set on the first output only.
+        n_cache_written_tokens: prompt tokens that later prompts can find there because of this one;
+            with the first output only.
         token_ids: the tokens processed.
         prompt_logprobs: log-probabilities of the prompt's next tokens, if requested; the first
             token of a prompt has none.
@@ -160,6 +162,7 @@ class CompletionOutput:
     logprobs: tuple[tuple[int, SampledLogprob], ...] = ()
     stop_reason: StopReason | None = None
     n_cached_tokens: int | None = None
+    n_cache_written_tokens: int = 0
     token_ids: tuple[int, ...] = ()
     prompt_logprobs: tuple[SampledLogprob, ...] = ()
     progress: Progress = field(default=Progress(()), compare=False)

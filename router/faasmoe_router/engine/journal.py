@@ -41,11 +41,13 @@ class JournalEntry:
         index: the sequence of the request.
         progress: the tokens behind it.
         n_cached_tokens: prompt tokens found in the prefix cache, with the first output.
+        n_cache_written_tokens: prompt tokens that the prefix cache has gained, with the same.
     """
 
     index: int
     progress: Progress
     n_cached_tokens: int | None = None
+    n_cache_written_tokens: int = 0
 
     def dumps(self) -> bytes:
         """Return the line of this entry."""
@@ -56,7 +58,8 @@ class JournalEntry:
             progress.token_ids,
             self.n_cached_tokens,
             int(progress.ends_grammar),
-            *([logprobs] if logprobs else []),
+            *([logprobs] if logprobs or self.n_cache_written_tokens else []),
+            *([self.n_cache_written_tokens] if self.n_cache_written_tokens else []),
         ]
         return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
@@ -68,7 +71,8 @@ class JournalEntry:
             logprobs = tuple(_to_logprob(value) for value in (rest[0] if rest else ()))
             tokens = tuple(int(token) for token in token_ids)
             progress = Progress(tokens, logprobs, bool(ends_grammar))
-            return cls(int(index), progress, None if n_cached is None else int(n_cached))
+            n_written = int(rest[1]) if len(rest) > 1 else 0
+            return cls(int(index), progress, None if n_cached is None else int(n_cached), n_written)
         except (ValueError, TypeError, IndexError, RecursionError) as error:
             raise JournalError(f"the journal has a line that is no entry: {line[:80]!r}") from error
 

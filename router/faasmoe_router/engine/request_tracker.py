@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from faasmoe_router.engine.batch_sampler import LogitsState
 from faasmoe_router.engine.batcher import make_request_id
@@ -313,9 +314,11 @@ class RequestTracker:
                 finished.add(entry.index)
             if output.finish_reason is None and len(tracked.tokens) >= tracked.request.n_sampled:
                 raise JournalError(f"the journal has too many tokens of sequence {entry.index}")
-            generation.put_output(
-                entry.index, replace(output, n_cached_tokens=entry.n_cached_tokens)
-            )
+            counts: dict[str, Any] = {
+                "n_cached_tokens": entry.n_cached_tokens,
+                "n_cache_written_tokens": entry.n_cache_written_tokens,
+            }
+            generation.put_output(entry.index, replace(output, **counts))
         if journal:
             generation.mark_started()
             self._metrics.resumed_requests.inc(len(sequences) - len(finished))
@@ -405,12 +408,21 @@ class RequestTracker:
             return
         self._record_latency(tracked, n_cached=n_cached, now_s=now_s, is_first=is_first)
         if is_first:
-            delta = replace(delta, n_cached_tokens=n_cached)
+            n_written = self._n_cache_written(output.request_id, tracked, n_cached)
+            delta = replace(delta, n_cached_tokens=n_cached, n_cache_written_tokens=n_written)
         self._metrics.generation_tokens.inc(delta.n_tokens)
         self._fair_queue.charge(output.request_id, delta.n_tokens)
         if delta.finish_reason is not None:
             self._finish(output, tracked, delta, now_s=now_s)
         tracked.generation.put_output(tracked.index, delta)
+
+    def _n_cache_written(self, sequence_id: str, tracked: TrackedRequest, n_cached: int) -> int:
+        """Return how many tokens of a prompt the prefix cache has gained by it."""
+        batcher = self._get_batcher()
+        if batcher is None:
+            return 0
+        n_shareable = batcher.n_shareable_tokens(sequence_id, tracked.request.prompt_token_ids)
+        return max(0, n_shareable - n_cached)
 
     def _finish(
         self, output: BatchOutput, tracked: TrackedRequest, delta: CompletionOutput, *, now_s: float

@@ -82,3 +82,26 @@ class TenantCollector(Collector):
 
 def _tenant_counter(name: str, text: str, *labels: str) -> CounterMetricFamily:
     return CounterMetricFamily(f"faasmoe_tenant_{name}", text, labels=["tenant", *labels])
+
+
+class OwnMetrics(Collector):
+    """What one tenant may see of a registry: everything that is not of another tenant.
+
+    Args:
+        registry: the metrics.
+        tenant: the tenant.
+    """
+
+    def __init__(self, registry: CollectorRegistry, tenant: str) -> None:
+        self._registry = registry
+        self._tenant = tenant
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics."""
+        for family in self._registry.collect():
+            family.samples = [
+                sample._replace(exemplar=None)  # it names a trace, perhaps another tenant's
+                for sample in family.samples
+                if sample.labels.get("tenant", self._tenant) == self._tenant
+            ]
+            yield family

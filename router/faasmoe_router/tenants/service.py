@@ -23,7 +23,6 @@ from faasmoe_router.tenants.quota import (
     ActivationQueueCapacity,
     RateLimiter,
     RateLimiters,
-    Reservation,
     TenantQueueQuota,
 )
 from faasmoe_router.tenants.registry import (
@@ -174,6 +173,7 @@ class NoTenants:
         requests: Sequence[GenerationRequest],
         *,
         n_prompt: int,
+        request_id: str = "",
         is_admitted: bool = False,
     ) -> RequestUsageRecorder:
         """Admit a request."""
@@ -301,6 +301,7 @@ class TenantService:
         requests: Sequence[GenerationRequest],
         *,
         n_prompt: int,
+        request_id: str = "",
         is_admitted: bool = False,
     ) -> RequestUsageRecorder:
         """Admit the tokens of a counted request and return the recorder of its usage.
@@ -309,6 +310,7 @@ class TenantService:
             caller: caller of the request.
             requests: one generation request for each choice.
             n_prompt: tokens of its prompts, each prompt once.
+            request_id: the same for a request that is repeated; empty if it never is.
             is_admitted: whether another router has admitted it, so that it is only counted.
 
         Raises:
@@ -323,14 +325,15 @@ class TenantService:
         except RateLimitExceeded:
             tenant_usage.requests["limited"] += 1
             raise
-        return TenantUsageRecorder(
-            limiter.headers(now_s),
-            len(requests),
-            n_prompt,
-            on_finish=lambda n_prompt_used, n_generated, outcome: self._record_usage(
-                caller.tenant, reservation, n_prompt_used, n_generated, outcome
-            ),
-        )
+
+        def record(n_prompt_used: int, n_generated: int, outcome: RequestOutcome) -> None:
+            reservation.release_unused(n_prompt_used + n_generated, self._clock())
+            self.cluster_usage.record(
+                RequestUsage(caller.tenant, n_prompt_used, n_generated, outcome, request_id)
+            )
+
+        headers = limiter.headers(now_s)
+        return TenantUsageRecorder(headers, len(requests), n_prompt, on_finish=record)
 
     def queue_slot(self, caller: Caller, *, size_bytes: int) -> AbstractContextManager[None]:
         """Count a request in the activation queue; raises ActivationQueueFull."""
@@ -415,17 +418,6 @@ class TenantService:
         return self._rate_limiters.get_or_create(
             tenant, limits, self._clock(), n_routers=self.n_routers
         )
-
-    def _record_usage(
-        self,
-        tenant: str,
-        reservation: Reservation,
-        n_prompt: int,
-        n_generated: int,
-        outcome: RequestOutcome,
-    ) -> None:
-        reservation.release_unused(n_prompt + n_generated, self._clock())
-        self.cluster_usage.record(RequestUsage(tenant, n_prompt, n_generated, outcome))
 
     def _queue_share(self, tenant: str) -> float:
         tenants = self._registry.tenants

@@ -32,12 +32,14 @@ class RequestUsage:
         prompt_tokens: tokens of its prompt.
         generated_tokens: tokens generated.
         outcome: how it ended.
+        request_id: the same for a request that is repeated; empty if it never is.
     """
 
     tenant: str
     prompt_tokens: int
     generated_tokens: int
     outcome: RequestOutcome
+    request_id: str = ""
 
     @classmethod
     def from_line(cls, line: bytes) -> RequestUsage:
@@ -51,6 +53,7 @@ class RequestUsage:
             int(value["prompt_tokens"]),
             int(value["generated_tokens"]),
             outcome,
+            str(value.get("request_id", "")),
         )
 
     def add_to(self, usage: RouterUsage) -> None:
@@ -103,11 +106,12 @@ class UsageJournal:
             self._descriptor = None
 
 
-def replay(folder: Path, first: int, usage: RouterUsage) -> int:
-    """Count what the journals from `first` on hold; return the number of the next journal.
+def read_from(folder: Path, first: int) -> tuple[list[RequestUsage], int]:
+    """Return what the journals from `first` on hold, and the number of the next journal.
 
     A last line that was not written as a whole is left out, as is one that cannot be read.
     """
+    usages: list[RequestUsage] = []
     next_number = first
     for number, path in _journals(folder):
         if number < first:
@@ -116,10 +120,10 @@ def replay(folder: Path, first: int, usage: RouterUsage) -> int:
         for line in path.read_bytes().split(b"\n"):
             try:
                 if line:
-                    RequestUsage.from_line(line).add_to(usage)
+                    usages.append(RequestUsage.from_line(line))
             except (ValueError, KeyError, TypeError) as error:
                 logger.error("%s: a line cannot be read and is left out: %s", path, error)
-    return next_number
+    return usages, next_number
 
 
 def remove_before(folder: Path, first: int) -> None:

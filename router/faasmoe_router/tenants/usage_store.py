@@ -1,7 +1,8 @@
 """Persistence of this router's usage, and usage over all routers.
 
 `UsageFileStore` keeps the router's own usage in a file, and what requests used since it was written
-in a journal. `ClusterUsage` adds what was used through
+in a journal; a request that a killed router had counted, and that is repeated, counts no more.
+`ClusterUsage` adds what was used through
 the other routers: the control plane's totals over all routers, less what this router had reported
 when it got them. So the sum stays valid while the control plane is unreachable, and lags only by
 what other routers have not reported.
@@ -14,6 +15,7 @@ import json
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +27,14 @@ from faasmoe_router.tenants.usage import RouterUsage
 from faasmoe_router.tenants.usage_journal import (
     RequestUsage,
     UsageJournal,
+    read_from,
     remove_before,
-    replay,
 )
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "usage.json"
+MAX_RECENT_REQUESTS = 1024  # whose responses may not have been sent to their end
 
 
 class UsageFileStore:
@@ -54,6 +57,8 @@ class UsageFileStore:
         self._path = folder / FILE_NAME
         self._last_content = ""
         self._journal = UsageJournal(folder, 0)
+        self._recent = deque[str](maxlen=MAX_RECENT_REQUESTS)
+        self._counted = frozenset[str]()  # by processes before this one
 
     def load(self) -> RouterUsage:
         """Return the saved usage, or a new one; a corrupted file is quarantined for inspection.
@@ -61,16 +66,25 @@ class UsageFileStore:
         Call it once, before anything is appended.
         """
         usage, first_journal = self._load_file()
-        self._journal = UsageJournal(
-            self._path.parent, replay(self._path.parent, first_journal, usage)
-        )
+        requests, next_journal = read_from(self._path.parent, first_journal)
+        self._journal = UsageJournal(self._path.parent, next_journal)
+        for request in requests:
+            request.add_to(usage)
+            self._recent.append(request.request_id)
+        self._counted = frozenset(self._recent) - {""}
         return usage
+
+    def is_counted(self, request_id: str) -> bool:
+        """Return whether a process before this one has counted a request."""
+        return request_id in self._counted
 
     def _load_file(self) -> tuple[RouterUsage, int]:
         """Return the usage in the file, and the number of the journal that continues it."""
         try:
             value = json.loads(self._path.read_text(encoding="utf-8"))
-            return RouterUsage.from_json(value), int(value.get("journal", 0))
+            usage, first_journal = RouterUsage.from_json(value), int(value.get("journal", 0))
+            self._recent.extend(str(request_id) for request_id in value.get("recent", ()))
+            return usage, first_journal
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -81,6 +95,7 @@ class UsageFileStore:
     def append(self, usage: RequestUsage) -> None:
         """Write the usage of one request to the journal; a failure is logged."""
         self._journal.append(usage)
+        self._recent.append(usage.request_id)
 
     def describe(self, usage: RouterUsage) -> str:
         """Return the content of the file for `save`; what is appended later goes to a new journal.
@@ -88,7 +103,9 @@ class UsageFileStore:
         Args:
             usage: the usage, with every request that was appended.
         """
-        return json.dumps({**usage.to_json(), "journal": self._journal.start_next()})
+        recent = [request_id for request_id in self._recent if request_id]
+        journal = self._journal.start_next()
+        return json.dumps({**usage.to_json(), "journal": journal, "recent": recent})
 
     def close(self) -> None:
         """Close the journal."""
@@ -155,7 +172,9 @@ class ClusterUsage:
         return self._usage.since_s
 
     def record(self, usage: RequestUsage) -> None:
-        """Count a request that has ended, in a way that survives this process."""
+        """Count a request that has ended, once, in a way that survives this process."""
+        if self._store is not None and self._store.is_counted(usage.request_id):
+            return
         usage.add_to(self._usage)
         if self._store is not None:
             self._store.append(usage)

@@ -86,8 +86,9 @@ def test_stream_has_openai_framing(http: httpx.Client) -> None:
             "finish_reason": None,
         }
     ]
-    assert events[-2]["choices"][0]["delta"] == {}
-    assert events[-2]["choices"][0]["finish_reason"] == "length"
+    *earlier, last = [event["choices"][0] for event in events[:-1]]
+    assert (last["delta"].keys(), last["finish_reason"]) == ({"content"}, "length")
+    assert {choice["finish_reason"] for choice in earlier} == {None}
     assert [event["usage"] is None for event in events] == [True] * (len(events) - 1) + [False]
     assert {event["object"] for event in events} == {"chat.completion.chunk"}
 

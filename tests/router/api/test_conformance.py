@@ -197,8 +197,8 @@ def _embeddings(peer: ApiUnderTest) -> None:
     ENDPOINTS,
     "POST /v1/responses",
     "stateless: input items, instructions, function and custom tools, structured output, "
-    "reasoning, log-probabilities, streaming, vLLM's sampling parameters; `store: true`, "
-    "`previous_response_id`, OpenAI's own tools are refused",
+    "reasoning, log-probabilities, streaming, vLLM's sampling parameters and constraints; "
+    "`store: true`, `previous_response_id`, OpenAI's own tools are refused",
     details=["router/api/test_responses_endpoint.py", "router/api/test_reasoning_with_grammar.py"],
 )
 def _responses(peer: ApiUnderTest) -> None:
@@ -216,9 +216,13 @@ def _responses(peer: ApiUnderTest) -> None:
 @conformance_case(
     ENDPOINTS,
     "POST /v1/messages, /v1/messages/count_tokens",
-    "Anthropic's: system, text, thinking and tool blocks, tools, structured output, streaming; "
-    "keys also as `x-api-key`",
-    details=["router/api/test_messages_endpoint.py", "router/api/test_http.py"],
+    "Anthropic's: system, text, thinking and tool blocks, tools, structured output, streaming, "
+    "cached tokens; vLLM's sampling parameters and constraints; keys also as `x-api-key`",
+    details=[
+        "router/api/test_messages_endpoint.py",
+        "router/api/test_http.py",
+        "router/tenants/test_translated_apis.py",
+    ],
 )
 def _anthropic(peer: ApiUnderTest) -> None:
     body = {"max_tokens": 3, "messages": MESSAGES}
@@ -861,14 +865,15 @@ def _fingerprint(peer: ApiUnderTest) -> None:
 @conformance_case(
     RESPONSE_FIELDS,
     "usage.prompt_tokens_details",
-    "`cached_tokens`: from the tenant's own earlier prompts only, see [tenants](tenants.md); null "
-    "in a stream until known",
-    details=["transformers_adapter/test_prefix_cache.py"],
+    "`cached_tokens`: from the tenant's own earlier prompts only, see [tenants](tenants.md); "
+    "`cache_write_tokens`: what its later prompts find; null in a stream until known",
+    details=["transformers_adapter/test_prefix_cache.py", "router/tenants/test_translated_apis.py"],
 )
 def _prompt_details(peer: ApiUnderTest) -> None:
     both = {"include_usage": True, "continuous_usage_stats": True}
     usage = peer.chat(n=2).usage
-    assert usage.prompt_tokens_details.cached_tokens == 0  # nothing is shared without tenants
+    details = usage.prompt_tokens_details  # nothing is shared without tenants
+    assert (details.cached_tokens, details.cache_write_tokens) == (0, 0)
     first, *_, last = peer.chat(stream=True, stream_options=both)
     assert first.usage.prompt_tokens_details is None
     assert last.usage.prompt_tokens_details == usage.prompt_tokens_details
@@ -958,6 +963,7 @@ or with plain HTTP where the client has no method, and names the test modules of
 - A body may have what fits into the context: 256 KiB plus twice the bytes of text, or 8 bytes per
   token ID; at most 8 MiB; 262,144 values, 32,768 objects and lists, nested 128 deep. 413 beyond. At
   most 2048 messages, 2048 text parts each, and 128 `tool_calls` per message.
+- The finish reason of a stream comes with the last text or call of its choice, as in vLLM.
 - A stream without an event for 15 s, such as one that waits in a queue, sends a comment line.
 - When a client disconnects, its request is cancelled.
 - Every GET endpoint answers HEAD. Bodies may be compressed (`Content-Encoding: gzip`, `deflate` or

@@ -66,6 +66,21 @@ def test_stop_sequence_is_told(http: httpx.Client) -> None:
     assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", stop)
 
 
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        {"guided_choice": ["yes"]},
+        {"regex": "yes"},
+        {"structured_outputs": {"choice": ["yes"]}},
+        {"grammar": 'root ::= "yes"'},
+    ],
+)
+def test_constraints_of_chats_apply(http: httpx.Client, constraint: dict[str, Any]) -> None:
+    answer = http.post("/v1/messages", json={**BODY, **constraint}).json()
+    assert answer["content"] == [{"type": "text", "text": "yes"}]
+    assert answer["stop_reason"] == "end_turn"
+
+
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "weather"}])
 def test_tools_are_called_and_their_results_are_read(
     tool_server: str, choice: dict[str, Any]
@@ -102,6 +117,10 @@ def test_tools_are_called_and_their_results_are_read(
         ),
         ({"tool_choice": {"type": "sometimes"}}, "tool_choice.type"),
         ({"mcp_servers": [{}]}, "mcp_servers"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"max_tokens": 10**6}, "(max_tokens)"),
+        ({"regex": "^(?!a)b"}, "regex"),
+        ({"thinking": {"type": "enabled"}, "chat_template_kwargs": 5}, "chat_template_kwargs"),
         ({"model": "other"}, "other"),
     ],
 )

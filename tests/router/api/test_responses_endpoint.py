@@ -168,6 +168,9 @@ def test_parameters_of_vllm_apply(http: httpx.Client) -> None:
         {"top_k": 2},
         {"repetition_penalty": 2.0},
         {"structured_outputs": {"regex": "a+b"}},
+        {"guided_choice": ["yes"]},
+        {"ebnf": 'root ::= "yes"'},
+        {"logit_bias": {"7": 100}},
     ):
         of_chat = text("/v1/chat/completions", messages=messages, max_tokens=12, **fields)
         assert text("/v1/responses", input="fox", max_output_tokens=12, **fields) == of_chat
@@ -182,6 +185,9 @@ def test_parameters_of_vllm_apply(http: httpx.Client) -> None:
         ({"top_logprobs": 21}, "top_logprobs"),
         ({"store": True}, "store"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"max_output_tokens": 10**6}, "max_output_tokens"),
+        ({"regex": "^(?!a)b"}, "regex"),
         ({"background": True}, "background"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),

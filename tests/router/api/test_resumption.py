@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from faasmoe_contracts.stream_records import RecordReader
+from faasmoe_router.api.completions import stream_outputs
 from faasmoe_router.api.origin import Origin
 from faasmoe_router.api.resumption import (
     Resumption,
@@ -16,7 +17,7 @@ from faasmoe_router.api.resumption import (
     StreamJournal,
     get_front_tenant,
 )
-from faasmoe_router.engine.generation import CompletionOutput
+from faasmoe_router.engine.generation import CompletionOutput, Generation, NullUsageRecorder
 from faasmoe_router.engine.journal import JournalEntry, Progress
 
 ORIGIN = Origin("nonce", 123)
@@ -90,6 +91,20 @@ def test_front_says_whose_a_request_is() -> None:
     assert [name for name, _ in request.seen[0]["headers"]] == [b"content-length"]
 
 
+def test_front_says_where_ids_and_seed_come_from() -> None:
+    request = Request(BODY, x_faasmoe_front="secret", x_faasmoe_origin="nonce 123")
+    assert request.seen is not None
+    assert request.seen[0]["state"] == {"has_front": True, "origin": ORIGIN}
+    assert [name for name, _ in request.seen[0]["headers"]] == [b"content-length"]
+
+
+@pytest.mark.parametrize("value", ["", "nonce", "nonce x", " 1", "a/b 1", f"{'n' * 65} 1", "n 1 "])
+def test_origin_that_is_none_is_refused(value: str) -> None:
+    request = Request(BODY, x_faasmoe_front="secret", x_faasmoe_origin=value)
+    assert request.status == 400
+    assert request.seen is None
+
+
 @pytest.mark.parametrize(
     ("token", "headers"),
     [
@@ -97,6 +112,7 @@ def test_front_says_whose_a_request_is() -> None:
         ("secret", {"x_faasmoe_front": ""}),
         ("secret", {"x_faasmoe_journal": "1 1"}),
         ("secret", {"x_faasmoe_tenant": "acme"}),
+        ("secret", {"x_faasmoe_origin": "nonce 1"}),
         ("secret", {"x_faasmoe_front": "guess", "x_faasmoe_tenant": "acme"}),
         ("", {"x_faasmoe_front": ""}),
         ("", {"x_faasmoe_front": "secret"}),
@@ -163,6 +179,28 @@ def test_journal_is_told_with_the_next_frame_and_known_frames_are_left_out() -> 
     assert whole[2].endswith(b"[0,[6],null,0]\n[0,[7],null,0]\nframe")
     known = Resumption(ORIGIN, [JournalEntry(0, Progress((5,)))], 2)
     assert asyncio.run(records(known)) == whole[2:]
+
+
+def test_usage_is_recorded_before_the_end_of_a_stream_is_sent() -> None:
+    class Recorder(NullUsageRecorder):
+        is_finished = False
+
+        def finish(self) -> None:
+            self.is_finished = True
+
+    recorder = Recorder()
+
+    async def start() -> Generation:
+        generation = Generation(1, lambda: None, recorder)
+        generation.put_output(0, CompletionOutput("a", 1, finish_reason="stop"))
+        return generation
+
+    async def work() -> None:
+        async for _ in stream_outputs(start):
+            assert not recorder.is_finished
+        assert recorder.is_finished
+
+    asyncio.run(work())
 
 
 def test_ids_and_draws_follow_from_the_origin() -> None:

@@ -34,6 +34,7 @@ from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.native_dispatch import MAX_NATIVE_ROWS
 
 DEADLINE_S = 20.0
+LONG_DRAIN_S = 600.0
 TOKEN = "a-token"
 LAYER = 0
 DONE, ABANDONED = 3, 4
@@ -60,6 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sandbox_server(sandbox: StartSandbox, folder: Path) -> Iterator[SandboxProcess]:
+    """A sandbox that drains until its last client has left: request it before `router`."""
     with sandbox(capacity=64, token=TOKEN, socket_dir=folder, drain_s=DEADLINE_S) as process:
         yield process
 
@@ -121,7 +123,7 @@ MakeRouter = Callable[..., Router]
 
 
 def test_layer_is_one_frame_per_sandbox(
-    router: MakeRouter, sandbox_server: SandboxProcess, store: Store
+    sandbox_server: SandboxProcess, router: MakeRouter, store: Store
 ) -> None:
     table = sandbox_server.attach_blocks(store, 3)
     one = router(table)
@@ -137,7 +139,7 @@ def test_layer_is_one_frame_per_sandbox(
 
 
 def test_calls_count_in_load_and_in_the_sandboxs_metrics(
-    router: MakeRouter, sandbox_server: SandboxProcess, store: Store
+    sandbox_server: SandboxProcess, router: MakeRouter, store: Store
 ) -> None:
     one = router(sandbox_server.attach_blocks(store, 8))
     one.wait_for_mailboxes(sandbox_server.address)
@@ -172,7 +174,7 @@ def test_switch_leaves_calls_to_http(
 
 
 def test_detached_function_is_called_over_http_and_natively_again_once_attached(
-    router: MakeRouter, sandbox_server: SandboxProcess, store: Store
+    sandbox_server: SandboxProcess, router: MakeRouter, store: Store
 ) -> None:
     spec = make_function_spec(store, [LAYER], range(8))
     others = [make_function_spec(store, [layer], range(8)) for layer in (1, 2)]
@@ -189,7 +191,7 @@ def test_detached_function_is_called_over_http_and_natively_again_once_attached(
 
 
 def test_functions_detached_while_they_compute(
-    router: MakeRouter, sandbox_server: SandboxProcess, store: Store
+    sandbox_server: SandboxProcess, router: MakeRouter, store: Store
 ) -> None:
     one = router(sandbox_server.attach_blocks(store, 8))
     one.wait_for_mailboxes(sandbox_server.address)
@@ -211,7 +213,7 @@ def test_functions_detached_while_they_compute(
 
 
 def test_changed_store_is_verified_over_http_before_it_is_used_natively(
-    router: MakeRouter, sandbox_server: SandboxProcess, store: Store
+    sandbox_server: SandboxProcess, router: MakeRouter, store: Store
 ) -> None:
     one = router(sandbox_server.attach_blocks(store, 8))
     one.wait_for_mailboxes(sandbox_server.address)
@@ -224,7 +226,7 @@ def test_changed_store_is_verified_over_http_before_it_is_used_natively(
 
 
 def test_truncated_store_ends_no_sandbox_and_reaches_no_answer(
-    router: MakeRouter, sandbox_server: SandboxProcess, store: Store, tmp_path: Path
+    sandbox_server: SandboxProcess, router: MakeRouter, store: Store, tmp_path: Path
 ) -> None:
     copied = Store.open(shutil.copytree(store.path, tmp_path / "store"))
     one = router(sandbox_server.attach_blocks(copied, 8))
@@ -239,7 +241,7 @@ def test_truncated_store_ends_no_sandbox_and_reaches_no_answer(
 
 
 def test_draining_sandbox_declines(
-    router: MakeRouter, sandbox_server: SandboxProcess, store: Store
+    sandbox_server: SandboxProcess, router: MakeRouter, store: Store
 ) -> None:
     one = router(sandbox_server.attach_blocks(store, 8))
     one.wait_for_mailboxes(sandbox_server.address)
@@ -249,9 +251,22 @@ def test_draining_sandbox_declines(
     assert one.counts_native() == 0
 
 
+def test_draining_sandbox_does_not_wait_for_its_mailboxes(
+    sandbox: StartSandbox, router: MakeRouter, store: Store, folder: Path
+) -> None:
+    with sandbox(capacity=8, token=TOKEN, socket_dir=folder, drain_s=LONG_DRAIN_S) as process:
+        one = router(process.attach_blocks(store, 8))
+        one.wait_for_mailboxes(process.address)
+        process.http.close()
+        process.process.terminate()
+        assert process.process.wait(DEADLINE_S) == 0
+        one.check()
+        assert one.count("local") == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_layer_in_flight_survives_its_sandbox(
-    router: MakeRouter, sandbox_server: SandboxProcess, store: Store, number: signal.Signals
+    sandbox_server: SandboxProcess, router: MakeRouter, store: Store, number: signal.Signals
 ) -> None:
     timeouts = DispatchTimeouts(0.5, 0.5, 5.0)
     one = router(sandbox_server.attach_blocks(store, 8), timeouts=timeouts)
@@ -267,7 +282,7 @@ def test_layer_in_flight_survives_its_sandbox(
 
 
 def test_stopped_sandbox_is_noticed_and_not_called_over_http(
-    router: MakeRouter, sandbox_server: SandboxProcess, store: Store
+    sandbox_server: SandboxProcess, router: MakeRouter, store: Store
 ) -> None:
     one = router(sandbox_server.attach_blocks(store, 8))
     one.wait_for_mailboxes(sandbox_server.address)
@@ -290,7 +305,7 @@ def process_state(pid: int) -> str:
 
 
 def test_batch_with_many_rows_of_an_expert_is_declined_once(
-    router: MakeRouter, sandbox_server: SandboxProcess, store: Store
+    sandbox_server: SandboxProcess, router: MakeRouter, store: Store
 ) -> None:
     one = router(sandbox_server.attach_blocks(store, 8))
     one.wait_for_mailboxes(sandbox_server.address)
@@ -325,7 +340,7 @@ def test_restarted_sandbox_gets_a_new_mailbox(
 
 @pytest.mark.parametrize("n_rows", [1, 5])
 def test_replicas_share_the_calls(
-    router: MakeRouter, sandbox_server: SandboxProcess, sandbox: StartSandbox, store: Store,
+    sandbox_server: SandboxProcess, router: MakeRouter, sandbox: StartSandbox, store: Store,
     folder: Path, n_rows: int,
 ) -> None:  # fmt: skip
     with sandbox(capacity=64, token=TOKEN, socket_dir=folder) as other:

@@ -17,6 +17,7 @@ ENTRIES = st.builds(
     st.integers(0, 100),
     st.builds(Progress, st.lists(TOKENS).map(tuple), st.lists(SAMPLED).map(tuple), st.booleans()),
     st.none() | st.integers(0, 1 << 20),
+    st.integers(0, 1 << 20),
 )
 
 
@@ -26,6 +27,12 @@ def test_entry_survives(entry: JournalEntry) -> None:
     assert line.endswith(b"\n")
     assert b"\n" not in line[:-1]
     assert JournalEntry.loads(line) == entry
+
+
+def test_line_without_what_the_cache_gained_is_read() -> None:
+    entry = JournalEntry(0, Progress((5,)), 16)
+    assert entry.dumps() == b"[0,[5],16,0]\n"
+    assert JournalEntry.loads(b"[0,[5],16,0,[]]") == entry
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,17 @@ def test_bytes_that_are_not_utf_8_are_an_unknown_key(router: Any) -> None:
     assert httpx.get(f"{router.url}/v1/models", headers=headers).status_code == 401
 
 
-@pytest.mark.parametrize("path", ["/health", "/ping", "/version", "/metrics"])
-def test_health_and_metrics_need_no_key_and_are_only_at_the_root(router: Any, path: str) -> None:
+def test_a_tenant_sees_no_metrics_of_others(router: Any) -> None:
+    assert router.get("/metrics").status_code == router.get("/metrics", key="x").status_code == 401
+    router.complete("beta")
+    text = router.get("/metrics", key="acme-key").text
+    assert 'faasmoe_tenant_prompt_tokens_total{tenant="acme"}' in text
+    assert "vllm:num_requests_running" in text
+    assert "beta" not in text
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping", "/version"])
+def test_health_needs_no_key_and_are_only_at_the_root(router: Any, path: str) -> None:
     assert router.get(path).status_code == 200
     assert router.get(f"/acme{path}").status_code == 401
     assert router.get(f"/v1{path}", key="acme-key").status_code == 404
@@ -233,7 +242,7 @@ def test_the_openapi_schema_requires_a_key(router: Any) -> None:
     assert schema["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     for path, methods in schema["paths"].items():
         for operation in methods.values():
-            is_probe = path in ("/health", "/ping", "/load", "/version", "/metrics")
+            is_probe = path in ("/health", "/ping", "/load", "/version")
             assert ("401" in operation["responses"]) != is_probe
             assert ("security" in operation) != is_probe
 
@@ -287,7 +296,9 @@ def test_keys_appear_in_no_log_metric_or_repr(
 ) -> None:
     router.post("/v1/completions", key="sk-very-secret")
     router.complete("acme")
-    output = caplog.text + router.get("/metrics").text + repr(router.tenancy.__dict__)
+    output = (
+        caplog.text + router.get("/metrics", key="acme-key").text + repr(router.tenancy.__dict__)
+    )
     for key in ("sk-very-secret", "acme-key", "beta-key"):
         assert key not in output
 

@@ -51,7 +51,7 @@ def test_metrics_are_labelled_with_the_tenant_and_no_function(open_router: Any) 
         assert router.metric("prompt_tokens_total", tenant="acme") == usage["prompt_tokens"]
         assert router.metric("generated_tokens_total", tenant="acme") == 3
         assert router.metric("requests_total", tenant="acme", outcome="completed") == 1
-        text = router.get("/metrics").text
+        text = router.get("/metrics", key="acme-key").text
         assert 'faasmoe_tenant_expert_gb_seconds_total{tenant="acme"}' in text
         labelled = [x for x in text.splitlines() if "acme" in x]
         assert not any("function" in line or "layer" in line for line in labelled)

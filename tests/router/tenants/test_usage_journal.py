@@ -10,7 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from faasmoe_router.tenants.usage_journal import RequestUsage, journal_path
-from faasmoe_router.tenants.usage_store import ClusterUsage, UsageFileStore
+from faasmoe_router.tenants.usage_store import (
+    MAX_RECENT_REQUESTS,
+    ClusterUsage,
+    UsageFileStore,
+)
 
 REQUEST = RequestUsage("acme", 3, 4, "completed")
 STEPS = st.lists(st.sampled_from(("record", "save", "kill", "fail to save")), max_size=30)
@@ -34,6 +38,31 @@ def test_a_killed_router_loses_no_request_that_has_ended(tmp_path: Path) -> None
     usage.record(RequestUsage("beta", 1, 0, "failed"))
     assert completed(start(tmp_path)) == (2, 6, 8)
     assert start(tmp_path).cluster_total("beta").failed == 1
+
+
+def test_a_request_that_is_repeated_after_a_kill_counts_once(tmp_path: Path) -> None:
+    usage = start(tmp_path)
+    request = RequestUsage("acme", 3, 4, "completed", "an-id")
+    usage.record(request)
+    usage = start(tmp_path)  # killed before the response was sent
+    usage.record(request)
+    asyncio.run(usage.save())  # removes the journal
+    usage = start(tmp_path)
+    usage.record(request)
+    usage.record(REQUEST)  # which has no id
+    usage.record(REQUEST)
+    assert completed(start(tmp_path)) == (3, 9, 12)
+
+
+def test_requests_are_remembered_for_a_while(tmp_path: Path) -> None:
+    usage = start(tmp_path)
+    for number in range(MAX_RECENT_REQUESTS + 1):
+        usage.record(RequestUsage("acme", 1, 1, "completed", f"id-{number}"))
+    store = UsageFileStore(tmp_path)
+    store.load()
+    assert not store.is_counted("id-0")
+    assert store.is_counted("id-1")
+    assert not store.is_counted("")
 
 
 @given(STEPS)

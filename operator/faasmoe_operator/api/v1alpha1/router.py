@@ -29,6 +29,7 @@ from faasmoe_operator.api.v1alpha1.pod_template import (
 API_PORT = 8000  # on Kubernetes
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+PARSER_NAME = "^[a-z0-9_.-]{1,64}$"
 QUANTIZATION_IMMUTABLE = validations(
     cel_rule(
         "self == oldSelf",
@@ -36,6 +37,31 @@ QUANTIZATION_IMMUTABLE = validations(
         reason="FieldValueForbidden",
     )
 )
+
+
+class EngineArgsSpec(ApiModel):
+    """Arguments of vLLM's engine, under vLLM's names."""
+
+    enforce_eager: bool | None = Field(
+        None,
+        description="Leaves the model uncompiled; if omitted, only on a CPU, where compiling takes "
+        "minutes at each start.",
+    )
+    enable_prefix_caching: bool | None = Field(
+        None, description="Shares the KV cache of equal prefixes; vLLM's default if omitted."
+    )
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="Part of the GPU's memory for model and KV cache."
+    )
+    max_logprobs: Annotated[int, Field(ge=0, le=1000)] | None = Field(
+        None, description="Most log-probabilities that a request may ask for with a token."
+    )
+    tool_call_parser: Annotated[str, Field(pattern=PARSER_NAME)] | None = Field(
+        None, description="vLLM's parser of tool calls; if omitted, requests with tools get 400."
+    )
+    reasoning_parser: Annotated[str, Field(pattern=PARSER_NAME)] | None = Field(
+        None, description="vLLM's parser of reasoning."
+    )
 
 
 class RouterScalingSpec(ApiModel):
@@ -59,6 +85,22 @@ class RouterSpec(ApiModel):
             field=".maxNumBatchedTokens",
         ),
         cel_rule(
+            "!has(self.engineArgs) || self.engine != 'transformers'",
+            "expected none with engine transformers: they are vLLM's arguments",
+            field=".engineArgs",
+        ),
+        cel_rule(
+            "self.engine != 'vllm' || self.compute == 'auto'",
+            "expected auto with engine vllm, which computes the model itself",
+            field=".compute",
+        ),
+        cel_rule(
+            "!has(self.kvCacheMemory) || !has(self.engineArgs) || "
+            "!has(self.engineArgs.gpuMemoryUtilization)",
+            "expected only one of engineArgs.gpuMemoryUtilization and kvCacheMemory",
+            field=".kvCacheMemory",
+        ),
+        cel_rule(
             "!has(self.env) || !has(self.template) || !has(self.template.env) || "
             "self.env.all(own, !self.template.env.exists(other, other.name == own.name))",
             "expected each name once in env and template.env together",
@@ -78,6 +120,15 @@ class RouterSpec(ApiModel):
         description="Lets the router of `faasmoe up` end while nobody uses the model; if omitted, "
         "it always runs.",
         json_schema_extra=PROCESS_ONLY,
+    )
+    engine: Literal["auto", "transformers", "vllm"] = Field(
+        "auto",
+        description="What runs the model: transformers is the router's own engine, vllm is vLLM's, "
+        "with the routed experts as functions; auto is vllm where it is installed and serves the "
+        "model's architecture.",
+    )
+    engine_args: EngineArgsSpec | None = Field(
+        None, description="Arguments of vLLM's engine; not with engine transformers."
     )
     device: Device = Field(
         "auto", description="Compute device; auto selects a CUDA device if there is one."
@@ -177,6 +228,40 @@ class RouterSpec(ApiModel):
     def kv_cache_bytes(self) -> int | None:
         """Memory of the KV cache in bytes; None for the router's default."""
         return None if self.kv_cache_memory is None else quantity_to_bytes(self.kv_cache_memory)
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Self:
+        arguments = self.engine_args
+        if arguments is not None and self.engine == "transformers":
+            raise validation_error(
+                "engineArgs",
+                got=arguments.to_object(),
+                expected="none with engine transformers: they are vLLM's arguments",
+            )
+        if self.engine == "vllm" and self.compute != "auto":
+            raise validation_error(
+                "compute",
+                got=self.compute,
+                expected="auto with engine vllm, which computes the model itself",
+            )
+        if (
+            self.kv_cache_memory is not None
+            and arguments is not None
+            and arguments.gpu_memory_utilization is not None
+        ):
+            raise validation_error(
+                "kvCacheMemory",
+                got=self.kv_cache_memory,
+                expected="only one of engineArgs.gpuMemoryUtilization and kvCacheMemory",
+            )
+        return self
+
+    @property
+    def engine_arguments(self) -> str | None:
+        """The arguments of vLLM's engine as JSON, under vLLM's names; None without any."""
+        if self.engine_args is None:
+            return None
+        return self.engine_args.model_dump_json(exclude_none=True)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -211,6 +211,8 @@ def _settings(ctx: ModelContext) -> list[Object]:
             "CORS_ORIGINS": ",".join(router.cors_origins) or None,
             "HOST": "0.0.0.0",
             "PORT": ROUTER_PORT,
+            "ENGINE": router.engine,
+            "ENGINE_ARGS": router.engine_arguments,
             "DEVICE": router.device,
             "DTYPE": router.dtype,
             "COMPUTE": router.compute,

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from faasmoe_contracts.store.quantization import SCALE_SUFFIX
 from faasmoe_router.checkpoint.formats.block_scaled import (
     MX_BLOCK,
     BlockScaledWeight,
@@ -49,6 +50,8 @@ _PARTS = (
     "input_global_scale",
 )
 _PACKED_BITS = (2, 4, 8)
+_NIBBLE_BITS = 4
+_NIBBLES_PER_WORD = WORD_BITS // _NIBBLE_BITS
 _NVFP4_BLOCK = (1, 16)
 
 
@@ -240,6 +243,12 @@ class PackedIntegers(GroupedIntegers):
         """Return rows of the scales, [R, G] or [1, 1]."""
         return _matrix_rows(self._tensors, self._scales_name, start, end)
 
+    def source_of(self, suffix: str) -> str | None:
+        """Return the tensor of the same bytes: words of whole rows of int4 codes, and scales."""
+        is_same = self._codes.bits == _NIBBLE_BITS and self._shape[1] % _NIBBLES_PER_WORD == 0
+        names = {"": self.codes_name} if is_same else {}
+        return (names | {SCALE_SUFFIX: self._scales_name}).get(suffix)
+
     def row_zeros(self, start: int, end: int) -> Tensor | None:
         """Return rows of the zero points, int32 [R, G]; None if all are the middle."""
         if self._codes.is_symmetric:
@@ -282,6 +291,10 @@ class PlainIntegers(GroupedIntegers):
     def row_scales(self, start: int, end: int) -> Tensor:
         """Return rows of the scales, [R, G] or [1, 1]."""
         return _matrix_rows(self._tensors, self._scales_name, start, end)
+
+    def source_of(self, suffix: str) -> str | None:
+        """Return the tensor whose bytes are those of a stored one; None for zero points."""
+        return {"": self.codes_name, SCALE_SUFFIX: self._scales_name}.get(suffix)
 
     def row_zeros(self, start: int, end: int) -> Tensor | None:
         """Return rows of the zero points, int32 [R, G]; None if all are the middle."""

@@ -1,8 +1,8 @@
 """Weights of integers with a scale, and perhaps a zero point, per group of columns.
 
 The layouts of GPTQ, AWQ and compressed-tensors differ in how codes are packed; what they stand for
-does not: (code - zero) x scale. In groups that the store has, int4 codes are kept, and int8
-codes that are symmetric around their zero (`docs/store.md`).
+does not: (code - zero) x scale. In groups that the store has, codes of 4 and 8 bits are kept, with
+their zero points (`docs/store.md`).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class IntegerCodes:
         columns = self.shape[1]
         group = 0 if self.group >= columns else self.group
         fits = group % GROUP_MULTIPLE == 0 and (not group or columns % group == 0)
-        if not fits or self.has_order or columns % 2 or not (self.is_symmetric or self.bits == 4):
+        if not fits or self.has_order or columns % 2:
             return None
         if self.bits not in _STORED_SCHEMES or scale_dtype not in _SCALE_TYPES:
             return None
@@ -158,7 +158,7 @@ class GroupedIntegers(CodedWeight):
         return nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
 
     def _stored_zeros(self, zeros: Tensor) -> Tensor:
-        """Return zero points as uint8; GPTQ's first format can have one beyond the codes."""
+        """Return zero points, of codes counted from 0, as uint8."""
         if bool(((zeros < 0) | (zeros > 255)).any()):
             raise self._tensors.error(
                 self.codes_name, f"zero points from {int(zeros.min())} on", "0 to 255"

@@ -1,0 +1,207 @@
+"""What a router calls functions and counts tenants with, built from its settings.
+
+Both engines use it, each where its layers are computed: the store, the dispatcher with its link to
+the control process, and the tenants.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import socket
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from faasmoe_contracts.routing_table import RoutingTable, RoutingTableError
+from faasmoe_contracts.store import Store, StoreError
+from faasmoe_router.config import RouterConfig
+from faasmoe_router.control import ControlLink, LinkSettings
+from faasmoe_router.control.activator import ActivationQueueLimits, ActivationRequester
+from faasmoe_router.control.client import ControlClient
+from faasmoe_router.control.link import FunctionDispatcher
+from faasmoe_router.control.metrics import ControlLinkMetrics
+from faasmoe_router.dispatch import Dispatcher
+from faasmoe_router.dispatch.cold_start import ActivationSettings
+from faasmoe_router.dispatch.device_transfer import BufferedTransfer
+from faasmoe_router.dispatch.fanout import DispatchTimeouts
+from faasmoe_router.dispatch.metrics import DispatchMetrics
+from faasmoe_router.errors import RouterConfigError
+from faasmoe_router.tenants.quota import ActivationQueueCapacity
+from faasmoe_router.tenants.registry import TenantRegistry
+from faasmoe_router.tenants.service import TenantQueue, TenantService, UsageSources
+from faasmoe_router.tenants.usage import FunctionCost, RouterUsage
+from faasmoe_router.tenants.usage_store import UsageFileStore
+
+
+def open_store(path: Path) -> Store:
+    """Open the store; raises RouterConfigError naming the variable."""
+    try:
+        return Store.open(path)
+    except (StoreError, OSError) as error:
+        raise RouterConfigError(f"FAASMOE_STORE: {error}") from error
+
+
+def create_dispatcher(
+    store: Store,
+    config: RouterConfig,
+    registry: CollectorRegistry,
+    host_buffers: BufferedTransfer | None,
+) -> tuple[Dispatcher, ControlLink | None]:
+    """Return the dispatcher, and its link unless the routing table is a file.
+
+    Args:
+        store: the prepared model.
+        config: the router's settings.
+        registry: receives the metrics of both.
+        host_buffers: moves data between the model's device and the host; None on the host.
+
+    Raises:
+        RouterConfigError: the routing table cannot be used.
+    """
+    if config.control_url is None:
+        metrics = DispatchMetrics(registry)
+        return _create_static_dispatcher(store, config, metrics, host_buffers), None
+    return _create_link(store, config, config.control_url, registry, host_buffers)
+
+
+def create_front_link(
+    view: FunctionDispatcher, config: RouterConfig, url: str, registry: CollectorRegistry
+) -> ControlLink:
+    """Return the link of a process that queues requests and calls no functions.
+
+    Args:
+        view: holds the routing table.
+        config: the router's settings.
+        url: base URL of the control plane.
+        registry: receives the link's metrics.
+    """
+    metrics = ControlLinkMetrics(registry)
+    client = ControlClient(url, token=config.token)
+    settings = link_settings(config)
+    requester = ActivationRequester(
+        client,
+        router_name=settings.router_name,
+        metrics=metrics,
+        repeat_s=settings.activation_repeat_s,
+    )
+    return ControlLink(client, requester, view, settings=settings, metrics=metrics)
+
+
+def link_settings(config: RouterConfig) -> LinkSettings:
+    """Return the settings of a link, with a name of its own."""
+    return LinkSettings(
+        router_name=_new_router_name(),
+        queue_limits=ActivationQueueLimits(
+            max_requests=config.max_activation_queue_requests,
+            max_bytes=config.max_activation_queue_bytes,
+            timeout_s=config.activation_timeout_s,
+        ),
+    )
+
+
+def _create_static_dispatcher(
+    store: Store,
+    config: RouterConfig,
+    metrics: DispatchMetrics,
+    host_buffers: BufferedTransfer | None,
+) -> Dispatcher:
+    assert config.table is not None
+    try:
+        table = RoutingTable.loads(config.table.read_bytes())
+        return Dispatcher(
+            store,
+            table,
+            token=config.token,
+            metrics=metrics,
+            timeouts=_call_timeouts(config),
+            socket_dir=config.socket_dir,
+            device_transfer=host_buffers,
+            placement=config.placement,
+            mailbox=config.mailbox == "on",
+        )
+    except (RoutingTableError, OSError) as error:
+        raise RouterConfigError(f"FAASMOE_TABLE: {error}") from error
+
+
+def _call_timeouts(config: RouterConfig) -> DispatchTimeouts:
+    return DispatchTimeouts(config.connect_timeout_s, config.call_timeout_s, config.layer_timeout_s)
+
+
+def _create_link(
+    store: Store,
+    config: RouterConfig,
+    url: str,
+    registry: CollectorRegistry,
+    host_buffers: BufferedTransfer | None,
+) -> tuple[Dispatcher, ControlLink]:
+    metrics = ControlLinkMetrics(registry)
+    client = ControlClient(url, token=config.token)
+    settings = link_settings(config)
+    activation_requester = ActivationRequester(
+        client,
+        router_name=settings.router_name,
+        metrics=metrics,
+        repeat_s=settings.activation_repeat_s,
+    )
+    dispatcher = Dispatcher(
+        store,
+        None,
+        token=config.token,
+        metrics=DispatchMetrics(registry),
+        activation=ActivationSettings(
+            activation_requester.request_threadsafe, timeout_s=config.call_queue_timeout_s
+        ),
+        timeouts=_call_timeouts(config),
+        socket_dir=config.socket_dir,
+        device_transfer=host_buffers,
+        placement=config.placement,
+        mailbox=config.mailbox == "on",
+    )
+    return dispatcher, ControlLink(
+        client, activation_requester, dispatcher, settings=settings, metrics=metrics
+    )
+
+
+def create_tenant_service(
+    tenant_registry: TenantRegistry,
+    config: RouterConfig,
+    *,
+    queue: TenantQueue,
+    read_cost: Callable[[], FunctionCost],
+    read_tokens: Callable[[], Mapping[str, int]],
+) -> TenantService:
+    """Return the tenants of the router, with the usage that was saved.
+
+    Args:
+        tenant_registry: the tenants.
+        config: the router's settings.
+        queue: fair queue of their sequences.
+        read_cost: returns what functions cost since its last call.
+        read_tokens: returns the tokens computed for each tenant since its last call.
+    """
+    usage_store = None if config.state_dir is None else UsageFileStore(config.state_dir)
+    return TenantService(
+        tenant_registry,
+        RouterUsage(time.time()) if usage_store is None else usage_store.load(),
+        queue=queue,
+        usage_sources=UsageSources(read_cost, read_tokens),
+        store=usage_store,
+        queue_capacity=ActivationQueueCapacity(
+            config.max_activation_queue_requests, config.max_activation_queue_bytes
+        ),
+        n_routers=config.router_replicas,
+    )
+
+
+def read_tenants(config: RouterConfig) -> TenantRegistry | None:
+    """Return the tenants of the tenants file; None without one."""
+    return None if config.tenants_file is None else TenantRegistry(config.tenants_file)
+
+
+def _new_router_name() -> str:
+    """Return a unique name: 1 to 64 letters, digits, dots and dashes."""
+    host = re.sub("[^A-Za-z0-9.-]", "-", socket.gethostname())
+    return f"{host[:40]}-{secrets.token_hex(4)}"

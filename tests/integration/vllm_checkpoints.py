@@ -1,0 +1,61 @@
+"""Tiny random checkpoints that vLLM serves: its CPU attention needs heads of 32 and more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+SIZES: Mapping[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "pad_token_id": 0,
+}
+EIGHT_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3}
+LATENT = {"q_lora_rank": None, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+"""Sizes of latent attention that vLLM's kernels for CPUs have."""
+LATENT_HEADS = {"num_key_value_heads": 2, "qk_nope_head_dim": 32, "v_head_dim": 32}
+GROUPS = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 2, "topk_group": 1}
+SHARED = {"n_shared_experts": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 32}
+FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "qwen2_moe": (
+        "Qwen2Moe",
+        EIGHT_EXPERTS | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
+    ),
+    "qwen3_moe": ("Qwen3Moe", EIGHT_EXPERTS | {"moe_intermediate_size": 32, "head_dim": 32}),
+    "mixtral": ("Mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "olmoe": ("Olmoe", EIGHT_EXPERTS),
+    "glm4_moe": ("Glm4Moe", GROUPS | SHARED | {"head_dim": 32, "n_group": 1}),
+    "deepseek_v2": ("DeepseekV2", LATENT | LATENT_HEADS | GROUPS | SHARED),
+    "deepseek_v3": ("DeepseekV3", LATENT | LATENT_HEADS | GROUPS | SHARED),
+    "gpt_oss": (
+        "GptOss",
+        {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 64, "sliding_window": 16},
+    ),
+}
+"""By family: the prefix of its classes in transformers, and the fields of its config."""
+
+
+def save_checkpoint(family: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Save a family's tiny model to a folder; return the folder."""
+    prefix, fields = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **fields})
+    config.dtype = torch.float32
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "sinks")):  # zero at first
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.eval().to(dtype).save_pretrained(folder)
+    return folder
