@@ -154,7 +154,8 @@ async def generate(
     }
     started_s = time.monotonic()
     await asyncio.gather(*(read(client, up, body) for _ in range(arguments.streams)))
-    return arguments.streams * arguments.tokens / (time.monotonic() - started_s)
+    n_tokens = int(arguments.streams) * int(arguments.tokens)
+    return n_tokens / (time.monotonic() - started_s)
 
 
 async def read(client: httpx.AsyncClient, up: FaasmoeUp, body: Mapping[str, Any]) -> None:

@@ -137,7 +137,7 @@ class EngineMetrics:
         resumed_requests: requests resumed after an engine restart.
         preemptions: sequences that gave up their place to another tenant's.
         inter_token_latency_s: seconds between successive outputs of a sequence.
-        step_tokens: tokens computed in one step.
+        n_computed_tokens: tokens computed so far, of prompts and answers.
     """
 
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
@@ -221,7 +221,8 @@ class EngineMetrics:
             name: histogram(name, description, TOKEN_COUNT_BUCKETS)
             for name, description in REQUEST_TOKENS.items()
         }
-        self.step_tokens = histogram(
+        self.n_computed_tokens = 0
+        self._step_tokens = histogram(
             "iteration_tokens_total", "Tokens computed in one step.", TOKEN_COUNT_BUCKETS
         )
         self._choices = histogram(
@@ -257,6 +258,11 @@ class EngineMetrics:
         """Record a request that is queued."""
         self._rate.add(now_s)
         self._choices.observe(n_choices)
+
+    def record_step(self, n_tokens: int) -> None:
+        """Record a step and the tokens that it has computed."""
+        self.n_computed_tokens += n_tokens
+        self._step_tokens.observe(n_tokens)
 
     def record_prompt(self, n_tokens: int, n_cached: int) -> None:
         """Record a prompt that has been computed, and what the prefix cache had of it."""

@@ -93,6 +93,9 @@ class RouterProcess:
             request_timeout_s=config.request_timeout_s,
             compute=config.compute,
         )
+        self._dispatcher.show_calls_late(
+            lambda: self._engine.metrics.n_computed_tokens, min_tokens=config.metrics_min_tokens
+        )
         if link is not None:
             link.is_busy = lambda: self._engine.is_busy
         tenants = None

@@ -204,3 +204,44 @@ def test_exemplars_name_the_trace(up: FaasmoeUp) -> None:
     assert f'# {{trace_id="{trace_id}"}}' in text
     plain = httpx.get(f"{up.base_url}/metrics", trust_env=False).text
     assert trace_id not in plain
+
+
+def test_spans_of_texts_of_equal_length_differ_in_their_times_alone(
+    up: FaasmoeUp, collector: OtlpCollector
+) -> None:
+    """An attacker who reads all traces knows of a text what its lengths tell, and times."""
+    trace_ids = [f"{index + 1:032x}" for index in range(16, 20)]
+    for index, trace_id in enumerate(trace_ids):
+        prompt = [20 + 7 * index + offset for offset in range(12)]
+        headers = {"traceparent": f"00-{trace_id}-{PARENT_ID}-01"}
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": 6, "temperature": 0}
+        response = httpx.post(
+            f"{up.base_url}/v1/completions",
+            json=body,
+            headers=headers,
+            timeout=120,
+            trust_env=False,
+        )
+        assert response.status_code == 200, response.text
+
+    def of(trace_id: str) -> list[CollectedSpan]:
+        return [s for s in collector.spans if s.trace_id == trace_id]
+
+    wait_until(
+        lambda: all(
+            any(s.service == GATEWAY for s in of(t) if s.parent_id == PARENT_ID)
+            and any(s.name.startswith("text_completion") for s in of(t))
+            for t in trace_ids
+        ),
+        timeout_s=60,
+        what="all traces",
+    )
+    waits = {"hold", "activate", "activation tiny", "wake", "place", "attach"}  # the first's alone
+    shown = [
+        sorted(
+            (s.service, s.name, sorted(s.attributes.items())) for s in of(t) if s.name not in waits
+        )
+        for t in trace_ids
+    ]
+    assert len(shown[0]) >= 6
+    assert all(spans == shown[0] for spans in shown)

@@ -38,7 +38,12 @@ from faasmoe_operator.cli import (
 from faasmoe_operator.cli.checkpoint import prepare_command
 from faasmoe_operator.cli.formatting import format_bytes, format_table
 from faasmoe_operator.cli.local_stack import ClientAccess, StackProcesses, StackSpec, running_stack
-from faasmoe_operator.cli.logs import LogSinks, byte_progress, print_progress
+from faasmoe_operator.cli.logs import (
+    LogSinks,
+    byte_progress,
+    print_progress,
+    step_progress,
+)
 from faasmoe_operator.cli.model_arguments import RequestedModel
 from faasmoe_operator.cli.runtime_dir import locked_state, private_runtime_dir, register_instance
 from faasmoe_operator.cli.signals import run_until_signal
@@ -51,6 +56,7 @@ DEVICE_PROBE_TIMEOUT_S = 60.0
 CUDA = "cuda"
 PREPARE_GRACE_S = 10.0
 VERIFICATION_NICENESS = 10
+START_STEPS = CONTROL_STEP, ROUTER_STEP = ("control process", "router")
 PROCESS_HEADER = ("PROCESS", "PID", "MEMORY")
 
 
@@ -395,8 +401,11 @@ async def _announce(
 
 
 async def _wait_until_healthy(spec: StackSpec, processes: StackProcesses) -> None:
-    await control.wait_until_healthy(spec.port.url)
-    await router.wait_until_healthy(spec.endpoint, progress=print_progress)
+    with step_progress("starting", START_STEPS) as done:
+        await control.wait_until_healthy(spec.port.url)
+        done(CONTROL_STEP)
+        await router.wait_until_healthy(spec.endpoint, progress=print_progress)
+        done(ROUTER_STEP)
     processes.router.has_started = True
 
 

@@ -103,7 +103,7 @@ class Engine:
             metrics=metrics,
         )
         self._cache_salts: CacheSalts | None = None
-        self.computed_tokens = ComputedTokenCounter(metrics.step_tokens.observe)
+        self.computed_tokens = ComputedTokenCounter(metrics.record_step)
         self._watch_task: asyncio.Task[None] | None = None
         metrics.observe_requests(self.request_counts)
         metrics.observe_health(lambda: self.is_ready)
