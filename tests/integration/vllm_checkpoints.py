@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from tiny_chat import tiny_tokenizer
 
 SIZES: Mapping[str, Any] = {
     "vocab_size": 128,
@@ -38,7 +39,10 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "olmoe": ("Olmoe", EIGHT_EXPERTS),
     "glm4_moe": ("Glm4Moe", GROUPS | SHARED | {"head_dim": 32, "n_group": 1}),
     "deepseek_v2": ("DeepseekV2", LATENT | LATENT_HEADS | GROUPS | SHARED),
-    "deepseek_v3": ("DeepseekV3", LATENT | LATENT_HEADS | GROUPS | SHARED),
+    "deepseek_v3": (
+        "DeepseekV3",
+        LATENT | LATENT_HEADS | GROUPS | SHARED | {"topk_method": "noaux_tc"},
+    ),
     "gpt_oss": (
         "GptOss",
         {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 64, "sliding_window": 16},
@@ -58,4 +62,17 @@ def save_checkpoint(family: str, folder: Path, *, dtype: torch.dtype = torch.flo
         if name.endswith(("bias", "sinks")):  # zero at first
             torch.nn.init.normal_(parameter, std=0.2)
     model.eval().to(dtype).save_pretrained(folder)
+    return folder
+
+
+def save_chat_checkpoint(folder: Path) -> Path:
+    """Save a tiny Qwen2-MoE model with a tokenizer and a chat template; return the folder."""
+    tokenizer = tiny_tokenizer()
+    prefix, fields = FAMILIES["qwen2_moe"]
+    no_special_tokens = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
+    torch.manual_seed(0)
+    sizes = {**SIZES, **fields, "vocab_size": len(tokenizer), **no_special_tokens}
+    config = getattr(transformers, f"{prefix}Config")(**sizes)
+    getattr(transformers, f"{prefix}ForCausalLM")(config).eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder

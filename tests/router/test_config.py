@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from faasmoe_router.config import RouterConfig
+from faasmoe_router.config import RouterConfig, VllmArguments
 from faasmoe_router.errors import RouterConfigError
 
 REQUIRED = {"FAASMOE_STORE": "/store", "FAASMOE_TABLE": "/table.json"}
@@ -127,3 +127,30 @@ def test_rejects_invalid_control_urls(url: str) -> None:
 
 def test_the_token_is_not_in_the_repr() -> None:
     assert "secret" not in repr(RouterConfig.from_env({**REQUIRED, "FAASMOE_TOKEN": "secret"}))
+
+
+def test_reads_the_arguments_of_vllm() -> None:
+    arguments = '{"enforce_eager": false, "tool_call_parser": "hermes"}'
+    config = RouterConfig.from_env({**REQUIRED, "FAASMOE_ENGINE_ARGS": arguments})
+    assert config.engine == "auto"
+    assert config.engine_args == VllmArguments(enforce_eager=False, tool_call_parser="hermes")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "engine", "message"),
+    [
+        ('{"tensor_parallel_size": 2}', "vllm", "tensor_parallel_size: Extra inputs"),
+        ('{"max_logprobs": "5"}', "vllm", "max_logprobs: Input should be a valid integer"),
+        ("[]", "vllm", "FAASMOE_ENGINE_ARGS: got '\\[\\]', expected a JSON object"),
+        ("{", "vllm", "FAASMOE_ENGINE_ARGS: got '{', expected a JSON object"),
+        (
+            '{"max_logprobs": 5}',
+            "transformers",
+            "nothing with FAASMOE_ENGINE=transformers",
+        ),
+    ],
+)
+def test_rejects_other_arguments_of_vllm(arguments: str, engine: str, message: str) -> None:
+    variables = {"FAASMOE_ENGINE": engine, "FAASMOE_ENGINE_ARGS": arguments}
+    with pytest.raises(RouterConfigError, match=message):
+        RouterConfig.from_env({**REQUIRED, **variables})

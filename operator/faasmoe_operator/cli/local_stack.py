@@ -30,6 +30,7 @@ from faasmoe_operator.cli.runtime_dir import LocalInstance
 from faasmoe_operator.cli.supervisor import SupervisedChild, supervised, supervised_start
 from faasmoe_operator.cli.zygote import Zygote
 from faasmoe_operator.control.local_model import LocalModel
+from faasmoe_operator.control.models_file import LOCAL_NAMESPACE
 from faasmoe_operator.errors import CommandError
 from faasmoe_operator.platforms import zygote
 
@@ -69,6 +70,21 @@ class ClientAccess:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedControl:
+    """What several models share: control process and sandboxes.
+
+    Attributes:
+        folder: private runtime folder, where the zygotes are.
+        port: port of the control API.
+        token: bearer token of the sandboxes and the control API.
+    """
+
+    folder: Path
+    port: ReservedControlPort
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
 class StackSpec:
     """Configuration of the processes.
 
@@ -83,7 +99,7 @@ class StackSpec:
         has_gateway: whether clients talk to a gateway.
         live_page: the page that it forwards to; None for none.
         trace_variables: environment variables by which the processes trace.
-        is_shared: whether the gateway has several models.
+        shared: what it shares with other models; None if it is the only one.
     """
 
     deployment: LocalModel
@@ -96,7 +112,7 @@ class StackSpec:
     has_gateway: bool = False
     live_page: LivePageOptions | None = None
     trace_variables: Mapping[str, str] = field(default_factory=dict)
-    is_shared: bool = False
+    shared: SharedControl | None = None
 
     @classmethod
     def create(
@@ -111,7 +127,6 @@ class StackSpec:
         has_gateway: bool = False,
         live_page: LivePageOptions | None = None,
         trace_variables: Mapping[str, str] | None = None,
-        is_shared: bool = False,
     ) -> StackSpec:
         """Return a configuration with newly generated secrets."""
         secret_values = StackSecrets(secrets.token_urlsafe(32), secrets.token_hex(32))
@@ -126,8 +141,44 @@ class StackSpec:
             has_gateway,
             live_page,
             trace_variables or {},
-            is_shared,
         )
+
+    @classmethod
+    def of_several(
+        cls,
+        deployment: LocalModel,
+        endpoint: router.Endpoint,
+        *,
+        folder: Path,
+        shared: SharedControl,
+        trace_variables: Mapping[str, str],
+    ) -> StackSpec:
+        """Return the configuration of one of several models."""
+        keys = StackSecrets(shared.token, secrets.token_hex(32))
+        access = ClientAccess()
+        return cls(
+            deployment,
+            endpoint,
+            access,
+            folder,
+            shared.port,
+            keys,
+            has_gateway=True,
+            trace_variables=trace_variables,
+            shared=shared,
+        )
+
+    @property
+    def control_url(self) -> str:
+        """Base URL of the model's control API."""
+        if self.shared is None:
+            return self.port.url
+        return f"{self.port.url}/models/{LOCAL_NAMESPACE}/{self.deployment.model.metadata.name}"
+
+    @property
+    def sandbox_folder(self) -> Path:
+        """The folder by which its router reaches sandboxes."""
+        return self.folder if self.shared is None else self.shared.folder
 
     @property
     def instance(self) -> LocalInstance:
@@ -137,7 +188,7 @@ class StackSpec:
             name,
             str(file),
             os.getpid(),
-            self.port.url,
+            self.control_url,
             self.secrets.token,
             url=self.endpoint.url,
             served_name=self.deployment.served_model_name,
@@ -150,7 +201,7 @@ class StackSpec:
         port = self.deployment.model.spec.router.metrics_port
         if port is not None:
             return f"{replace(self.endpoint, port=port).url}/metrics"
-        return "" if self.is_shared else f"{self.endpoint.url}/metrics"
+        return "" if self.shared is not None else f"{self.endpoint.url}/metrics"
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +242,7 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
     """Run all processes; the router stops first, so that its last requests can finish."""
     async with AsyncExitStack() as stack:
         zygote_child, zygote_failure = await stack.enter_async_context(
-            supervised_zygote(spec, logs.sink("sandboxes"))
+            supervised_zygote(spec, spec.folder / SOCKET_NAME, logs.sink("sandboxes"))
         )
         control_child, control_failure = await stack.enter_async_context(
             supervised_control(spec, logs.sink("control"))
@@ -224,14 +275,21 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
 
 
 def supervised_zygote(
-    spec: StackSpec, log: Callable[[str], None], *, name: str = "zygote"
+    spec: StackSpec, socket_path: Path, log: Callable[[str], None], *, name: str = "zygote"
 ) -> SupervisedContext:
-    """Keep the zygote of a model running."""
+    """Keep a zygote of sandboxes running.
+
+    Args:
+        spec: a model, with which it warms up.
+        socket_path: its Unix socket.
+        log: called with each line of output.
+        name: its name for messages.
+    """
     return supervised(
         name,
         zygote.ZYGOTE_COMMAND,
         environment=zygote.zygote_environment(
-            spec.folder / SOCKET_NAME,
+            socket_path,
             token=spec.secrets.token,
             store=spec.deployment.store_path,
             device=spec.deployment.template.device,
@@ -241,12 +299,10 @@ def supervised_zygote(
     )
 
 
-def supervised_control(
-    spec: StackSpec, log: Callable[[str], None], *, name: str = "control process"
-) -> SupervisedContext:
+def supervised_control(spec: StackSpec, log: Callable[[str], None]) -> SupervisedContext:
     """Keep the control process of a model running."""
     return supervised(
-        name,
+        "control process",
         control.COMMAND,
         environment=control.environment(
             write_model_file(spec.deployment, spec.folder),
@@ -296,7 +352,7 @@ def router_environment(
     environment = router.environment(
         spec.deployment,
         spec.endpoint,
-        control_url=spec.port.url,
+        control_url=spec.control_url,
         token=spec.secrets.token,
         tenants_file=tenants_file,
         cors_origins=spec.access.cors_origins,
@@ -305,7 +361,7 @@ def router_environment(
         behind=behind,
         trace_variables=spec.trace_variables,
     )
-    return {**environment, **zygote.shared_dir_variables(spec.folder)}
+    return {**environment, **zygote.shared_dir_variables(spec.sandbox_folder)}
 
 
 def supervised_router(

@@ -2,7 +2,7 @@
 
 `create_app` ties the lifetime of the engine, the activator and the tenants to the app's. The small
 routes that no other module needs are defined here: health endpoints, which are for probes and need
-no API key, metrics, and OpenAI endpoints that answer 501.
+no API key, and OpenAI endpoints that answer 501.
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -10,8 +10,7 @@ from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import PlainTextResponse, Response
+from fastapi import APIRouter, FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.middleware.cors import CORSMiddleware
 
@@ -26,8 +25,8 @@ from faasmoe_router.api.completions import (
 )
 from faasmoe_router.api.content_encoding import ContentEncodingMiddleware, HeadMiddleware
 from faasmoe_router.api.errors import ApiError, add_error_handlers
-from faasmoe_router.api.metrics_server import MetricsServer
-from faasmoe_router.api.middleware import AuthMiddleware, RequestContextMiddleware, get_caller
+from faasmoe_router.api.metrics_server import MetricsServer, metrics_routes
+from faasmoe_router.api.middleware import AuthMiddleware, RequestContextMiddleware
 from faasmoe_router.api.models import model_routes, usage_routes
 from faasmoe_router.api.openapi import (
     HealthResponse,
@@ -36,7 +35,6 @@ from faasmoe_router.api.openapi import (
     error_responses,
     install_openapi,
     json_responses,
-    text_error_responses,
 )
 from faasmoe_router.api.preparation import HeldBytes, PreparationQueue
 from faasmoe_router.api.preprocessing import Preprocessor
@@ -51,8 +49,6 @@ from faasmoe_router.api.validation import MAX_PROMPTS
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.sampling_defaults import SamplingDefaults
 from faasmoe_router.errors import EngineUnavailable
-from faasmoe_router.metrics import render_metrics
-from faasmoe_router.tenants.metrics import OwnMetrics
 from faasmoe_router.tenants.service import NoTenants, TenantService
 from faasmoe_router.version import installed_version
 from faasmoe_tracing import NO_TRACER, Tracer
@@ -227,22 +223,6 @@ def health_routes(engine: Engine, *, activator: RequestActivator) -> APIRouter:
     async def show_version() -> dict[str, Any]:
         """Return the version of FaaSMoE."""
         return {"version": installed_version()}
-
-    return router
-
-
-def metrics_routes(registry: CollectorRegistry) -> APIRouter:
-    """Return the route for Prometheus."""
-    router = APIRouter()
-
-    @router.get("/metrics", response_class=PlainTextResponse, responses=text_error_responses(500))
-    async def metrics(request: Request) -> Response:
-        """Return the metrics in Prometheus' text format, or as OpenMetrics; to a tenant its own."""
-        tenant = get_caller(request).tenant
-        visible = OwnMetrics(registry, tenant) if tenant else registry
-        accept = request.headers.get("accept", "")
-        body, content_type = render_metrics(visible, accept=accept)
-        return Response(body, headers={"Content-Type": content_type})
 
     return router
 

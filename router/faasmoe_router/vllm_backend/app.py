@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
-from fastapi.responses import PlainTextResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
 from faasmoe_router.api.admission import RequestActivator, TenantAdmission
 from faasmoe_router.api.content_encoding import ContentEncodingMiddleware, HeadMiddleware
 from faasmoe_router.api.errors import add_error_handlers
+from faasmoe_router.api.metrics_server import metrics_routes
 from faasmoe_router.api.middleware import AuthMiddleware, RequestContextMiddleware
 from faasmoe_router.api.models import model_routes, usage_routes
 from faasmoe_router.api.refusals import RefusalMetricsMiddleware, refusal_counter
@@ -96,20 +96,16 @@ def create_app(
             expose_headers=["*"],
         )
     add_error_handlers(app)
-    app.include_router(_probe_routes(state, activator, registry, serves_metrics=serves_metrics))
+    app.include_router(_probe_routes(state, activator))
+    if serves_metrics:
+        app.include_router(metrics_routes(registry))
     app.include_router(model_routes(model_name=model_name, max_model_len=max_model_len))
     app.include_router(usage_routes(admission))
     app.mount("/", state)
     return app
 
 
-def _probe_routes(
-    state: EngineState,
-    activator: RequestActivator,
-    registry: CollectorRegistry,
-    *,
-    serves_metrics: bool,
-) -> APIRouter:
+def _probe_routes(state: EngineState, activator: RequestActivator) -> APIRouter:
     router = APIRouter()
 
     @router.get("/health")
@@ -135,13 +131,5 @@ def _probe_routes(
     async def version() -> dict[str, Any]:
         """Return the version of FaaSMoE."""
         return {"version": installed_version()}
-
-    if serves_metrics:
-
-        @router.get("/metrics", response_class=PlainTextResponse)
-        async def metrics() -> Response:
-            """Return the metrics in Prometheus' text format."""
-            content = generate_latest(registry)
-            return Response(content, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     return router

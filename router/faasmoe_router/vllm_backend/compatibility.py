@@ -18,6 +18,9 @@ ARCHITECTURES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "Qwen2MoeForCausalLM": (),
     "Qwen3MoeForCausalLM": (),
     "OlmoeForCausalLM": (),
+    "Glm4MoeForCausalLM": (),
+    "DeepseekV2ForCausalLM": (),
+    "GptOssForCausalLM": (),
     "MixtralForCausalLM": ((".mlp.", ".block_sparse_moe."),),
 }
 """Tested architectures; each with what differs in vLLM's names of the router's tensors, as (name in

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from faasmoe_contracts.store import Store
@@ -45,6 +47,8 @@ def parse_engine_arguments(
         for name, value in _values(config, store, device, model_name, fingerprint).items()
     ]
     arguments = config.engine_args
+    _check_parser("tool_call_parser", arguments.tool_call_parser, ToolParserManager)
+    _check_parser("reasoning_parser", arguments.reasoning_parser, ReasoningParserManager)
     is_eager = device == "cpu" if arguments.enforce_eager is None else arguments.enforce_eager
     words += ["--enforce-eager"] * is_eager
     words += ["--enable-auto-tool-choice"] * (arguments.tool_call_parser is not None)
@@ -121,6 +125,15 @@ def _kv_cache_bytes(config: RouterConfig, device: str) -> int | None:
     if config.kv_cache_bytes is None and device == "cpu":
         return DEFAULT_KV_CACHE_BYTES
     return config.kv_cache_bytes
+
+
+def _check_parser(name: str, parser: str | None, manager: Any) -> None:
+    """Raise RouterConfigError unless vLLM has a parser of that name."""
+    known = manager.list_registered()
+    if parser is not None and parser not in known:
+        raise RouterConfigError(
+            f"{PREFIX}ENGINE_ARGS: {name}: got {parser}, expected one of {', '.join(sorted(known))}"
+        )
 
 
 def _chat_template(folder: Path) -> Path | None:

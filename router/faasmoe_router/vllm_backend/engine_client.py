@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator
-from typing import Any
+from contextlib import aclosing
+from typing import Any, ClassVar
 
+from vllm.exceptions import VLLMServerError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -18,9 +20,12 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from faasmoe_router.api.admission import TenantAdmission
 from faasmoe_router.engine.generation import GenerationRequest
 from faasmoe_router.errors import GenerationFailed, RequestTooLarge
-from faasmoe_router.tenants.service import Caller, NoTenants
+from faasmoe_router.tenants.service import NoTenants
 from faasmoe_router.vllm_backend.fair_gate import FairGate
 from faasmoe_router.vllm_backend.request_account import REQUEST, RequestAccount, RequestContext
+
+ABORTED = "abort"
+"""vLLM's finish reason of a request that was neither finished nor left by its client."""
 
 
 class TenantEngine(AsyncLLM):
@@ -36,8 +41,9 @@ class TenantEngine(AsyncLLM):
     admission: TenantAdmission = NoTenants()
     request_timeout_s: float = float("inf")
     _numbers = itertools.count()
+    _aborts: ClassVar[set[asyncio.Future[None]]] = set()
 
-    def generate(  # type: ignore[override]  # a function, so that admission precedes the response
+    def generate(
         self,
         prompt: Any,
         sampling_params: SamplingParams,
@@ -48,13 +54,15 @@ class TenantEngine(AsyncLLM):
     ) -> AsyncGenerator[RequestOutput, None]:
         """Admit a request, and return the stream of its outputs; see vLLM's `AsyncLLM.generate`.
 
+        No coroutine, so that a request is refused before its response begins.
+
         Raises:
             RouterError: the tenant's limits or the queue do not admit the request now.
         """
         context = REQUEST.get() or RequestContext()
         caller = context.caller
         n_prompt = len(_prompt_token_ids(prompt))
-        params = _limited(sampling_params, caller, n_prompt, self.model_config.max_model_len)
+        params = _limited(sampling_params, context, n_prompt, self.model_config.max_model_len)
         self.gate.check_capacity(caller.tenant)
         choice = GenerationRequest((), params.max_tokens or 1)
         recorder = self.admission.admit(caller, [choice] * params.n, n_prompt=n_prompt)
@@ -83,9 +91,7 @@ class TenantEngine(AsyncLLM):
             ):
                 run.recorder.record_started()
                 if deadline_s < float("inf"):
-                    timer = loop.call_at(
-                        deadline_s, lambda: asyncio.ensure_future(self.abort(request_id))
-                    )
+                    timer = loop.call_at(deadline_s, self._start_abort, request_id)
                 outputs = super().generate(
                     prompt,
                     params,
@@ -93,20 +99,29 @@ class TenantEngine(AsyncLLM):
                     priority=self.gate.priority(run.tenant),
                     **options,
                 )
-                async for output in outputs:
-                    self._account(run, output, params)
-                    if loop.time() >= deadline_s and not output.finished:
-                        raise GenerationFailed(
-                            f"the request was not finished within {self.request_timeout_s:g} s"
-                        )
-                    yield output
-        except GenerationFailed:
+                async with aclosing(outputs):
+                    async for output in outputs:
+                        if any(choice.finish_reason == ABORTED for choice in output.outputs):
+                            raise GenerationFailed(self._abort_reason(loop.time() >= deadline_s))
+                        self._account(run, output, params)
+                        yield output
+        except (GenerationFailed, VLLMServerError):
             run.recorder.record_failure()
             raise
         finally:
             if timer is not None:
                 timer.cancel()
             run.recorder.finish()
+
+    def _start_abort(self, request_id: str) -> None:
+        task = asyncio.ensure_future(self.abort(request_id))
+        self._aborts.add(task)
+        task.add_done_callback(self._aborts.discard)
+
+    def _abort_reason(self, is_overdue: bool) -> str:
+        if is_overdue:
+            return f"the request was not finished within {self.request_timeout_s:g} s"
+        return "the server is shutting down"
 
     def _account(self, run: RequestAccount, output: RequestOutput, params: SamplingParams) -> None:
         n_computed, n_generated = run.add(
@@ -126,16 +141,25 @@ def _prompt_token_ids(prompt: Any) -> list[int]:
 
 
 def _limited(
-    params: SamplingParams, caller: Caller, n_prompt: int, max_model_len: int
+    params: SamplingParams, request: RequestContext, n_prompt: int, max_model_len: int
 ) -> SamplingParams:
-    """Return the parameters within the caller's limits; raises RequestTooLarge."""
+    """Return the parameters within the caller's limits; raises RequestTooLarge.
+
+    What a request sets itself is not lowered but refused, here or at admission.
+    """
+    caller = request.caller
     context = caller.effective_max_model_len(max_model_len)
-    if n_prompt >= context:
+    n_needed = (params.max_tokens or 1) if request.has_token_limit else 1
+    if n_prompt + n_needed > context:
         raise RequestTooLarge(
-            f"the prompt has {n_prompt} tokens, expected less than {context}, your limit of prompt "
-            "and output"
+            f"the prompt has {n_prompt} tokens, and {n_needed} more are to be generated, expected "
+            f"at most {context} together"
         )
-    limits = [context - n_prompt, caller.max_output_tokens, params.max_tokens]
+    if request.has_token_limit:
+        return params
+    limits = [context - n_prompt, params.max_tokens, caller.max_output_tokens]
+    if caller.max_request_tokens is not None:
+        limits.append((caller.max_request_tokens - n_prompt) // params.n)
     limited = params.clone()
-    limited.max_tokens = min(limit for limit in limits if limit is not None)
+    limited.max_tokens = max(1, min(limit for limit in limits if limit is not None))
     return limited

@@ -16,11 +16,12 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from pathlib import Path
 
-import torch
 from fastapi import FastAPI
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
+from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
 from faasmoe_contracts.start_phases import StartPhases
@@ -83,6 +84,7 @@ class VllmRouterProcess:
         phases.end("store")
         model_name = config.model_name or Path(store.manifest.model.source).name
         self._arguments = _arguments(config, store, model_name)
+        self._vllm_config = _engine_config(self._arguments)
         self._gate = FairGate(slots=config.max_num_seqs, max_waiting=config.max_waiting)
         self._cost = FunctionCost()
         self._state = EngineState()
@@ -175,10 +177,8 @@ class VllmRouterProcess:
     async def _running_engine(self) -> AsyncIterator[None]:
         """Run vLLM's engine and its app for the lifetime of the context."""
         arguments = self._arguments
-        engine_args = AsyncEngineArgs.from_cli_args(arguments)
-        vllm_config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         engine = TenantEngine.from_vllm_config(
-            vllm_config, usage_context=UsageContext.OPENAI_API_SERVER
+            self._vllm_config, usage_context=UsageContext.OPENAI_API_SERVER
         )
         assert isinstance(engine, TenantEngine)
         engine.gate = self._gate
@@ -248,9 +248,12 @@ class VllmRouterProcess:
 
 
 def _arguments(config: RouterConfig, store: Store, model_name: str) -> Namespace:
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = current_platform.device_type
+    if config.device not in ("auto", device):
+        raise RouterConfigError(
+            f"FAASMOE_DEVICE: got {config.device}, expected {device}, which the installed vLLM "
+            "computes on"
+        )
     fingerprint = system_fingerprint_of(
         store.manifest.digest, config.dtype, device, ("torch", "transformers", "vllm")
     )
@@ -259,7 +262,19 @@ def _arguments(config: RouterConfig, store: Store, model_name: str) -> Namespace
     )
 
 
+def _engine_config(arguments: Namespace) -> VllmConfig:
+    """Return vLLM's configuration; raises RouterConfigError with vLLM's reason."""
+    try:
+        return AsyncEngineArgs.from_cli_args(arguments).create_engine_config(
+            UsageContext.OPENAI_API_SERVER
+        )
+    except ValueError as error:  # pydantic's errors included
+        reason = " ".join(str(error).split())
+        raise RouterConfigError(f"FAASMOE_ENGINE: vLLM refuses its arguments: {reason}") from error
+
+
 def _link(config: RouterConfig, store: Store, registry: JoinedRegistry) -> ControlLink | None:
     if config.control_url is None:
         return None
-    return create_front_link(RoutingView(store), config, config.control_url, registry)
+    view = RoutingView(store)
+    return create_front_link(view, config, config.control_url, registry, store=store)

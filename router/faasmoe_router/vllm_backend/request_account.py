@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -16,10 +16,12 @@ class RequestContext:
 
     Attributes:
         caller: who sent it.
+        has_token_limit: whether it says how many tokens to generate.
         headers: headers to add to its response.
     """
 
     caller: Caller = ANONYMOUS
+    has_token_limit: bool = False
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -28,17 +30,19 @@ REQUEST: ContextVar[RequestContext | None] = ContextVar("faasmoe_request", defau
 
 
 class ChoiceOutput(Protocol):
-    """New output of one choice, such as vLLM's `CompletionOutput`.
+    """New output of one choice, such as vLLM's `CompletionOutput`."""
 
-    Attributes:
-        index: the choice.
-        token_ids: its tokens: the new ones, or all so far.
-        finish_reason: why it ended; None while it runs.
-    """
+    @property
+    def index(self) -> int:
+        """The choice."""
 
-    index: int
-    token_ids: Iterable[int]
-    finish_reason: str | None
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """Its tokens: the new ones, or all so far."""
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why it ended; None while it runs."""
 
 
 @dataclass(slots=True)
@@ -77,7 +81,7 @@ class RequestAccount:
 
     def _add_choice(self, choice: ChoiceOutput, *, is_delta: bool) -> int:
         n_before = self._n_tokens.get(choice.index, 0)
-        n_given = len(list(choice.token_ids))
+        n_given = len(choice.token_ids)
         n_new = n_given if is_delta else n_given - n_before
         self._n_tokens[choice.index] = n_before + n_new
         is_last = choice.finish_reason is not None and choice.index not in self._finished

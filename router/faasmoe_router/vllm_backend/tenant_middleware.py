@@ -19,7 +19,6 @@ from faasmoe_router.api.admission import (
     COLD_START_HEADER,
     RequestActivator,
     TenantAdmission,
-    run_until_disconnect,
 )
 from faasmoe_router.api.errors import (
     CLIENT_CLOSED_REQUEST,
@@ -33,12 +32,14 @@ from faasmoe_router.api.errors import (
 )
 from faasmoe_router.api.middleware import get_caller
 from faasmoe_router.api.resumption import is_resumed
+from faasmoe_router.api.streaming import run_until_disconnect
 from faasmoe_router.errors import RouterError
 from faasmoe_router.tenants.service import Caller
 from faasmoe_router.vllm_backend.request_account import REQUEST, RequestContext
 
 GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 OTHER_PATHS = ("/v1/messages/count_tokens", "/tokenize", "/detokenize")
+TOKEN_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 BYTES_PER_TOKEN = 4
 """Of a body, to estimate which functions its prompt needs before it is tokenized."""
 
@@ -93,7 +94,9 @@ class TenantMiddleware:
         context.caller = caller
         body = await request.body()
         if scope["method"] == "POST":
-            body = rewritten_body(body, scope["path"], caller, self._model_name)
+            value = parse_body(body, caller, self._model_name)
+            context.has_token_limit = token_limit(value, caller) is not None
+            body = json.dumps(value | system_prompt(value, scope["path"], caller)).encode()
         if scope["path"] in GENERATION_PATHS:
             await self._wait_for_functions(request, caller, context, len(body))
         inner = {**scope, "headers": _with_length(scope, len(body))}
@@ -116,12 +119,11 @@ class TenantMiddleware:
             context.headers[COLD_START_HEADER] = f"{queued_s:.3f}"
 
 
-def rewritten_body(body: bytes, path: str, caller: Caller, model_name: str) -> bytes:
-    """Return a body with the model's own name and the caller's system prompt.
+def parse_body(body: bytes, caller: Caller, model_name: str) -> dict[str, Any]:
+    """Return a body with the model's own name for whatever name the caller may use.
 
     Args:
         body: JSON.
-        path: the route, which says where a system prompt goes.
         caller: who sent it.
         model_name: the model's own name.
 
@@ -137,12 +139,35 @@ def rewritten_body(body: bytes, path: str, caller: Caller, model_name: str) -> b
     requested = value.get("model", model_name)
     if isinstance(requested, str) and requested not in caller.model_names(model_name):
         raise model_not_found(requested)
-    value["model"] = model_name
-    return json.dumps(value | _system_prompt(value, path, caller)).encode()
+    return value | {"model": model_name}
 
 
-def _system_prompt(value: Mapping[str, Any], path: str, caller: Caller) -> dict[str, Any]:
-    """Return the fields that a caller's system prompt changes; none if the request has its own."""
+def token_limit(value: Mapping[str, Any], caller: Caller) -> int | None:
+    """Return how many tokens a request wants at most; None if it leaves that to the server.
+
+    Raises:
+        ApiError: it wants more than its caller may.
+    """
+    given = [(name, value[name]) for name in TOKEN_LIMITS if isinstance(value.get(name), int)]
+    for name, requested in given:
+        if caller.max_output_tokens is not None and requested > caller.max_output_tokens:
+            raise ApiError(
+                f"{name} is too large: {requested}. Your tenant may generate at most "
+                f"{caller.max_output_tokens} completion tokens, whereas you provided {requested}.",
+                param=name,
+                code="invalid_value",
+            )
+    return given[0][1] if given else None
+
+
+def system_prompt(value: Mapping[str, Any], path: str, caller: Caller) -> dict[str, Any]:
+    """Return the fields that a caller's system prompt changes; none if the request has its own.
+
+    Args:
+        value: the body.
+        path: the route, which says where a system prompt goes.
+        caller: who sent it.
+    """
     if caller.system_prompt is None:
         return {}
     messages = value.get("messages")

@@ -8,6 +8,7 @@ the model does not: these are zero.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,7 +42,7 @@ class StoreModelLoader(BaseModelLoader):
     def download_model(self, model_config: ModelConfig) -> None:
         """Download nothing: the store is complete."""
 
-    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+    def load_weights(self, model: Any, model_config: ModelConfig) -> None:
         """Load the weights; raises RouterConfigError naming a tensor that does not fit."""
         store = expert_calls(torch.device(current_platform.device_type)).store
         architecture = store.manifest.model.architecture

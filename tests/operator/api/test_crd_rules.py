@@ -67,6 +67,7 @@ VALID = {
     "tolerates-all": pods(tolerations=[{"operator": "Exists"}]),
     "tolerates-one": pods(tolerations=[{"key": "a", "value": "b", "effect": "NoSchedule"}]),
     "cache": router(kvCacheMemory="1.5Gi"),
+    "engine": router(engine="vllm", engineArgs={"enforceEager": True, "maxLogprobs": 5}),
     "served-name": router(servedModelName="org/qwen", corsOrigins=["https://a.example:8080", "*"]),
     "least-and-most": {"router": {"kvCacheMemory": "1Mi"}, "store": {"size": "1Pi"}},
     "fixed-scale": scaling(minScale=8, initialScale=8, activationScale=8),
@@ -152,6 +153,15 @@ INVALID = {
         "no value with the operator Exists",
     ),
     "toleration-without-key": (pods(tolerations=[{"value": "x"}]), "expected a key"),
+    "args-of-another-engine": (
+        router(engine="transformers", engineArgs={"maxLogprobs": 5}),
+        "none with engine transformers",
+    ),
+    "compute-of-another-engine": (router(engine="vllm", compute="torch"), "auto with engine vllm"),
+    "two-sizes-of-a-cache": (
+        router(engineArgs={"gpuMemoryUtilization": 0.5}, kvCacheMemory="1Gi"),
+        "only one of engineArgs.gpuMemoryUtilization and kvCacheMemory",
+    ),
     "cache-too-small": (router(kvCacheMemory="1023Ki"), "a quantity from 1Mi to 1Pi"),
     "disk-too-large": ({"store": {"size": "1025Ti"}}, "a quantity from 1Mi to 1Pi"),
     "min": (scaling(minScale=9), "at most maxScale"),

@@ -1,10 +1,12 @@
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from faasmoe_operator.cli.router import Endpoint, environment
+from faasmoe_operator.cli.router import Endpoint, environment, own_command
 from faasmoe_operator.control.local_model import LocalModel
 
 WriteModel = Callable[..., Path]
@@ -31,6 +33,27 @@ def test_environment_contains_settings_of_spec(write_model: WriteModel) -> None:
     assert variables["FAASMOE_MAX_WAITING"] == "0"
     assert variables["FAASMOE_KV_CACHE_BYTES"] == str(3 << 29)
     assert variables["FAASMOE_TENANTS_FILE"] == "/run/tenants.json"
+
+
+def test_arguments_of_vllm_are_passed_on_under_its_names(write_model: WriteModel) -> None:
+    arguments = "{enforceEager: false, toolCallParser: hermes}"
+    file = write_model(f"router: {{engine: vllm, engineArgs: {arguments}}}")
+    variables = router_environment(file)
+    assert variables["FAASMOE_ENGINE"] == "vllm"
+    expected = {"enforce_eager": False, "tool_call_parser": "hermes"}
+    assert json.loads(variables["FAASMOE_ENGINE_ARGS"]) == expected
+
+
+def test_a_router_with_vllm_runs_in_the_environment_that_has_it() -> None:
+    variables = {"FAASMOE_ENGINE": "vllm", "FAASMOE_VLLM_PYTHON": "/vllm/bin/python"}
+    assert own_command(variables) == ("/vllm/bin/python", "-m", "faasmoe_router")
+    assert own_command({"FAASMOE_ENGINE": "vllm"}) == (sys.executable, "-m", "faasmoe_router")
+
+
+def test_other_routers_are_forked_by_the_zygote() -> None:
+    for engine in ("transformers", "auto"):  # there is no vLLM in this environment
+        variables = {"FAASMOE_ENGINE": engine, "FAASMOE_VLLM_PYTHON": "/vllm/bin/python"}
+        assert own_command(variables) is None
 
 
 def test_environment_omits_settings_absent_from_spec(write_model: WriteModel) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from faasmoe_router.api.errors import ApiError
 from faasmoe_router.tenants.service import Caller
-from faasmoe_router.vllm_backend.tenant_middleware import rewritten_body
+from faasmoe_router.vllm_backend.tenant_middleware import parse_body, system_prompt, token_limit
 
 CHAT, ANTHROPIC, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
 CALLER = Caller("acme", model_alias="acme-chat", system_prompt="Be brief.")
@@ -13,7 +13,8 @@ USER = {"role": "user", "content": "Hello"}
 
 
 def rewritten(body: dict[str, Any], path: str = CHAT) -> dict[str, Any]:
-    return dict(json.loads(rewritten_body(json.dumps(body).encode(), path, CALLER, "moe")))
+    value = parse_body(json.dumps(body).encode(), CALLER, "moe")
+    return value | system_prompt(value, path, CALLER)
 
 
 @pytest.mark.parametrize("name", ["moe", "acme-chat"])
@@ -40,5 +41,14 @@ def test_a_tenants_system_prompt_is_added_unless_the_request_has_one() -> None:
 @pytest.mark.parametrize("body", [b"[]", b"{", b"\xff", b'"x"'])
 def test_what_is_no_json_object_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError) as caught:
-        rewritten_body(body, CHAT, CALLER, "moe")
+        parse_body(body, CALLER, "moe")
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "max_output_tokens"])
+def test_more_tokens_than_a_tenant_may_generate_are_refused(name: str) -> None:
+    caller = Caller("acme", max_output_tokens=8)
+    assert token_limit({name: 8}, caller) == 8
+    assert token_limit({name: None}, caller) is None
+    with pytest.raises(ApiError, match=f"^{name} is too large: 9. Your tenant may generate at m"):
+        token_limit({name: 9}, caller)
