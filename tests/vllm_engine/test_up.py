@@ -24,8 +24,8 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
     folder = tmp_path_factory.mktemp("up")
     checkpoint = save_chat_checkpoint(folder / "checkpoint")
     for name, key in KEYS.items():
-        (folder / f"{name}.keys").write_text(f"{key}\n")
-        (folder / f"{name}.keys").chmod(0o600)
+        (folder / name).mkdir()
+        (folder / name / "key").write_text(key)
     model = {
         "apiVersion": "faasmoe.dev/v1alpha1",
         "kind": "MoEModel",
@@ -47,11 +47,11 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
                 {
                     "name": "acme",
                     "modelAlias": "acme-chat",
-                    "apiKeysPath": str(folder / "acme.keys"),
+                    "apiKeysPath": str(folder / "acme"),
                 },
                 {
                     "name": "globex",
-                    "apiKeysPath": str(folder / "globex.keys"),
+                    "apiKeysPath": str(folder / "globex"),
                     "limits": {"maxOutputTokens": 3, "requestsPerMinute": 600},
                 },
             ],
