@@ -11,7 +11,7 @@ import pytest
 from faasmoe_up import FaasmoeUp, running_up, wait_until
 from metric_samples import parse_sample
 from vllm_checkpoints import save_chat_checkpoint
-from vllm_runs import NEEDS_VLLM
+from vllm_runs import NEEDS_VLLM, VLLM_PYTHON
 
 pytestmark = [*NEEDS_VLLM, pytest.mark.timeout(900)]
 
@@ -59,7 +59,8 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
     }
     file = folder / "model.yaml"
     file.write_text(json.dumps(model))
-    with running_up(file, folder / "log") as running:
+    variables = {"FAASMOE_VLLM_PYTHON": VLLM_PYTHON}
+    with running_up(file, folder / "log", variables=variables) as running:
         yield running
 
 
