@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +28,8 @@ sys.path.insert(0, str(ROOT / "tests" / "integration"))
 from faasmoe_up import FaasmoeUp, running_up, wait_until  # noqa: E402
 
 ZERO_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 1800.0
+MANY_MEMORY = "2Gi"  # of several models: their routers start in turns
 IDLE_SECONDS = 10
 PROCESSES = (
     "faasmoe_gateway",
@@ -50,7 +54,9 @@ def main() -> int:
         for n_models in arguments.models:
             folder = Path(name) / str(n_models)
             files = write_models(folder, arguments.model.resolve(), n_models)
-            with running_up(files, folder / "up.log") as up:
+            options = ("--memory", MANY_MEMORY) if n_models > 1 else ()
+            log = folder / "up.log"
+            with running_up(files, log, *options, timeout_s=START_TIMEOUT_S) as up:
                 measured = measure(up, repeats=arguments.repeats)
             figures |= measured if n_models == arguments.models[0] else {}
             figures[f"models_{n_models}"] = measured
@@ -61,10 +67,18 @@ def main() -> int:
 
 
 def write_models(folder: Path, model: Path, n_models: int) -> Path:
-    """Write MoEModels of the same checkpoint; return their folder."""
-    files = folder / "models"
+    """Write MoEModels of the same checkpoint, with copies of one store; return their folder."""
+    files, stores = folder / "models", folder / "stores"
     files.mkdir(parents=True)
-    scaling = {"windowSeconds": 6, "scaleToZeroGracePeriodSeconds": 0}
+    prepare = (sys.executable, "-m", "faasmoe_operator.cli", "prepare")
+    subprocess.run([*prepare, str(model), str(stores / "0")], check=True, stdout=sys.stderr)
+    for index in range(1, n_models):
+        shutil.copytree(stores / "0", stores / str(index))
+    scaling = {
+        "windowSeconds": 6,
+        "panicWindowPercentage": 20,
+        "scaleToZeroGracePeriodSeconds": 0,
+    }
     for index in range(n_models):
         spec = {
             "model": {"source": model.as_uri()},

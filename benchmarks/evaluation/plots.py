@@ -47,6 +47,24 @@ def sweep_plots(sweep: Results) -> dict[str, bytes]:
     }
 
 
+def growth_plot(rows: Mapping[str, Any]) -> bytes:
+    """Return how each row grows, relative to its smallest size, beside linear growth."""
+
+    def draw(axes: Axes) -> None:
+        largest = 1.0
+        for name, row in rows.items():
+            sizes = sorted(row["values"], key=int)
+            first = row["values"][sizes[0]] or 1e-9
+            x = [int(size) / int(sizes[0]) for size in sizes]
+            axes.plot(x, [row["values"][s] / first for s in sizes], marker="o", label=name)
+            largest = max(largest, x[-1])
+        axes.plot([1, largest], [1, largest], color="grey", linestyle=":", label="linear")
+        axes.set(xlabel="size, relative", ylabel="cost, relative", xscale="log", yscale="log")
+        axes.legend(fontsize="x-small")
+
+    return _render_figure(draw)
+
+
 def memory_over_time(axes: Axes, results: Results) -> None:
     """Plot the memory of each strategy over time, from its first run."""
     for name in strategies(results):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Self
 
 from faasmoe_contracts.json_reader import ObjectReader, parse_json
@@ -169,6 +169,7 @@ class TenantEntry:
         limits: its limits.
         budgets: its budgets.
         prices: what its tokens cost; None for nothing.
+        host: host name that only its requests may have; None for none.
     """
 
     name: str
@@ -178,11 +179,12 @@ class TenantEntry:
     limits: LimitsEntry = field(default_factory=LimitsEntry)
     budgets: tuple[BudgetEntry, ...] = ()
     prices: PricesEntry | None = None
+    host: str | None = None
 
     @classmethod
     def from_json(cls, value: object, *, path: str) -> Self:
         """Read an entry; raises ContractError."""
-        known = ("name", "keys_path", "models", "key_expiry", "limits", "budgets", "prices")
+        known = [entry.name for entry in fields(cls)]
         reader = ObjectReader(value, field=path, path=path, known=known)
         models, budgets = reader.array("models"), reader.array("budgets")
         expiry = ObjectReader(reader.get("key_expiry"), path=f"{path}.key_expiry")
@@ -202,6 +204,7 @@ class TenantEntry:
                 for index, budget in enumerate(budgets)
             ),
             None if prices is None else PricesEntry.from_json(prices, path=f"{path}.prices"),
+            None if reader.get("host") is None else _text(reader, "host"),
         )
 
 

@@ -6,14 +6,29 @@ Days are in UTC.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 Period = Literal["day", "month"]
 Unit = Literal["inputTokens", "outputTokens", "money"]
 USAGE_FILE_NAME = "tenant-usage.json"
+_FURTHER_FILES = "tenant-usage-*.json"
 PERIODS: tuple[Period, ...] = ("day", "month")
+
+
+def usage_file(folder: Path, index: int) -> Path:
+    """Return the file of a gateway's usage; those of several gateways add up."""
+    stem, _, suffix = USAGE_FILE_NAME.partition(".")
+    return folder / (f"{stem}-{index}.{suffix}" if index else USAGE_FILE_NAME)
+
+
+def usage_files(folder: Path) -> list[Path]:
+    """Return the files of all gateways' usage that exist."""
+    first = folder / USAGE_FILE_NAME
+    return [*([first] if first.is_file() else []), *sorted(folder.glob(_FURTHER_FILES))]
 
 
 @dataclass(slots=True)
@@ -81,6 +96,12 @@ class TenantUsage:
         """Count usage of a model."""
         self.days.setdefault(day_of(time_s), {}).setdefault(model, Usage()).add(usage)
 
+    def include(self, other: TenantUsage) -> None:
+        """Add what was counted elsewhere."""
+        for day, models in other.days.items():
+            for model, usage in models.items():
+                self.days.setdefault(day, {}).setdefault(model, Usage()).add(usage)
+
     def in_period(self, time_s: float, period: Period) -> Usage:
         """Return the usage of the period of a time, over all models."""
         name, total = period_name(time_s, period), Usage()
@@ -93,6 +114,18 @@ class TenantUsage:
     def drop_before(self, day: str) -> None:
         """Forget what was used before a day."""
         self.days = {name: models for name, models in self.days.items() if name >= day}
+
+
+def read_usage(files: Iterable[Path]) -> tuple[dict[str, TenantUsage], dict[str, str]]:
+    """Return the sums of files, as `load_usage` does of one; raises OSError or ValueError."""
+    totals: dict[str, TenantUsage] = {}
+    currencies: dict[str, str] = {}
+    for file in files:
+        usages, found = load_usage(file.read_bytes())
+        currencies |= {name: currency for name, currency in found.items() if currency}
+        for name, usage in usages.items():
+            totals.setdefault(name, TenantUsage()).include(usage)
+    return totals, currencies
 
 
 def dump_usage(usages: dict[str, TenantUsage], currencies: dict[str, str]) -> bytes:

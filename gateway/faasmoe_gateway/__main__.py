@@ -17,13 +17,14 @@ from starlette.types import ASGIApp
 from faasmoe_contracts.gateway_file import GatewayFile
 from faasmoe_contracts.json_reader import ContractError
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
-from faasmoe_contracts.tenant_usage import USAGE_FILE_NAME
+from faasmoe_contracts.tenant_usage import usage_file
 from faasmoe_gateway.accounts import Accounts
 from faasmoe_gateway.app import GatewayApp
 from faasmoe_gateway.config import GatewayConfig, GatewayConfigError
 from faasmoe_gateway.connections import ConnectionLimits, descriptor_limited
 from faasmoe_gateway.demand_reporter import DemandReporter
 from faasmoe_gateway.front import Front
+from faasmoe_gateway.lease_client import LeaseClient
 from faasmoe_gateway.relay import PROBE_HOLD_S, RouterAddress
 from faasmoe_gateway.server import Server, inherited_listeners
 from faasmoe_gateway.tenant_directory import TenantDirectory
@@ -68,21 +69,34 @@ def main() -> int:
 
 def _make_app(config: GatewayConfig) -> GatewayApp | Front:
     """Return the app of one router or of several models; raises ContractError or OSError."""
+    page = None
+    if config.page_socket is not None:
+        page = RouterAddress(config.page_socket, "", PROBE_HOLD_S)
     if config.gateway_file is None:
         assert config.router_socket is not None
         router = RouterAddress(config.router_socket, config.front_token, config.hold_timeout_s)
-        page = None
-        if config.page_socket is not None:
-            page = RouterAddress(config.page_socket, "", PROBE_HOLD_S)
         return GatewayApp(router, page=page)
     file = GatewayFile.loads(config.gateway_file.read_bytes())
-    usage = None if config.state_dir is None else config.state_dir / USAGE_FILE_NAME
+    usage = None if config.state_dir is None else usage_file(config.state_dir, config.index)
+    share = 1.0 if config.lease_socket is None else 0.0
+    accounts = Accounts(file.tenants, usage, time.monotonic(), share=share)
+    leases = None
+    if config.lease_socket is not None:
+        leases = LeaseClient(
+            config.lease_socket,
+            str(config.index),
+            accounts,
+            clock=time.monotonic,
+            wall_clock=time.time,
+        )
     return Front(
         TenantDirectory(file, time.time()),
-        Accounts(file.tenants, usage, time.monotonic()),
+        accounts,
         front_token=config.front_token,
         hold_timeout_s=config.hold_timeout_s,
         demand=DemandReporter(config.demand_socket),
+        leases=leases,
+        page=page,
     )
 
 

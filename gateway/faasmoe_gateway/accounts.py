@@ -10,6 +10,7 @@ from typing import cast
 
 from faasmoe_contracts.atomic_file import quarantine, write_atomically
 from faasmoe_contracts.gateway_file import TenantEntry
+from faasmoe_contracts.lease_messages import LeaseAnswer, PeriodUsage, bucket_name
 from faasmoe_contracts.tenant_usage import (
     Period,
     TenantUsage,
@@ -18,7 +19,9 @@ from faasmoe_contracts.tenant_usage import (
     day_of,
     dump_usage,
     load_usage,
+    period_name,
 )
+from faasmoe_contracts.token_leases import LeaseRequest
 from faasmoe_gateway.budgets import Budget, BudgetState, Prices, budget_states, reached_budget
 from faasmoe_gateway.limits import TenantLimiter
 from faasmoe_gateway.refusal import Refusal
@@ -26,6 +29,7 @@ from faasmoe_gateway.refusal import Refusal
 logger = logging.getLogger(__name__)
 
 KEPT_DAYS = 400
+LEASED_S = 60.0  # since the last request of a tenant
 DAY_S = 86_400.0
 BUDGET_HEADER = "x-faasmoe-budget"
 
@@ -35,13 +39,23 @@ class TenantAccount:
 
     Args:
         tenant: the tenant.
-        usage: what it has used so far.
+        usage: what it has used so far through this gateway.
         now_s: current monotonic time in seconds.
+        share: part of its limits that this gateway has without an authority.
+
+    Attributes:
+        limiter: its limits.
+        usage: as given.
+        elsewhere: what it has used through other gateways; None if there are none.
+        currency: of its prices; empty without any.
     """
 
-    def __init__(self, tenant: TenantEntry, usage: TenantUsage, now_s: float) -> None:
+    def __init__(
+        self, tenant: TenantEntry, usage: TenantUsage, now_s: float, *, share: float = 1.0
+    ) -> None:
         self.usage = usage
-        self.limiter = TenantLimiter(tenant.limits, now_s)
+        self.elsewhere: PeriodUsage | None = None
+        self.limiter = TenantLimiter(tenant.limits, now_s, share=share)
         self.currency = "" if tenant.prices is None else tenant.prices.currency
         self._name = tenant.name
         self._prices = Prices()
@@ -54,6 +68,13 @@ class TenantAccount:
         ]
         self._warned: set[tuple[Budget, float]] = set()
 
+    def in_period(self, time_s: float, period: Period) -> Usage:
+        """Return what was used in the period of a time, through all gateways."""
+        total, other = self.usage.in_period(time_s, period), self.elsewhere
+        if other is not None and other.day.startswith(period_name(time_s, period)):
+            total.add(other.in_day if period == "day" else other.in_month)
+        return total
+
     def check_budgets(self, time_s: float) -> dict[str, str]:
         """Return headers that tell of budgets that are nearly used.
 
@@ -62,7 +83,7 @@ class TenantAccount:
         """
         if not self._budgets:
             return {}
-        states = budget_states(self._budgets, self.usage, time_s)
+        states = budget_states(self._budgets, self, time_s)
         if (reached := reached_budget(states)) is not None:
             raise _budget_reached(reached, time_s)
         soft = [state for state in states if state.is_soft_reached]
@@ -103,14 +124,22 @@ class Accounts:
         tenants: the tenants.
         path: file of their usage; None keeps it in memory.
         now_s: current monotonic time in seconds.
+        share: part of all limits that this gateway has without an authority.
     """
 
-    def __init__(self, tenants: Iterable[TenantEntry], path: Path | None, now_s: float) -> None:
+    def __init__(
+        self,
+        tenants: Iterable[TenantEntry],
+        path: Path | None,
+        now_s: float,
+        *,
+        share: float = 1.0,
+    ) -> None:
         self._path = path
         self._usages = {} if path is None else _read(path)
         self._accounts = {
             tenant.name: TenantAccount(
-                tenant, self._usages.setdefault(tenant.name, TenantUsage()), now_s
+                tenant, self._usages.setdefault(tenant.name, TenantUsage()), now_s, share=share
             )
             for tenant in tenants
         }
@@ -119,6 +148,39 @@ class Accounts:
     def of(self, tenant: str) -> TenantAccount:
         """Return a tenant's account."""
         return self._accounts[tenant]
+
+    def lease_requests(self, now_s: float) -> dict[str, LeaseRequest]:
+        """Return what to ask the authority for, of tenants that have called lately."""
+        return {
+            bucket_name(tenant, name): bucket.request(now_s)
+            for tenant, account in self._accounts.items()
+            if now_s - account.limiter.used_s <= LEASED_S
+            for name, bucket in account.limiter.buckets.items()
+        }
+
+    def apply_leases(self, answer: LeaseAnswer, now_s: float) -> None:
+        """Take what the authority has answered."""
+        for tenant, account in self._accounts.items():
+            for name, bucket in account.limiter.buckets.items():
+                full_name = bucket_name(tenant, name)
+                if full_name in answer.levels:
+                    account.limiter.elsewhere[name] = answer.levels[full_name]
+                if (grant := answer.grants.get(full_name)) is not None:
+                    bucket.apply(grant, now_s)
+            if tenant in answer.usage:
+                account.elsewhere = answer.usage[tenant]
+
+    def period_usage(self, time_s: float) -> dict[str, PeriodUsage]:
+        """Return what each tenant has used through this gateway in the current day and month."""
+        return {
+            tenant: PeriodUsage(
+                day_of(time_s),
+                account.usage.in_period(time_s, "day"),
+                account.usage.in_period(time_s, "month"),
+            )
+            for tenant, account in self._accounts.items()
+            if account.usage.days
+        }
 
     def changed(self, time_s: float) -> bytes | None:
         """Return what to save; None if nothing was used since it was last returned."""

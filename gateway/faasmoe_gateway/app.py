@@ -12,11 +12,11 @@ from faasmoe_gateway.credentials import KnownCredentials, shown_key
 from faasmoe_gateway.held_request import ClientGone, HeldRequest, HoldBudget
 from faasmoe_gateway.relay import (
     MESSAGES_PATH,
-    PAGE_PATH,
     ClientResponse,
     Relay,
     RouterAddress,
     WaitingRequests,
+    is_page_path,
 )
 from faasmoe_gateway.sender_turns import TURNS_PER_SENDER, SenderTurns
 
@@ -27,6 +27,7 @@ class GatewayApp:
     Args:
         router: where the router is.
         page: where the live page is; None for none.
+        turns: how many requests of a sender are handed on at once.
         budget: bounds what all requests hold.
     """
 
@@ -36,12 +37,13 @@ class GatewayApp:
         budget: HoldBudget | None = None,
         *,
         page: RouterAddress | None = None,
+        turns: SenderTurns | None = None,
     ) -> None:
         self._router = router
         self._page = page
         self._budget = budget or HoldBudget()
         self._waiting = WaitingRequests()
-        self._turns = SenderTurns(n_per_sender=TURNS_PER_SENDER)
+        self._turns = turns or SenderTurns(n_per_sender=TURNS_PER_SENDER)
         self._credentials = KnownCredentials()
         self._running: set[asyncio.Task[None]] = set()
         self._aborted: set[asyncio.Task[None]] = set()
@@ -78,8 +80,7 @@ class GatewayApp:
 
     def _upstream(self, path: bytes) -> RouterAddress:
         """Return who answers a path."""
-        is_page = path == PAGE_PATH or path.startswith(PAGE_PATH + b"/")
-        return self._page if is_page and self._page is not None else self._router
+        return self._page if self._page is not None and is_page_path(path) else self._router
 
     def abort_running(self) -> None:
         """End every response with an error, because the server is shutting down."""

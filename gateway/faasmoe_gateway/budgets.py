@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
-from faasmoe_contracts.tenant_usage import PERIODS, Period, TenantUsage, Unit, period_end_s
+from faasmoe_contracts.tenant_usage import PERIODS, Period, Unit, Usage, period_end_s
 
 MILLION = 1_000_000
 
@@ -81,15 +82,22 @@ class BudgetState:
         return self.used >= self.budget.limit * self.budget.soft_fraction
 
 
+class UsageByPeriod(Protocol):
+    """What a tenant has used, wherever that is counted."""
+
+    def in_period(self, time_s: float, period: Period) -> Usage:
+        """Return the usage of the period of a time."""
+
+
 def budget_states(
-    budgets: Iterable[Budget], usage: TenantUsage, time_s: float
+    budgets: Iterable[Budget], usage: UsageByPeriod, time_s: float
 ) -> tuple[BudgetState, ...]:
     """Return where a tenant is in each of its budgets."""
-    in_period = {period: usage.in_period(time_s, period) for period in PERIODS}
+    used = {period: usage.in_period(time_s, period) for period in PERIODS}
     return tuple(
         BudgetState(
             budget,
-            in_period[budget.period].amount(budget.unit),
+            used[budget.period].amount(budget.unit),
             period_end_s(time_s, budget.period),
         )
         for budget in budgets

@@ -12,6 +12,7 @@ from faasmoe_contracts.environment import integer_between, seconds_between
 from faasmoe_gateway.connections import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_ADDRESS
 
 PREFIX = "FAASMOE_"
+MAX_GATEWAYS = 64
 
 
 class GatewayConfigError(Exception):
@@ -28,8 +29,11 @@ class GatewayConfig:
         gateway_file: models and tenants; None with one router, which has the tenants.
         state_dir: folder of the tenants' usage; None keeps it in memory.
         demand_socket: where requests are reported, to start routers; None if they always run.
+        lease_socket: where tokens of limits are leased, which all gateways share; None if this is
+            the only gateway.
+        index: number of this gateway, from 0.
         cors_origins: origins of web pages that may call the API, with a gateway file.
-        page_socket: Unix socket of the live page, with one router; None for none.
+        page_socket: Unix socket of the live page; None for none.
         host: address to listen on.
         port: port to listen on.
         listen_fd: descriptor of an inherited socket that listens there; None opens one.
@@ -45,6 +49,8 @@ class GatewayConfig:
     gateway_file: Path | None = None
     state_dir: Path | None = None
     demand_socket: Path | None = None
+    lease_socket: Path | None = None
+    index: int = 0
     cors_origins: tuple[str, ...] = ()
     page_socket: Path | None = None
     host: str = "127.0.0.1"
@@ -69,6 +75,8 @@ class GatewayConfig:
             gateway_file=gateway_file,
             state_dir=_read(env, "STATE_DIR", Path, None),
             demand_socket=_read(env, "DEMAND_SOCKET", Path, None),
+            lease_socket=_read(env, "LEASE_SOCKET", Path, None),
+            index=_read(env, "INDEX", integer_between(0, MAX_GATEWAYS - 1), 0),
             cors_origins=_read(env, "CORS_ORIGINS", _origins, ()),
             page_socket=_read(env, "PAGE_SOCKET", Path, None),
             host=env.get(f"{PREFIX}HOST") or cls.host,

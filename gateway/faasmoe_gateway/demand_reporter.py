@@ -1,14 +1,21 @@
-"""Reports the requests of each model to whoever starts and stops routers."""
+"""Reports the requests of each model to whoever starts and stops routers, and learns who runs."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Never
 
-from faasmoe_contracts.router_demand import REPORT_INTERVAL_S, RouterDemand
+from faasmoe_contracts.json_reader import ContractError
+from faasmoe_contracts.router_demand import (
+    MAX_LINE_BYTES,
+    REPORT_INTERVAL_S,
+    RouterDemand,
+    RunningRouters,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +27,13 @@ class DemandReporter:
 
     Args:
         path: socket to report to; None reports nothing, as routers are always there.
+
+    Attributes:
+        on_routers: called with the routers that take requests, by model, whenever that changes.
     """
 
     def __init__(self, path: Path | None) -> None:
+        self.on_routers: Callable[[Mapping[str, tuple[str, ...]]], None] = lambda _: None
         self._path = path
         self._demand = RouterDemand()
         self._is_new = asyncio.Event()
@@ -30,13 +41,24 @@ class DemandReporter:
     @contextmanager
     def request(self, model: str) -> Iterator[None]:
         """Count a request of a model within the context; the first one is reported at once."""
-        self._demand[model] = self._demand.get(model, 0) + 1
-        if self._demand[model] == 1:
+        models = self._demand.models
+        models[model] = models.get(model, 0) + 1
+        if models[model] == 1:
             self._is_new.set()
         try:
             yield
         finally:
-            self._demand[model] -= 1
+            models[model] -= 1
+
+    @contextmanager
+    def sent(self, model: str, router: str) -> Iterator[None]:
+        """Count a request that is sent to a router within the context."""
+        routers = self._demand.routers.setdefault(model, {})
+        routers[router] = routers.get(router, 0) + 1
+        try:
+            yield
+        finally:
+            routers[router] -= 1
 
     async def run(self) -> None:
         """Report until cancelled, and connect again if the other side ends."""
@@ -44,16 +66,29 @@ class DemandReporter:
             return
         while True:
             try:
-                _, writer = await asyncio.open_unix_connection(str(self._path))
-                try:
-                    await self._report(writer)
-                finally:
-                    writer.close()
-            except OSError as error:
+                await self._run_connection(self._path)
+            except (OSError, ContractError, ValueError) as error:
                 logger.warning("No demand can be reported to %s: %s", self._path, error)
                 await asyncio.sleep(RECONNECT_S)
 
-    async def _report(self, writer: asyncio.StreamWriter) -> None:
+    async def _run_connection(self, path: Path) -> None:
+        reader, writer = await asyncio.open_unix_connection(str(path), limit=MAX_LINE_BYTES)
+        tasks = [
+            asyncio.create_task(self._report(writer)),
+            asyncio.create_task(self._follow(reader)),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._demand.seen = 0
+            writer.close()
+
+    async def _report(self, writer: asyncio.StreamWriter) -> Never:
         while True:
             self._is_new.clear()
             writer.write(self._demand.dumps())
@@ -63,3 +98,10 @@ class DemandReporter:
                     await self._is_new.wait()
             except TimeoutError:
                 continue
+
+    async def _follow(self, reader: asyncio.StreamReader) -> None:
+        while line := await reader.readline():
+            running = RunningRouters.loads(line)
+            self.on_routers(running.routers)
+            self._demand.seen = running.version
+            self._is_new.set()

@@ -12,10 +12,10 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
@@ -26,10 +26,17 @@ from faasmoe_gateway.connections import KNOWN_CLIENT_EXTENSION
 from faasmoe_gateway.credentials import header_value, shown_key
 from faasmoe_gateway.demand_reporter import DemandReporter
 from faasmoe_gateway.held_request import ClientGone, HeldRequest, HoldBudget
+from faasmoe_gateway.lease_client import LeaseClient
 from faasmoe_gateway.limits import Hold
 from faasmoe_gateway.model_routes import ModelRoute
 from faasmoe_gateway.refusal import Refusal, invalid_api_key, model_not_found, send_json
-from faasmoe_gateway.relay import ClientResponse, Relay
+from faasmoe_gateway.relay import (
+    ClientResponse,
+    Relay,
+    RouterAddress,
+    WaitingRequests,
+    is_page_path,
+)
 from faasmoe_gateway.request_body import (
     MAX_BODY_BYTES,
     RequestedWork,
@@ -46,7 +53,11 @@ COMPLETIONS_PATH = "/v1/completions"
 DEFAULT_COMPLETION_TOKENS = 16  # as the router's
 GENERATING_PATHS = (COMPLETIONS_PATH, "/v1/chat/completions", "/v1/responses", "/v1/messages")
 SAVE_INTERVAL_S = 5.0
+MAX_RENEWALS = 3  # of leases for one request: one for each limit that it needs tokens of
 _TENANT_PATH = re.compile(r"/([^/]+)(/v1(?:/.*)?)", re.DOTALL)
+
+
+Taken = TypeVar("Taken")
 
 
 @dataclass(slots=True)
@@ -100,6 +111,8 @@ class Front:
         front_token: what to show routers.
         hold_timeout_s: how long requests wait for a router that is away.
         demand: reports requests to whoever starts routers; None if they are always there.
+        leases: renews leases of limits; None if this is the only gateway.
+        page: where the live page is; None for none.
         budget: bounds what all requests hold.
         clock: returns monotonic seconds.
         wall_clock: returns seconds since the epoch.
@@ -113,6 +126,8 @@ class Front:
         front_token: str,
         hold_timeout_s: float,
         demand: DemandReporter | None = None,
+        leases: LeaseClient | None = None,
+        page: RouterAddress | None = None,
         budget: HoldBudget | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -120,14 +135,22 @@ class Front:
         self._directory = directory
         self._accounts = accounts
         self._demand = demand or DemandReporter(None)
+        self._leases = leases
+        self._page = page
         self._budget = budget or HoldBudget()
         self._clock = clock
         self._wall_clock = wall_clock
         self._created_s = int(wall_clock())
         self._routes = {
-            name: ModelRoute(model, front_token=front_token, hold_timeout_s=hold_timeout_s)
+            name: ModelRoute(
+                model,
+                front_token=front_token,
+                hold_timeout_s=hold_timeout_s,
+                demand=self._demand,
+            )
             for name, model in directory.models.items()
         }
+        self._demand.on_routers = self._set_running
         self._turns = SenderTurns(n_per_sender=TURNS_PER_SENDER)
         self._running: set[asyncio.Task[None]] = set()
         self._aborted: set[asyncio.Task[None]] = set()
@@ -142,7 +165,18 @@ class Front:
             return
         request = HeldRequest(scope, receive, self._budget)
         try:
-            await self._handle(scope, request, send)
+            if self._page is not None and is_page_path(scope["raw_path"]):
+                client = ClientResponse(send, is_messages=False)
+                relay = Relay(
+                    request,
+                    client,
+                    self._page,
+                    WaitingRequests(),
+                    take_turn=partial(self._turns.take, ""),
+                )
+                await self._run(relay, request, client)
+            else:
+                await self._handle(scope, request, send)
         except Refusal as refusal:
             await refusal.send(send, scope["path"])
         except ClientGone:
@@ -156,6 +190,11 @@ class Front:
         for task in self._running:
             task.cancel()
 
+    def _set_running(self, routers: Mapping[str, tuple[str, ...]]) -> None:
+        for model, route in self._routes.items():
+            if model in routers:
+                route.set_running(routers[model])
+
     async def _handle(self, scope: Scope, request: HeldRequest, send: Send) -> None:
         tenant, path = self._authenticate(scope)
         if tenant is not None and KNOWN_CLIENT_EXTENSION in scope.get("extensions", {}):
@@ -166,7 +205,8 @@ class Front:
         account = None if tenant is None else self._accounts.of(tenant.name)
         headers: dict[str, str] = {}
         if account is not None:
-            account.limiter.count_request(self._clock())
+            limiter = account.limiter
+            await self._take(lambda: limiter.count_request(self._clock()))
             headers = account.check_budgets(self._wall_clock())
         call = await self._read_call(scope, request, path, tenant, account)
         request.address(path, tenant="" if tenant is None else tenant.name)
@@ -184,7 +224,8 @@ class Front:
                 raise _unknown_path(path)
             return None, path
         tenant = self._directory.authenticate(shown_key(scope))
-        if tenant is None or named not in (None, tenant.name):
+        host = self._directory.tenant_of_host(_host_name(scope))
+        if tenant is None or {named, host} - {None, tenant.name}:
             raise invalid_api_key()
         return tenant, path if match is None else match[2]
 
@@ -215,8 +256,8 @@ class Front:
         }
 
     def _usage(self, tenant: TenantEntry) -> dict[str, Any]:
-        usage, now_s = self._accounts.of(tenant.name).usage, self._wall_clock()
-        periods = {period: usage.in_period(now_s, period) for period in PERIODS}
+        account, now_s = self._accounts.of(tenant.name), self._wall_clock()
+        periods = {period: account.in_period(now_s, period) for period in PERIODS}
         return {
             "object": "usage",
             "tenant": tenant.name,
@@ -265,12 +306,14 @@ class Front:
         generates = call.path in GENERATING_PATHS
         if call.account is not None and generates:
             limiter = call.account.limiter
-            hold = limiter.hold(call.max_input_tokens, call.max_output_tokens, self._clock())
+            hold = await self._take(
+                lambda: limiter.hold(call.max_input_tokens, call.max_output_tokens, self._clock())
+            )
             client.headers |= limiter.headers(self._clock())
         n_tokens = call.max_input_tokens + call.max_output_tokens
         route = self._routes[call.model.name]
         affinity = call.affinity if generates else b""
-        with self._demand.request(call.model.name), route.reserve(affinity, n_tokens) as address:
+        with route.reserve(affinity, n_tokens) as reserved:
 
             def on_head() -> None:
                 if relay.meter.input_tokens is not None:
@@ -280,15 +323,26 @@ class Front:
             relay = Relay(
                 request,
                 client,
-                address,
+                reserved.address,
                 route.waiting,
                 take_turn=partial(self._turns.take, sender),
+                rechoose=reserved.move,
                 on_head=on_head,
             )
             try:
                 await self._run(relay, request, client)
             finally:
                 self._settle(call, hold, relay)
+
+    async def _take(self, take: Callable[[], Taken]) -> Taken:
+        """Take tokens of limits, with further leases if they do not suffice; raises Refusal."""
+        for _ in range(MAX_RENEWALS):
+            try:
+                return take()
+            except Refusal as refusal:
+                if refusal.status != 429 or self._leases is None or not await self._leases.renew():
+                    raise
+        return take()
 
     def _settle(self, call: Call, hold: Hold, relay: Relay) -> None:
         meter = relay.meter
@@ -318,7 +372,14 @@ class Front:
 
     async def _run_lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
-        jobs = [asyncio.create_task(job()) for job in (self._refresh, self._save, self._demand.run)]
+        work: list[Callable[[], Coroutine[Any, Any, None]]] = [
+            self._refresh,
+            self._save,
+            self._demand.run,
+        ]
+        if self._leases is not None:
+            work.append(self._leases.run)
+        jobs = [asyncio.create_task(job()) for job in work]
         await send({"type": "lifespan.startup.complete"})
         await receive()
         for job in jobs:
@@ -349,3 +410,9 @@ class Front:
 
 def _unknown_path(path: str) -> Refusal:
     return Refusal(f"path: got {path[:80]}, which does not exist", status=404, code="not_found")
+
+
+def _host_name(scope: Scope) -> str:
+    """Return the name in the Host header, without the port."""
+    host = header_value(scope, b"host")
+    return host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]

@@ -61,11 +61,19 @@ class TenantLimiter:
         limits: the limits per minute.
         now_s: current time; all times are monotonic seconds.
         share: part of each limit that this gateway has without an authority.
+
+    Attributes:
+        limits: as given.
+        buckets: the buckets by the name of their limit.
+        used_s: when a request last wanted tokens.
+        elsewhere: tokens that the authority has left, by the name of their limit.
     """
 
     def __init__(self, limits: LimitsEntry, now_s: float, *, share: float = 1.0) -> None:
         self.limits = limits
-        self._buckets = {
+        self.used_s = float("-inf")
+        self.elsewhere: dict[str, float] = {}
+        self.buckets = {
             name: LeasedBucket(limit, now_s, share=share)
             for name, limit in asdict(limits).items()
             if limit is not None
@@ -89,7 +97,7 @@ class TenantLimiter:
         self._check_size(output_tokens)
         taken: list[_Held] = []
         for name, counts_input, counts_output in _TOKEN_LIMITS:
-            if (bucket := self._buckets.get(name)) is None:
+            if (bucket := self.buckets.get(name)) is None:
                 continue
             held = _Held(bucket, counts_input, counts_output)
             # A full bucket admits a request whose prompt may be shorter than its bytes.
@@ -105,9 +113,10 @@ class TenantLimiter:
     def headers(self, now_s: float) -> dict[str, str]:
         """Return OpenAI's x-ratelimit-* headers for the limits that there are."""
         headers = {}
-        for name, bucket in self._buckets.items():
+        for name, bucket in self.buckets.items():
             resource = name.replace("_", "-")
-            available = max(0.0, bucket.available(now_s))
+            available = max(0.0, bucket.available(now_s)) + self.elsewhere.get(name, 0.0)
+            available = min(available, bucket.limit)
             reset_s = (bucket.limit - available) * MINUTE_S / bucket.limit
             headers[f"x-ratelimit-limit-{resource}"] = str(bucket.limit)
             headers[f"x-ratelimit-remaining-{resource}"] = str(math.floor(available + 1e-6))
@@ -116,7 +125,7 @@ class TenantLimiter:
 
     def _check_size(self, output_tokens: int) -> None:
         for name, _, counts_output in _TOKEN_LIMITS:
-            bucket = self._buckets.get(name)
+            bucket = self.buckets.get(name)
             if bucket is not None and counts_output and output_tokens > bucket.limit:
                 raise Refusal(
                     f"this request may generate {output_tokens} tokens; your limit is "
@@ -127,7 +136,8 @@ class TenantLimiter:
                 )
 
     def _take(self, name: str, amount: int, now_s: float) -> None:
-        bucket = self._buckets.get(name)
+        self.used_s = now_s
+        bucket = self.buckets.get(name)
         if bucket is None or bucket.take(amount, now_s):
             return
         wait_s = bucket.wait_s(amount, now_s)

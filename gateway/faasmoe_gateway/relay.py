@@ -70,6 +70,11 @@ class RouterAddress:
     hold_timeout_s: float
 
 
+def is_page_path(path: bytes) -> bool:
+    """Return whether a path is of the live page."""
+    return path == PAGE_PATH or path.startswith(PAGE_PATH + b"/")
+
+
 class TokenMeter:
     """Counts the tokens of one request, as its routers tell.
 
@@ -173,6 +178,7 @@ class Relay:
         router: where the router is.
         waiting: counts the requests that wait.
         take_turn: waits for the sender's turn to be handed on.
+        rechoose: returns where to go on if the router does not listen; None for there always.
         on_head: called after the head of each response.
 
     Attributes:
@@ -187,10 +193,12 @@ class Relay:
         waiting: WaitingRequests,
         *,
         take_turn: Callable[[], Awaitable[Turn]],
+        rechoose: Callable[[], RouterAddress] | None = None,
         on_head: Callable[[], None] = lambda: None,
     ) -> None:
         self.meter = TokenMeter()
         self._take_turn = take_turn
+        self._rechoose = rechoose
         self._on_head = on_head
         self._request = request
         self._client = client
@@ -278,17 +286,26 @@ class Relay:
         self._waiting.n += 1
         try:
             while True:
-                turn = await self._take_turn()
                 try:
-                    return await RouterConnection.open(self._router.path, has_body=has_body)
+                    return await self._open(is_work=is_work, has_body=has_body)
                 except RouterAway:
                     if time.monotonic() > end_s:
                         raise RequestFailed("The server is being restarted.") from None
-                finally:
-                    turn.release()
+                    if self._rechoose is not None:
+                        self._router = self._rechoose()
                 await asyncio.sleep(RETRY_S)
         finally:
             self._waiting.n -= 1
+
+    async def _open(self, *, is_work: bool, has_body: bool) -> RouterConnection:
+        """Connect in the sender's turn; probes need none. Raises RouterAway."""
+        if not is_work:
+            return await RouterConnection.open(self._router.path, has_body=has_body)
+        turn = await self._take_turn()
+        try:
+            return await RouterConnection.open(self._router.path, has_body=has_body)
+        finally:
+            turn.release()
 
     async def _resume(self, connection: RouterConnection, head: ResponseHead) -> None:
         if head.has_records:

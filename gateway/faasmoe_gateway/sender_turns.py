@@ -11,7 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Hashable
 
-TURNS_PER_SENDER = 4  # of the gateway, where a turn is a connection to the router
+TURNS_PER_SENDER = 2  # of the gateway, where a turn is a connection to the router
 
 
 class Turn:

@@ -31,6 +31,7 @@ class TenantDirectory:
         self.tenants = {tenant.name: tenant for tenant in file.tenants}
         self._names = {tenant.name: self._names_of(tenant.models) for tenant in file.tenants}
         self._open_names = self._names_of([TenantModelEntry(name) for name in self.models])
+        self._hosts = {t.host.lower(): t.name for t in file.tenants if t.host is not None}
         self._digests: dict[str, frozenset[bytes]] = {}
         self._problems: set[str] = set()
         self._keys = KeyRing({})
@@ -44,6 +45,10 @@ class TenantDirectory:
     def authenticate(self, key: str) -> TenantEntry | None:
         """Return the tenant of a key; None for an unknown or expired one, in constant time."""
         return self.tenants.get(self._keys.find_tenant(key) or "")
+
+    def tenant_of_host(self, host: str) -> str | None:
+        """Return the tenant to which a host name belongs; None if it is no tenant's."""
+        return self._hosts.get(host.lower())
 
     def names_for(
         self, tenant: TenantEntry | None

@@ -110,6 +110,7 @@ _Sequences = Annotated[int, BeforeValidator(integer_between(1, 4096))]
 _BatchedTokens = Annotated[int, BeforeValidator(integer_between(1, 1 << 20))]
 _QueueLength = Annotated[int, BeforeValidator(integer_between(0, 1 << 20))]
 _CacheBytes = Annotated[int, BeforeValidator(integer_between(1, 1 << 50))]
+_ExpertsBytes = Annotated[int, BeforeValidator(integer_between(1, 1 << 50))]
 _QueueBytes = Annotated[int, BeforeValidator(integer_between(0, 1 << 40))]
 _Replicas = Annotated[int, BeforeValidator(integer_between(1, 1024))]
 _ActivationSeconds = Annotated[float, BeforeValidator(seconds_between(0.1, 3600))]
@@ -170,6 +171,8 @@ class RouterConfig(BaseSettings):
             router, where that was measured to be faster; functions never does. Needs socket_dir.
         mailbox: on calls sandboxes on the same machine over shared memory without Python where
             possible; off never does. Needs socket_dir and the kernel library.
+        experts_memory_bytes: memory limit of the functions of all sandboxes together. If the
+            store's experts take more, the router computes functions without an address itself.
         router_replicas: routers that the tenants' limits are split over, unless the tenants file
             states their number.
         cors_origins: origins of web pages that may call the API, separated by commas; `*` is any.
@@ -222,6 +225,7 @@ class RouterConfig(BaseSettings):
     socket_dir: Path | None = None
     placement: PlacementMode = "functions"
     mailbox: MailboxMode = "on"
+    experts_memory_bytes: _ExpertsBytes | None = None
     router_replicas: _Replicas = 1
     cors_origins: _Origins = ()
     generation_config: GenerationConfigMode = "auto"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from faasmoe_contracts.json_reader import ContractError
-from faasmoe_contracts.router_demand import RouterDemand
+from faasmoe_contracts.router_demand import RouterDemand, RunningRouters
 from faasmoe_gateway import demand_reporter
 from faasmoe_gateway.demand_reporter import DemandReporter
 
@@ -48,7 +48,7 @@ async def listening(path: Path) -> AsyncIterator[asyncio.Queue[RouterDemand]]:
 
 async def until(reports: asyncio.Queue[RouterDemand], expected: dict[str, int]) -> None:
     async with asyncio.timeout(30):
-        while await reports.get() != expected:
+        while (await reports.get()).models != expected:
             pass
 
 
@@ -91,7 +91,55 @@ def test_end_of_requests_is_told_and_the_other_side_may_come_later(
     asyncio.run(work())
 
 
-@pytest.mark.parametrize("line", [b"x\n", b"[]\n", b'{"a": -1}\n', b'{"a": "1"}\n'])
+def test_running_routers_are_followed_and_confirmed(path: Path) -> None:
+    async def work() -> None:
+        reports: asyncio.Queue[RouterDemand] = asyncio.Queue()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(RunningRouters(7, {"a": ("0", "1")}).dumps())
+            while line := await reader.readline():
+                reports.put_nowait(RouterDemand.loads(line))
+            writer.close()
+
+        server = await asyncio.start_unix_server(serve, str(path))
+        told: list[Mapping[str, tuple[str, ...]]] = []
+        reporter = DemandReporter(path)
+        reporter.on_routers = told.append
+        task = asyncio.create_task(reporter.run())
+        with reporter.sent("a", "1"):
+            async with asyncio.timeout(30):
+                while (report := await reports.get()).seen != 7:
+                    pass
+            assert report.routers == {"a": {"1": 1}}
+        assert told == [{"a": ("0", "1")}]
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        server.close()
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"x\n",
+        b"[]\n",
+        b'{"models": {"a": -1}, "routers": {}, "seen": 0}\n',
+        b'{"models": {"a": "1"}, "routers": {}, "seen": 0}\n',
+        b'{"models": {}, "routers": {"a": {"0": -1}}, "seen": 0}\n',
+        b'{"models": {}, "routers": {}, "seen": -1}\n',
+        b'{"models": [], "routers": {}, "seen": 0}\n',
+    ],
+)
 def test_other_lines_are_refused(line: bytes) -> None:
     with pytest.raises(ContractError):
         RouterDemand.loads(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"version": 1, "routers": {"a": "0"}}', b'{"version": 1, "routers": {"a": [0]}}', b"{}"],
+)
+def test_other_lists_of_routers_are_refused(line: bytes) -> None:
+    with pytest.raises(ContractError):
+        RunningRouters.loads(line)

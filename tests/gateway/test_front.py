@@ -134,6 +134,25 @@ def test_model_chooses_the_router_which_gets_the_tenant_instead_of_its_key(folde
     run(system, work)
 
 
+def test_host_of_a_tenant_is_for_its_keys_alone(folder: Path) -> None:
+    acme = tenant(folder, "acme", A, host="acme.example.com")
+    system = System(folder, acme, tenant(folder, "beta", A), answers=(ANSWER,))
+
+    async def work() -> None:
+        seen = {}
+        for key in ("acme", "beta"):
+            for host in ("Acme.example.com:8000", "other.example.com", "[::1]:8000"):
+                call = system.call({"model": "org/a"}, key=f"key-{key}", host=host)
+                seen[key, host[:5]] = (await call)[0]
+        assert seen == {
+            **{("acme", host): 200 for host in ("Acme.", "other", "[::1]")},
+            **{("beta", host): 200 for host in ("other", "[::1]")},
+            ("beta", "Acme."): 401,
+        }
+
+    run(system, work)
+
+
 def test_path_of_a_tenant_is_taken_off(folder: Path) -> None:
     system = System(folder, tenant(folder, "acme", A), answers=(ANSWER,))
 

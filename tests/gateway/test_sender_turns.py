@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,7 +22,7 @@ async def work_in_steps(name: str, finished: list[str]) -> None:
     finished.append(name)
 
 
-def order_of(run: Callable[[str, str, list[str]], Awaitable[None]]) -> list[str]:
+def order_of(run: Callable[[str, str, list[str]], Coroutine[Any, Any, None]]) -> list[str]:
     """Return the order in which 20 requests of one sender and then one of another finish."""
 
     async def everything() -> list[str]:

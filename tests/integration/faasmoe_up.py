@@ -113,7 +113,11 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) ->
 
 
 def start_up(
-    model: Path | str, log: Path, *options: str, variables: Mapping[str, str] | None = None
+    model: Path | str,
+    log: Path,
+    *options: str,
+    variables: Mapping[str, str] | None = None,
+    timeout_s: float = START_TIMEOUT_S,
 ) -> FaasmoeUp:
     """Start `faasmoe up` and wait until it is healthy.
 
@@ -122,6 +126,7 @@ def start_up(
         log: file for its output.
         options: further options.
         variables: further environment variables.
+        timeout_s: how long the start may take.
     """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -143,7 +148,7 @@ def start_up(
         return "OpenAI base URL" in log.read_text()
 
     try:
-        wait_until(is_serving, timeout_s=START_TIMEOUT_S, what="serving")
+        wait_until(is_serving, timeout_s=timeout_s, what="serving")
     except BaseException:
         process.kill()
         process.wait()
@@ -153,13 +158,17 @@ def start_up(
 
 @contextmanager
 def running_up(
-    model: Path | str, log: Path, *options: str, variables: Mapping[str, str] | None = None
+    model: Path | str,
+    log: Path,
+    *options: str,
+    variables: Mapping[str, str] | None = None,
+    timeout_s: float = START_TIMEOUT_S,
 ) -> Iterator[FaasmoeUp]:
     """Run `faasmoe up` for the lifetime of the context.
 
     At its end, the launcher must exit with status 0 and leave no process.
     """
-    instance = start_up(model, log, *options, variables=variables)
+    instance = start_up(model, log, *options, variables=variables, timeout_s=timeout_s)
     try:
         yield instance
     finally:

@@ -20,10 +20,12 @@ from faasmoe_contracts.control_messages import LoadReport
 from faasmoe_contracts.routing_table import FunctionSpec
 from faasmoe_operator.control.controller import Controller, ControllerTiming
 from faasmoe_operator.control.functions import ManagedFunction
+from faasmoe_operator.control.machine_memory import SharedMemory
 from faasmoe_operator.control.model import ControlledModel
 from faasmoe_operator.control.sandbox_client import ModelStore, SandboxClient, SandboxClientTimeouts
 from faasmoe_operator.errors import PlatformError
 from faasmoe_operator.platforms.base import (
+    Platform,
     ProcessSandboxTemplate,
     Sandbox,
     SandboxEvent,
@@ -217,9 +219,10 @@ def make_model(
     store: ModelStore | None = None,
     memory_limit: int | None = None,
     size_bytes: int = 1,
+    prefix: str = "f",
 ) -> ControlledModel:
     """Return a model with functions f0, f1, …, each of its own layer."""
-    specs = [FunctionSpec(f"f{index}", (index,), (0, 1)) for index in range(n_functions)]
+    specs = [FunctionSpec(f"{prefix}{index}", (index,), (0, 1)) for index in range(n_functions)]
     functions = {spec.id: ManagedFunction(spec, size_bytes, scaling) for spec in specs}
     model_store = store or ModelStore(Path("/store"), DIGEST)
     template = ProcessSandboxTemplate(capacity)
@@ -228,11 +231,17 @@ def make_model(
 
 @asynccontextmanager
 async def running_controller(
-    model: ControlledModel, platform: FakePlatform, *, timing: ControllerTiming = TIMING
+    model: ControlledModel,
+    platform: Platform[Any],
+    *,
+    timing: ControllerTiming = TIMING,
+    memory: SharedMemory | None = None,
 ) -> AsyncIterator[Controller]:
     """Run a controller on a platform; the sandboxes remain when the context ends."""
     async with asyncio.timeout(DEADLINE_S), SandboxClient(token=TOKEN, timeouts=TIMEOUTS) as client:
-        controller = Controller(model, platform, client, timing=timing, clock=fast_clock)
+        controller = Controller(
+            model, platform, client, timing=timing, memory=memory, clock=fast_clock
+        )
         await controller.start()
         controller_task = asyncio.create_task(controller.run())
         try:

@@ -13,18 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from families.inputs import prompts
-from families.registry import FAMILIES, Family, forward_logits
 from published.checkpoints import Published, Write, build, publish
 from published.compressed import compressed
+from published.logits import (
+    assert_equal_logits,
+    family_named,
+    kept_schemes,
+    loaded_logits,
+    served_logits,
+)
 from sandbox_processes import StartSandbox
-from test_golden import TOLERANCE, Sandboxes, logits_through_functions
-from torch import Tensor
-
-from faasmoe_contracts.store import Store
-from faasmoe_contracts.wire import OutputMode
-from faasmoe_router.checkpoint.prepare import prepare
+from test_golden import Sandboxes
 
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 FP8 = {"num_bits": 8, "type": "float"}
@@ -85,35 +84,6 @@ def only_experts(write: Write) -> Write:
     return lambda name, weight: write(name, weight) if ".experts." in name else None
 
 
-def served_logits(
-    checkpoint: Published, family: Family, sandboxes: Sandboxes
-) -> tuple[Store, Tensor]:
-    """Prepare a checkpoint and return its store and its logits [B, S, V] through functions."""
-    store = prepare(str(checkpoint.folder), checkpoint.folder.parent / "store")
-    logits = logits_through_functions(
-        family, store, sandboxes, block=3, mode=OutputMode.REDUCED, dtype=torch.float32
-    )
-    return store, logits
-
-
-def loaded_logits(folder: Path, family: Family, store: Store) -> Tensor:
-    """Return the logits of a checkpoint as transformers loads it in float32."""
-    model_class = getattr(transformers, store.manifest.model.architecture)
-    model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
-    model.set_experts_implementation("eager")
-    return forward_logits(family, model, prompts())
-
-
-def family_named(name: str) -> Family:
-    return next(family for family in FAMILIES if family.name == name)
-
-
-def assert_equal_logits(got: Tensor, expected: Tensor) -> None:
-    """As in test_golden_published."""
-    assert (got - expected).abs().max() <= 2 * TOLERANCE * expected.abs().max().clamp(min=1)
-    assert torch.equal(got.argmax(-1), expected.argmax(-1))
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "family_name"), CASES)
 def test_logits_equal_those_of_the_weights_that_the_package_decodes(
@@ -122,8 +92,7 @@ def test_logits_equal_those_of_the_weights_that_the_package_decodes(
     checkpoint = published(name, family_name, tmp_path)
     family = family_named(family_name)
     store, got = served_logits(checkpoint, family, sandboxes)
-    schemes = {e.scheme for layer in store.manifest.layers for e in layer.quantization.values()}
-    assert schemes == {FORMATS[name][0]}
+    assert kept_schemes(store) == {FORMATS[name][0]}
     assert_equal_logits(got, loaded_logits(checkpoint.reference, family, store))
     if name in LOADED_BY_TRANSFORMERS:
         assert_equal_logits(got, loaded_logits(checkpoint.folder, family, store))

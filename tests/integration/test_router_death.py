@@ -157,7 +157,8 @@ def ids_of(events: list[str]) -> set[str]:
 def without_ids(events: list[str]) -> list[str]:
     """Return events without what is random, and log-probabilities to two digits."""
     pattern = r'"(id|created|created_at|item_id|call_id)":("[^"]*"|\d+)'
-    pattern += r'|"(cached_tokens|cache_read_input_tokens|input_tokens)":\d+'
+    pattern += r'|"(cached_tokens|cache_write_tokens|input_tokens)":\d+'
+    pattern += r'|"cache_(read|creation)_input_tokens":\d+'
     number = r"-?\d+\.\d+(?:e-\d+)?"
     return [
         re.sub(number, lambda match: f"{float(match[0]):.2f}", re.sub(pattern, "", event))

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
-from faasmoe_up import FaasmoeUp, running_up
+from faasmoe_up import FaasmoeUp, running_up, wait_until
 from tiny_chat import save_tiny_chat_model
 from tiny_system import moemodel_yaml
 
@@ -64,6 +65,10 @@ def complete(up: FaasmoeUp, model: str, *, key: str = "sk-acme", **fields: Any) 
         timeout=60,
         trust_env=False,
     )
+
+
+def children(up: FaasmoeUp) -> list[psutil.Process]:
+    return list(psutil.Process(up.process.pid).children())
 
 
 def get(up: FaasmoeUp, path: str, key: str) -> Any:
@@ -149,6 +154,33 @@ def test_budget_ends_a_day(up: FaasmoeUp) -> None:
     seen = [complete(up, "second", key="sk-beta", ignore_eos=True) for _ in range(3)]
     assert [response.status_code for response in seen] == [200, 200, 429]
     assert seen[2].json()["error"]["code"] == "budget_exceeded"
+
+
+def test_models_share_control_process_and_zygote(up: FaasmoeUp) -> None:
+    modules = [word for p in children(up) for word in p.cmdline() if word.startswith("faasmoe_")]
+    assert sorted(modules) == [
+        "faasmoe_expert.zygote",
+        "faasmoe_gateway",
+        "faasmoe_operator.control",
+        "faasmoe_router.zygote",
+    ]
+
+
+def test_killed_control_process_adopts_the_sandboxes_of_all_models(up: FaasmoeUp) -> None:
+    assert complete(up, "first").status_code == complete(up, "second").status_code == 200
+    before = {process.pid for process in up.sandboxes}
+    control = up.child_running("faasmoe_operator.control")
+    assert control is not None
+    control.send_signal(signal.SIGKILL)
+    control.wait(30)
+
+    def has_adopted() -> bool:
+        new = up.child_running("faasmoe_operator.control")
+        return new is not None and "adopted" in Path(up.log).read_text()
+
+    wait_until(has_adopted, timeout_s=120, what="a new control process")
+    assert complete(up, "first").status_code == complete(up, "second").status_code == 200
+    assert before & {process.pid for process in up.sandboxes}
 
 
 def test_gateway_is_small(up: FaasmoeUp) -> None:

@@ -29,6 +29,7 @@ class EchoApp:
         self.release.set()
         self.started = threading.Semaphore(0)
         self.disconnected = threading.Semaphore(0)
+        self.answer_bytes = 0  # of a large answer instead
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -48,11 +49,23 @@ class EchoApp:
         await asyncio.wait({leaving, released}, return_when=asyncio.FIRST_COMPLETED)
         if leaving.done():
             self.disconnected.release()
+        if self.answer_bytes:
+            await self._send_large(send)
+            await leaving
+            self.disconnected.release()
+            return
         body = str(size_bytes).encode()
         headers = [(b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
         leaving.cancel()
+
+    async def _send_large(self, send: Any) -> None:
+        headers = [(b"content-length", str(self.answer_bytes).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        part = {"type": "http.response.body", "body": bytes(1 << 20), "more_body": True}
+        for _ in range(self.answer_bytes >> 20):
+            await send(part)
 
 
 Connect = Callable[[], socket.socket]
@@ -193,6 +206,15 @@ def test_an_idle_connection_is_kept_as_long_as_configured() -> None:
             assert connection.recv(1000).startswith(b"HTTP/1.1 200")
         connection.sendall(b"\r\n")  # begins no request, and buys little time
         assert read_all(connection) == b""
+
+
+def test_a_client_that_reads_nothing_of_its_answer_is_ended() -> None:
+    with serving(write_timeout_s=0.2) as (app, connect):
+        app.answer_bytes = 64 << 20  # more than sockets hold
+        connection = connect()
+        connection.sendall(GET)
+        assert app.disconnected.acquire(timeout=DEADLINE_S)
+        assert len(read_all(connection)) < app.answer_bytes
 
 
 def test_a_half_closed_client_gets_its_answer() -> None:

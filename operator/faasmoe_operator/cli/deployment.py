@@ -111,6 +111,7 @@ class Deployment:
         """Raise MoEModelError if models or tenants contradict each other."""
         self._check_models()
         names = [tenant.name for tenant in self.tenants]
+        hosts: dict[str, str] = {}
         for index, tenant in enumerate(self.tenants):
             if tenant.name in names[:index]:
                 expected = "each tenant once; a Tenant may use several models"
@@ -118,6 +119,11 @@ class Deployment:
                     "metadata.name", f"got {tenant.name!r} twice, expected {expected}"
                 )
             self._check_tenant(tenant, names)
+            if (host := tenant.tenant.spec.host) is not None:
+                other = hosts.setdefault(host, tenant.name)
+                if other != tenant.name:
+                    what = f"got {host!r}, which is {other}'s already, expected another"
+                    raise tenant.error("spec.host", what)
         if self.tenants:
             self._check_all_used()
 
@@ -166,12 +172,12 @@ class Deployment:
         ]
 
     def gateway_file(
-        self, sockets: Mapping[str, Path], max_model_lens: Mapping[str, int]
+        self, sockets: Mapping[str, Sequence[Path]], max_model_lens: Mapping[str, int]
     ) -> GatewayFile:
         """Return what the gateway reads.
 
         Args:
-            sockets: the socket of each model's router.
+            sockets: the sockets of each model's routers.
             max_model_lens: tokens of a prompt and its completion, by model.
         """
         models = [
@@ -179,7 +185,7 @@ class Deployment:
                 name,
                 local.served_model_name,
                 max_model_lens[name],
-                (RouterEntry("router", str(sockets[name])),),
+                tuple(RouterEntry(str(i), str(path)) for i, path in enumerate(sockets[name])),
             )
             for name, local in sorted(self.models.items())
         ]
@@ -207,6 +213,7 @@ class Deployment:
             else PricesEntry(
                 prices.currency, prices.input_per_million_tokens, prices.output_per_million_tokens
             ),
+            spec.host,
         )
 
     def _check_models(self) -> None:

@@ -55,11 +55,14 @@ def shared_environment(
     front_token: str,
     state_path: Path,
     listen_fd: int,
-    demand_socket: Path | None,
+    demand_socket: Path,
     cors_origins: Sequence[str],
     keep_alive_s: float | None,
+    page_socket: Path | None,
+    lease_socket: Path | None,
+    index: int,
 ) -> dict[str, str]:
-    """Return the complete environment of the gateway of several models.
+    """Return the complete environment of a gateway of several models.
 
     Args:
         file: models and tenants.
@@ -67,19 +70,25 @@ def shared_environment(
         front_token: what it shows the routers.
         state_path: folder of the tenants' usage.
         listen_fd: descriptor of a socket that listens on `endpoint`.
-        demand_socket: where it reports requests; None if all routers always run.
+        demand_socket: where it reports requests.
         cors_origins: origins of web pages that may call the API.
         keep_alive_s: how long unused connections are kept; None for the default.
+        page_socket: Unix socket of the live page; None for none.
+        lease_socket: where it leases tokens of limits; None if it is the only gateway.
+        index: its number, from 0.
     """
     return _variables(
         {
             "HOST": endpoint.host,
             "PORT": endpoint.port,
             "LISTEN_FD": listen_fd,
+            "INDEX": index,
+            "LEASE_SOCKET": lease_socket,
             "GATEWAY_FILE": file,
             "STATE_DIR": state_path,
             "FRONT_TOKEN": front_token,
             "DEMAND_SOCKET": demand_socket,
+            "PAGE_SOCKET": page_socket,
             "CORS_ORIGINS": ",".join(cors_origins) or None,
             "KEEP_ALIVE": keep_alive_s,
         }

@@ -30,6 +30,7 @@ from faasmoe_operator.cli.runtime_dir import LocalInstance
 from faasmoe_operator.cli.supervisor import SupervisedChild, supervised, supervised_start
 from faasmoe_operator.cli.zygote import Zygote
 from faasmoe_operator.control.local_model import LocalModel
+from faasmoe_operator.control.models_file import LOCAL_NAMESPACE
 from faasmoe_operator.errors import CommandError
 from faasmoe_operator.platforms import zygote
 
@@ -69,6 +70,21 @@ class ClientAccess:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedControl:
+    """What several models share: control process and sandboxes.
+
+    Attributes:
+        folder: private runtime folder, where the zygotes are.
+        port: port of the control API.
+        token: bearer token of the sandboxes and the control API.
+    """
+
+    folder: Path
+    port: ReservedControlPort
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
 class StackSpec:
     """Configuration of the processes.
 
@@ -82,6 +98,7 @@ class StackSpec:
         keep_alive_s: how long unused connections of clients are kept; None for the default.
         has_gateway: whether clients talk to a gateway.
         live_page: the page that it forwards to; None for none.
+        shared: what it shares with other models; None if it is the only one.
     """
 
     deployment: LocalModel
@@ -93,6 +110,7 @@ class StackSpec:
     keep_alive_s: float | None = None
     has_gateway: bool = False
     live_page: LivePageOptions | None = None
+    shared: SharedControl | None = None
 
     @classmethod
     def create(
@@ -121,11 +139,46 @@ class StackSpec:
             live_page,
         )
 
+    @classmethod
+    def of_several(
+        cls,
+        deployment: LocalModel,
+        endpoint: router.Endpoint,
+        *,
+        folder: Path,
+        shared: SharedControl,
+    ) -> StackSpec:
+        """Return the configuration of one of several models."""
+        keys = StackSecrets(shared.token, secrets.token_hex(32))
+        access = ClientAccess()
+        return cls(
+            deployment,
+            endpoint,
+            access,
+            folder,
+            shared.port,
+            keys,
+            has_gateway=True,
+            shared=shared,
+        )
+
+    @property
+    def control_url(self) -> str:
+        """Base URL of the model's control API."""
+        if self.shared is None:
+            return self.port.url
+        return f"{self.port.url}/models/{LOCAL_NAMESPACE}/{self.deployment.model.metadata.name}"
+
+    @property
+    def sandbox_folder(self) -> Path:
+        """The folder by which its router reaches sandboxes."""
+        return self.folder if self.shared is None else self.shared.folder
+
     @property
     def instance(self) -> LocalInstance:
         """The entry by which other commands find this instance."""
         name, file = self.deployment.model.metadata.name, self.deployment.file.resolve()
-        return LocalInstance(name, str(file), os.getpid(), self.port.url, self.secrets.token)
+        return LocalInstance(name, str(file), os.getpid(), self.control_url, self.secrets.token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +219,7 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
     """Run all processes; the router stops first, so that its last requests can finish."""
     async with AsyncExitStack() as stack:
         zygote_child, zygote_failure = await stack.enter_async_context(
-            supervised_zygote(spec, logs.sink("sandboxes"))
+            supervised_zygote(spec, spec.folder / SOCKET_NAME, logs.sink("sandboxes"))
         )
         control_child, control_failure = await stack.enter_async_context(
             supervised_control(spec, logs.sink("control"))
@@ -199,14 +252,21 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
 
 
 def supervised_zygote(
-    spec: StackSpec, log: Callable[[str], None], *, name: str = "zygote"
+    spec: StackSpec, socket_path: Path, log: Callable[[str], None], *, name: str = "zygote"
 ) -> SupervisedContext:
-    """Keep the zygote of a model running."""
+    """Keep a zygote of sandboxes running.
+
+    Args:
+        spec: a model, with which it warms up.
+        socket_path: its Unix socket.
+        log: called with each line of output.
+        name: its name for messages.
+    """
     return supervised(
         name,
         zygote.ZYGOTE_COMMAND,
         environment=zygote.zygote_environment(
-            spec.folder / SOCKET_NAME,
+            socket_path,
             token=spec.secrets.token,
             store=spec.deployment.store_path,
             device=spec.deployment.template.device,
@@ -216,12 +276,10 @@ def supervised_zygote(
     )
 
 
-def supervised_control(
-    spec: StackSpec, log: Callable[[str], None], *, name: str = "control process"
-) -> SupervisedContext:
+def supervised_control(spec: StackSpec, log: Callable[[str], None]) -> SupervisedContext:
     """Keep the control process of a model running."""
     return supervised(
-        name,
+        "control process",
         control.COMMAND,
         environment=control.environment(
             write_model_file(spec.deployment, spec.folder),
@@ -270,7 +328,7 @@ def router_environment(
     environment = router.environment(
         spec.deployment,
         spec.endpoint,
-        control_url=spec.port.url,
+        control_url=spec.control_url,
         token=spec.secrets.token,
         tenants_file=tenants_file,
         cors_origins=spec.access.cors_origins,
@@ -278,7 +336,7 @@ def router_environment(
         keep_alive_s=spec.keep_alive_s,
         behind=behind,
     )
-    return {**environment, **zygote.shared_dir_variables(spec.folder)}
+    return {**environment, **zygote.shared_dir_variables(spec.sandbox_folder)}
 
 
 def supervised_router(

@@ -89,10 +89,12 @@ class RouterSocket:
     Attributes:
         path: its Unix socket.
         front_token: what the gateway shows it.
+        index: its number among the model's routers.
     """
 
     path: Path
     front_token: str
+    index: int = 0
 
 
 def environment(
@@ -123,6 +125,9 @@ def environment(
         behind: where it listens behind a gateway; None without one.
     """
     router = deployment.model.spec.router
+    index = 0 if behind is None else behind.index
+    state_path = deployment.state_path / (f"router-{index}" if index else "router")
+    metrics_port = None if router.metrics_port is None else router.metrics_port + index
     settings = {
         "STORE": deployment.store_path,
         "CONTROL_URL": control_url,
@@ -133,13 +138,14 @@ def environment(
         "LISTEN_PATH": None if behind is None else behind.path,
         "FRONT_TOKEN": None if behind is None else behind.front_token,
         "KEEP_ALIVE": router.keep_alive_seconds if keep_alive_s is None else keep_alive_s,
-        "METRICS_PORT": router.metrics_port,
+        "METRICS_PORT": metrics_port,
         "ENGINE": router.engine,
         "ENGINE_ARGS": router.engine_arguments,
         "DEVICE": router.device,
         "DTYPE": router.dtype,
         "COMPUTE": router.compute,
         "PLACEMENT": deployment.model.spec.experts.placement or "auto",
+        "EXPERTS_MEMORY_BYTES": deployment.model.spec.experts.memory_bytes,
         "MAX_NUM_SEQS": router.max_num_seqs,
         "MAX_NUM_BATCHED_TOKENS": router.max_num_batched_tokens,
         "MAX_WAITING": router.max_waiting,
@@ -148,7 +154,7 @@ def environment(
         "GENERATION_CONFIG": router.generation_config,
         "CORS_ORIGINS": ",".join(dict.fromkeys((*router.cors_origins, *cors_origins))) or None,
         "TENANTS_FILE": tenants_file,
-        "STATE_DIR": None if tenants_file is None else deployment.state_path / "router",
+        "STATE_DIR": None if tenants_file is None else state_path,
         "TOKEN": token,
     }
     return {

@@ -1,180 +1,344 @@
-"""Routers that end while nobody uses their model, and start with its next request.
+"""The routers of each model: how many run, by what the gateways report.
 
-The gateway reports what is waiting and running (`faasmoe_contracts.router_demand`) and keeps the
-requests meanwhile. When a router ends and starts is the autoscaler's decision (`scaling/`), the
-same as for functions, with at most one replica.
+With no requests they end, and the next request starts the first one, which the gateways keep it for
+meanwhile; with many, more start. When is the autoscaler's decision (`scaling/`), the same as for
+functions. A router ends only once no gateway has a request of it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Never
+from typing import Any, Never
 
-from faasmoe_contracts.json_reader import ContractError
-from faasmoe_contracts.router_demand import MAX_LINE_BYTES, RouterDemand
+from faasmoe_contracts.router_demand import RouterReport
+from faasmoe_operator.aio import ChangeNotifier, TaskSet
 from faasmoe_operator.api.v1alpha1.router import RouterScalingSpec
+from faasmoe_operator.cli.gateway_link import GatewayLinks
 from faasmoe_operator.cli.local_stack import SupervisedContext
 from faasmoe_operator.cli.logs import print_progress
 from faasmoe_operator.cli.supervisor import SupervisedChild
+from faasmoe_operator.platforms.memory import pss_bytes
 from faasmoe_operator.scaling import FunctionAutoscaler, ScalingSettings
 
-logger = logging.getLogger(__name__)
-
 TICK_S = 1.0
+PID_INTERVAL_S = 0.2
+SPARE_IDLE_S = 1e-3  # of each further router of a model: of equally idle ones the last ends first
 
 
 class RouterScaler:
-    """Decides whether a router runs; time is an argument, in seconds.
+    """Decides how many routers of a model run; time is an argument, in seconds.
 
     Args:
-        spec: when it ends.
+        spec: how many there may be; None for always one.
+        max_num_seqs: requests in one batch of a router, at which it aims by default.
         now: current time.
     """
 
-    def __init__(self, spec: RouterScalingSpec, now: float) -> None:
-        settings = ScalingSettings(
+    def __init__(self, spec: RouterScalingSpec | None, max_num_seqs: int, now: float) -> None:
+        spec = spec or RouterScalingSpec.model_validate({"minReplicas": 1})
+        self._settings = ScalingSettings(
             min_scale=spec.min_replicas,
-            max_scale=1,
-            target=1.0,
+            max_scale=spec.max_replicas,
+            target=float(spec.target_concurrency or max_num_seqs),
+            target_utilization_percentage=100.0,
             window_s=float(spec.idle_seconds),
             scale_to_zero_grace_period_s=0.0,
         )
-        # It has just been started, to find what is wrong with it.
-        self._scaler = FunctionAutoscaler.restored(settings, replicas=1, ready=1, now=now)
+        # One is started at first in any case, to find what is wrong with it.
+        self._restart(max(1, spec.min_replicas), now)
         self._n_requests = 0
 
     @property
-    def is_wanted(self) -> bool:
-        """Whether the router should run."""
-        return self._scaler.desired > 0
+    def desired(self) -> int:
+        """How many routers should run."""
+        return self._scaler.desired
+
+    @property
+    def min_replicas(self) -> int:
+        """How many routers always run."""
+        return self._settings.min_scale
 
     def set_demand(self, n_requests: int, now: float) -> None:
-        """Take the number of requests that wait or run; the first one starts the router."""
+        """Take the number of requests that wait or run; the first one starts a router."""
         self._n_requests = n_requests
-        if n_requests and not self.is_wanted:
+        if n_requests and not self.desired:
             self._scaler.activate(now)
 
-    def tick(self, now: float, *, is_running: bool) -> None:
+    def tick(self, now: float, *, n_ready: int) -> None:
         """Decide anew; to be called once a second."""
         self._scaler.observe(math.floor(now), float(self._n_requests))
-        self._scaler.decide(now, ready=int(is_running))
+        self._scaler.decide(now, ready=n_ready)
+
+    def end(self, now: float) -> None:
+        """Desire none before the idle time is over, as others need the memory."""
+        if not self.min_replicas and not self._n_requests:
+            self._restart(0, now)
+
+    def _restart(self, replicas: int, now: float) -> None:
+        self._scaler = FunctionAutoscaler.restored(
+            self._settings, replicas=replicas, ready=replicas, now=now
+        )
 
 
-class ScaledRouter:
-    """A router that is started and stopped; created by `scaled_router`.
+class RouterSlot:
+    """One of a model's routers.
+
+    Args:
+        index: its number among them; lower ones start first and end last.
+        start: returns the context in which it runs.
+        wait_until_healthy: returns once it answers.
+        size_bytes: about what it will take; measured later.
+        may_run: whether it may run before a memory limit says so.
 
     Attributes:
-        scaler: decides whether it runs.
-        has_started: whether it has worked once; set by whoever checks that. It does not end before.
+        child: its process; None while it is not to run.
+        is_ready: whether it answers.
+        is_leaving: whether it gets no more requests, because it is to end.
+        may_run: whether the memory limit lets it run.
     """
 
-    def __init__(self, scaler: RouterScaler) -> None:
-        self.scaler = scaler
-        self.has_started = False
-        self._child: SupervisedChild | None = None
-        self._changed = asyncio.Event()
+    def __init__(
+        self,
+        index: int,
+        start: Callable[[], SupervisedContext],
+        wait_until_healthy: Callable[[], Awaitable[None]],
+        *,
+        size_bytes: int = 0,
+        may_run: bool = True,
+    ) -> None:
+        self.index = index
+        self.start = start
+        self.wait_until_healthy = wait_until_healthy
+        self.size_bytes = size_bytes
+        self.child: SupervisedChild | None = None
+        self.is_ready = False
+        self.is_leaving = False
+        self.may_run = may_run
+        self._is_measured = False
+
+    @property
+    def name(self) -> str:
+        """Its name among the model's routers."""
+        return str(self.index)
 
     @property
     def pid(self) -> int | None:
         """Process id; None while it does not run."""
-        return None if self._child is None else self._child.pid
+        return None if self.child is None else self.child.pid
 
-    def set_demand(self, n_requests: int) -> None:
-        """Take the number of requests that wait or run."""
-        self.scaler.set_demand(n_requests, time.time())
-        self._changed.set()
+    def measure(self) -> None:
+        """Take the memory that it has now, if it is the most that was measured so far."""
+        if self.pid is None or not self.is_ready or not (measured := pss_bytes(self.pid)):
+            return
+        self.size_bytes = max(self.size_bytes, measured) if self._is_measured else measured
+        self._is_measured = True
 
-    async def run(self, start: Callable[[], SupervisedContext], name: str) -> Never:
-        """Start and stop the router until cancelled; raises CommandError as a child does."""
-        ticks = asyncio.create_task(self._tick())
-        try:
-            while True:
-                async with start() as (self._child, failure):
-                    self._child.has_started = self.has_started
-                    await self._until(wanted=False, failure=failure)
-                    print_progress(f"{name} ends: no requests")
-                self._child = None
-                await self._until(wanted=True, failure=ticks)
-                print_progress(f"{name} starts")
-        finally:
-            ticks.cancel()
-            await asyncio.gather(ticks, return_exceptions=True)
 
-    async def _until(self, *, wanted: bool, failure: asyncio.Task[Never]) -> None:
-        while self.scaler.is_wanted != wanted:
-            self._changed.clear()
-            waiter = asyncio.create_task(self._changed.wait())
+RouterState = tuple[bool, int, tuple[SupervisedChild | None, ...]]
+"""Whether there are requests, how many routers should run, and the processes of those that do."""
+
+
+class ScaledRouters:
+    """The routers of one model; created by `scaled_routers`.
+
+    Args:
+        model: the model's name.
+        scaler: decides how many run.
+        slots: the routers.
+        links: the gateways.
+        on_wake: called when the first router starts for a request.
+
+    Attributes:
+        slots: as given.
+        has_started: set once the first router has answered; none ends before.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        scaler: RouterScaler,
+        slots: Sequence[RouterSlot],
+        links: GatewayLinks,
+        *,
+        on_wake: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    ) -> None:
+        self.model = model
+        self.slots = tuple(slots)
+        self.has_started = asyncio.Event()
+        self._scaler = scaler
+        self._links = links
+        self._on_wake = on_wake
+        self._tasks = TaskSet()
+        self._changed = ChangeNotifier()
+        self._last_used_s = time.monotonic()
+        links.add(model, self._take_demand)
+
+    def reports(self) -> list[RouterReport]:
+        """Return the state of all routers, for the memory limit."""
+        idle_s = 0.0
+        if self.has_started.is_set() and not self._links.n_requests(self.model):
+            idle_s = time.monotonic() - self._last_used_s
+        return [
+            RouterReport(
+                f"{self.model}/{slot.name}",
+                slot.size_bytes,
+                idle_s + slot.index * SPARE_IDLE_S,
+                is_running=slot.child is not None,
+                is_wanted=slot.index < self._scaler.desired,
+                is_pinned=slot.index < self._scaler.min_replicas,
+            )
+            for slot in self.slots
+        ]
+
+    def allow(self, may_run: frozenset[str]) -> None:
+        """Take which routers the memory limit lets run, by their names in `reports`."""
+        for slot in self.slots:
+            slot.may_run = f"{self.model}/{slot.name}" in may_run
+            if slot.index == 0 and slot.child is not None and not slot.may_run:
+                self._scaler.end(time.time())
+        self._changed.notify()
+
+    @property
+    def state(self) -> RouterState:
+        """What a memory limit depends on; see `wait_for_change`."""
+        has_requests = self._links.n_requests(self.model) > 0
+        children = tuple(slot.child for slot in self.slots)
+        return has_requests, self._scaler.desired, children
+
+    async def wait_for_change(self, state: RouterState) -> None:
+        """Wait until routers started or ended, more are wanted, or requests came or ended."""
+        await self._changed.wait_for(lambda: self.state != state)
+
+    async def run(self) -> Never:
+        """Start and stop routers until cancelled; raises CommandError as a child does."""
+        async with _first_error() as tasks:
+            tasks.append(asyncio.create_task(self._tick()))
+            tasks += [asyncio.create_task(self._run_slot(slot)) for slot in self.slots]
             try:
-                await asyncio.wait({waiter, failure}, return_when=asyncio.FIRST_COMPLETED)
-                if failure.done():
-                    await failure
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             finally:
-                waiter.cancel()
+                await self._tasks.cancel_all()
+        raise AssertionError("a router's supervision ended")
+
+    def _take_demand(self) -> None:
+        """Take what the gateways have reported."""
+        n_requests = self._links.n_requests(self.model)
+        if n_requests:
+            self._last_used_s = time.monotonic()
+        was_at_zero = self._scaler.desired == 0
+        self._scaler.set_demand(n_requests, time.time())
+        if was_at_zero and self._scaler.desired and self._on_wake is not None:
+            self._tasks.start(self._on_wake())
+        self._changed.notify()
+
+    def _is_wanted(self, slot: RouterSlot) -> bool:
+        return slot.index < self._scaler.desired and slot.may_run
+
+    async def _run_slot(self, slot: RouterSlot) -> Never:
+        name = f"the router of {self.model}" + (f" ({slot.name})" if slot.index else "")
+        while True:
+            await self._changed.wait_for(lambda: self._is_wanted(slot))
+            if self.has_started.is_set():
+                print_progress(f"{name} starts")
+            async with slot.start() as (child, failure), _first_error() as tasks:
+                slot.child, slot.is_leaving = child, False
+                child.has_started = self.has_started.is_set()
+                self._changed.notify()
+                tasks += [failure, asyncio.create_task(self._probe(slot, child))]
+                await self._until_ended(slot, tasks)
+                print_progress(f"{name} ends: no requests")
+            slot.child, slot.is_ready = None, False
+            self._changed.notify()
+
+    async def _until_ended(self, slot: RouterSlot, tasks: Sequence[asyncio.Task[Never]]) -> None:
+        """Return once the router is not wanted and no gateway has a request of it."""
+        while True:
+            await _first_of(self._changed.wait_for(lambda: not self._is_wanted(slot)), tasks)
+            slot.is_leaving = True
+            self._announce()
+            ended = self._links.wait_until_unused(
+                self.model, slot.name, unless=lambda: self._is_wanted(slot)
+            )
+            await _first_of(ended, tasks)
+            if not self._is_wanted(slot):
+                return
+            slot.is_leaving = False
+            self._announce()
+
+    async def _probe(self, slot: RouterSlot, child: SupervisedChild) -> Never:
+        """Follow whether a router answers."""
+        while True:
+            await slot.wait_until_healthy()
+            pid = child.pid
+            slot.is_ready = child.has_started = True
+            if not self.has_started.is_set():
+                self._last_used_s = time.monotonic()
+                self.has_started.set()
+            self._announce()
+            while child.pid == pid:  # noqa: ASYNC110  # of a child that says nothing
+                await asyncio.sleep(PID_INTERVAL_S)
+            slot.is_ready = False
+            self._announce()
+
+    def _announce(self) -> None:
+        """Tell the gateways which routers take requests."""
+        running = tuple(s.name for s in self.slots if s.is_ready and not s.is_leaving)
+        self._links.announce(self.model, running)
+        self._changed.notify()
 
     async def _tick(self) -> Never:
         while True:
             await asyncio.sleep(TICK_S)
-            if not self.has_started:
+            if not self.has_started.is_set():
                 continue  # how long its start takes is no idle time
-            if self._child is not None:
-                self._child.has_started = True
-            self.scaler.tick(time.time(), is_running=self.pid is not None)
-            self._changed.set()
+            n_running = sum(slot.pid is not None for slot in self.slots)
+            self._scaler.tick(time.time(), n_ready=n_running)
+            self._changed.notify()
 
 
 @asynccontextmanager
-async def scaled_router(
-    spec: RouterScalingSpec, start: Callable[[], SupervisedContext], name: str
-) -> AsyncIterator[tuple[ScaledRouter, asyncio.Task[Never]]]:
-    """Start and stop a router by demand for the lifetime of the context.
-
-    Args:
-        spec: when it ends.
-        start: returns the context in which it runs.
-        name: its name for messages.
+async def scaled_routers(
+    routers: ScaledRouters,
+) -> AsyncIterator[tuple[ScaledRouters, asyncio.Task[Never]]]:
+    """Start and stop routers by demand for the lifetime of the context.
 
     Yields:
-        The router, and a task that raises CommandError once it cannot be started any more.
+        The routers, and a task that raises CommandError once one cannot be started any more.
     """
-    scaled = ScaledRouter(RouterScaler(spec, time.time()))
-    task = asyncio.create_task(scaled.run(start, name))
+    task = asyncio.create_task(routers.run())
     try:
-        yield scaled, task
+        yield routers, task
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
 
 @asynccontextmanager
-async def demand_listener(path: Path, routers: Mapping[str, ScaledRouter]) -> AsyncIterator[None]:
-    """Listen for the gateway's reports for the lifetime of the context.
-
-    Args:
-        path: Unix socket to listen on.
-        routers: the routers by model.
-    """
-
-    async def read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while line := await reader.readline():
-                demand = RouterDemand.loads(line)
-                for model, scaled in routers.items():
-                    scaled.set_demand(demand.get(model, 0))
-        except (ContractError, ValueError, OSError) as error:
-            logger.error("The gateway's demand cannot be read: %s", error)
-        finally:
-            writer.close()
-            for scaled in routers.values():
-                scaled.set_demand(0)  # its requests have ended with it
-
-    server = await asyncio.start_unix_server(read, str(path), limit=MAX_LINE_BYTES)
+async def _first_error() -> AsyncIterator[list[asyncio.Task[Never]]]:
+    """Collect tasks; at the end raise the error of one that has failed, and cancel the others."""
+    tasks: list[asyncio.Task[Never]] = []
     try:
-        yield
+        yield tasks
+        for task in tasks:
+            if task.done():
+                task.result()
     finally:
-        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _first_of(work: Awaitable[None], tasks: Sequence[asyncio.Task[Never]]) -> None:
+    """Wait for work; raises the error of a task that fails meanwhile."""
+    waiter = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({waiter, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task.done():
+                task.result()
+    finally:
+        waiter.cancel()

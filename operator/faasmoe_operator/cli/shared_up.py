@@ -13,21 +13,26 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from faasmoe_contracts.atomic_file import write_atomically
 from faasmoe_contracts.store import Store
+from faasmoe_contracts.tenant_usage import USAGE_FILE_NAME as FIRST
+from faasmoe_contracts.tenant_usage import dump_usage, read_usage, usage_file, usage_files
 from faasmoe_operator.aio import gather_limited
 from faasmoe_operator.api.v1alpha1 import MoEModel
 from faasmoe_operator.api.v1alpha1.documents import load_documents
 from faasmoe_operator.api.v1alpha1.validation import process_platform_warnings
-from faasmoe_operator.cli import control, model_arguments, router, up
+from faasmoe_operator.cli import control, live_page, model_arguments, router, up
 from faasmoe_operator.cli.deployment import Deployment
 from faasmoe_operator.cli.formatting import format_bytes, format_table
-from faasmoe_operator.cli.local_stack import ClientAccess, StackSpec
+from faasmoe_operator.cli.live_page import LivePageOptions
+from faasmoe_operator.cli.local_stack import ClientAccess, SharedControl, StackSpec
 from faasmoe_operator.cli.logs import LogSinks, print_progress
 from faasmoe_operator.cli.model_arguments import RequestedModel
 from faasmoe_operator.cli.runtime_dir import locked_state, private_runtime_dir, register_instance
 from faasmoe_operator.cli.shared_stack import (
     SharedProcesses,
     SharedSpec,
+    check_memory,
     max_model_len,
     router_model,
     running_shared_stack,
@@ -46,8 +51,18 @@ def add_commands(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve one model or several until a signal arrives or a process fails."""
-    if len(arguments.files) <= 1 and not _holds_several(arguments.files):
+    needs_several = [
+        option
+        for option, is_given in (
+            ("--memory", arguments.memory is not None),
+            ("--gateways", arguments.gateways > 1),
+        )
+        if is_given
+    ]
+    if len(arguments.files) <= 1 and not _holds_several(arguments.files) and not needs_several:
         return up.run(arguments)
+    if not arguments.files:
+        raise CommandError(f"{needs_several[0]}: got MODEL, expected -f FILE", exit_status=2)
     if arguments.model is not None:
         raise CommandError(
             f"expected MODEL or -f FILE, got MODEL {arguments.model!r} and -f", exit_status=2
@@ -63,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError("--api-key: there are tenants, which have keys", exit_status=2)
     for warning in deployment.warnings():
         print_progress(warning)
+    page = live_page.live_page_options(arguments)
     endpoint = router.Endpoint(arguments.host, arguments.port)
     endpoint.check_free()
     with LogSinks(arguments.log_dir) as logs, ExitStack() as locks:
@@ -77,6 +93,9 @@ def run(arguments: argparse.Namespace) -> int:
                     access,
                     logs,
                     keep_alive_s=arguments.keep_alive,
+                    memory_bytes=arguments.memory,
+                    page=page,
+                    n_gateways=arguments.gateways,
                     skip_verify=arguments.skip_verify,
                 )
             )
@@ -102,8 +121,6 @@ def _holds_several(files: list[Path]) -> bool:
 
 def _check_options(arguments: argparse.Namespace) -> None:
     options = model_arguments.given_options(arguments)
-    if arguments.live_page or arguments.live_page_key:
-        options.append("--live-page")
     if not arguments.gateway:
         options.append("--no-gateway")
     if options:
@@ -121,6 +138,9 @@ async def _prepare_and_serve(
     logs: LogSinks,
     *,
     keep_alive_s: float | None,
+    memory_bytes: int | None,
+    page: LivePageOptions | None,
+    n_gateways: int,
     skip_verify: bool,
 ) -> int:
     stores, unverified = {}, []
@@ -133,38 +153,57 @@ async def _prepare_and_serve(
         local.functions(store.manifest, key=secrets.token_bytes(32))
         if is_prepared and not skip_verify:
             unverified.append(store)
-    with private_runtime_dir() as folder, _model_specs(deployment, endpoint) as specs:
-        spec = SharedSpec(
-            with_api_keys(deployment, access, folder),
-            specs,
-            {n: max_model_len(deployment.models[n], s.manifest) for n, s in stores.items()},
-            endpoint,
-            access,
-            folder,
-            keep_alive_s,
-        )
-        print_progress(f"starting {len(specs)} models and a gateway")
-        async with running_shared_stack(spec, logs) as processes:
-            return await _serve(spec, processes, unverified)
+    merge_usage(deployment.state_path)
+    with private_runtime_dir() as folder, closing(control.ReservedControlPort.reserve()) as port:
+        shared = SharedControl(folder, port, secrets.token_urlsafe(32))
+        with _model_specs(deployment, endpoint, shared) as specs:
+            spec = SharedSpec(
+                with_api_keys(deployment, access, folder),
+                specs,
+                {n: max_model_len(deployment.models[n], s.manifest) for n, s in stores.items()},
+                endpoint,
+                access,
+                shared,
+                keep_alive_s,
+                memory_bytes,
+                page,
+                n_gateways,
+            )
+            check_memory(spec)
+            print_progress(f"starting {len(specs)} models and a gateway")
+            async with running_shared_stack(spec, logs) as processes:
+                return await _serve(spec, processes, unverified)
+
+
+def merge_usage(folder: Path) -> None:
+    """Add the usage that further gateways of an earlier run have kept to the first one's.
+
+    Raises:
+        CommandError: a file cannot be read or written.
+    """
+    first, further = usage_file(folder, 0), [f for f in usage_files(folder) if f.name != FIRST]
+    if not further:
+        return
+    try:
+        usages, currencies = read_usage(usage_files(folder))
+        write_atomically(first, dump_usage(usages, currencies), 0o600)
+        for file in further:
+            file.unlink()
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{folder}: tenants' usage: {error}") from error
 
 
 @contextmanager
 def _model_specs(
-    deployment: Deployment, endpoint: router.Endpoint
+    deployment: Deployment, endpoint: router.Endpoint, shared: SharedControl
 ) -> Iterator[Mapping[str, StackSpec]]:
-    """Give each model its own folder, port and secrets, by which other commands find it."""
+    """Give each model its own folder and secret, and an entry by which other commands find it."""
     with ExitStack() as stack:
         specs = {}
         for name, local in deployment.models.items():
             folder = stack.enter_context(private_runtime_dir())
-            port = stack.enter_context(closing(control.ReservedControlPort.reserve()))
-            specs[name] = StackSpec.create(
-                router_model(local),
-                endpoint,
-                access=ClientAccess(),
-                folder=folder,
-                port=port,
-                has_gateway=True,
+            specs[name] = StackSpec.of_several(
+                router_model(local), endpoint, folder=folder, shared=shared
             )
             register_instance(specs[name].instance, folder)
         yield specs
@@ -219,6 +258,7 @@ def format_summary(spec: SharedSpec, processes: SharedProcesses) -> str:
             f"{len(models)} models are served",
             "",
             f"  OpenAI base URL  {url}/v1",
+            *([f"  live page        {url}{live_page.PAGE_PATH}"] if spec.live_page else []),
             *(f"  tenant           {t.name}: {url}/{t.name}/v1" for t in deployment.tenants),
             *(f"  model            {name}" for name in models),
             "",

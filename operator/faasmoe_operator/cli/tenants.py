@@ -1,4 +1,4 @@
-"""`faasmoe tenants`: lists the tenants of files, and shows and exports what they used.
+"""`faasmoe tenants`: lists and creates tenants of files, rotates keys, shows what they used.
 
 Usage is read from the file that the gateway keeps beside the first file, so it can be read while
 the models are served and afterwards.
@@ -16,9 +16,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from faasmoe_contracts.api_keys import KeyReadError, read_named_digests
-from faasmoe_contracts.tenant_usage import USAGE_FILE_NAME, TenantUsage, Usage, load_usage
+from faasmoe_contracts.tenant_usage import (
+    USAGE_FILE_NAME,
+    TenantUsage,
+    Usage,
+    read_usage,
+    usage_files,
+)
 from faasmoe_operator.cli.deployment import Deployment, LocalTenant
 from faasmoe_operator.cli.formatting import format_table
+from faasmoe_operator.cli.tenant_files import CreatedKey, create_key, create_tenant, revoke_keys
 from faasmoe_operator.errors import CommandError
 
 LIST_HEADER = ("TENANT", "KEYS", "WEIGHT", "MODELS")
@@ -40,10 +47,14 @@ def add_commands(commands: Any) -> None:
     """Add `faasmoe tenants`."""
     parser = commands.add_parser(
         "tenants",
-        help="list tenants, show and export their usage",
-        description="List the tenants of files of `faasmoe up`, show and export what they used.",
+        help="list and create tenants, rotate keys, show and export usage",
+        description="List and create tenants in files of `faasmoe up`, rotate their keys, show and "
+        "export what\nthey used.",
         epilog="Examples:\n"
         "  faasmoe tenants list -f models/\n"
+        "  faasmoe tenants create acme -f models/ --model chat --requests-per-minute 600\n"
+        "  faasmoe tenants rotate acme -f models/            # add a key; later:\n"
+        "  faasmoe tenants rotate acme -f models/ --no-new-key --revoke key-1\n"
         "  faasmoe tenants usage -f models/\n"
         "  faasmoe tenants export -f models/ --format focus --month 2026-11 > usage.jsonl",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -62,7 +73,40 @@ def add_commands(commands: Any) -> None:
     export.add_argument("--format", choices=("csv", "focus"), default="csv")
     export.add_argument("--month", type=_month, metavar="YYYY-MM", help="only of this month")
     export.set_defaults(run=run_export)
-    for action in (listing, usage, export):
+    create = actions.add_parser("create", help="add a tenant with a new key")
+    create.add_argument("name", metavar="NAME", help="name of the tenant")
+    create.add_argument(
+        "--model",
+        dest="models",
+        action="append",
+        required=True,
+        metavar="NAME",
+        help="a MoEModel that it may use; repeat it for several",
+    )
+    create.add_argument("--weight", type=int, help="relative share of the tokens under contention")
+    create.add_argument("--priority", type=int, help="tenants of higher priority go first")
+    create.add_argument("--host", help="host name that its requests alone may have")
+    create.add_argument("--requests-per-minute", type=int, metavar="N", help="limit")
+    create.add_argument("--tokens-per-minute", type=int, metavar="N", help="limit")
+    create.set_defaults(run=run_create)
+    rotate = actions.add_parser("rotate", help="add a key of a tenant, remove others")
+    rotate.add_argument("name", metavar="NAME", help="name of the tenant")
+    rotate.add_argument("--key-name", metavar="KEY", help="name of the new key (default: key-N)")
+    rotate.add_argument(
+        "--new-key",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="add a key (default: %(default)s)",
+    )
+    rotate.add_argument(
+        "--revoke",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="name of a key to remove, which ends to be accepted; repeat it for several",
+    )
+    rotate.set_defaults(run=run_rotate)
+    for action in (listing, usage, export, create, rotate):
         action.add_argument(
             "-f",
             "--file",
@@ -111,6 +155,48 @@ def _describe_keys(tenant: LocalTenant) -> str:
     return ", ".join(described) or "none"
 
 
+def run_create(arguments: argparse.Namespace) -> int:
+    """Add a tenant to a file and print its key."""
+    given = {
+        "weight": arguments.weight,
+        "priority": arguments.priority,
+        "host": arguments.host,
+        "limits": _without_none(
+            requestsPerMinute=arguments.requests_per_minute,
+            tokensPerMinute=arguments.tokens_per_minute,
+        ),
+    }
+    spec = {name: value for name, value in given.items() if value not in (None, {})}
+    path, key = create_tenant(arguments.files, arguments.name, arguments.models, spec)
+    print(f"{arguments.name} is in {path}; `faasmoe up` knows it when it is started again")
+    _print_key(key)
+    return 0
+
+
+def run_rotate(arguments: argparse.Namespace) -> int:
+    """Add a key of a tenant and remove others."""
+    tenants = {tenant.name: tenant for tenant in Deployment.load(arguments.files).tenants}
+    tenant = tenants.get(arguments.name)
+    if tenant is None:
+        expected = ", ".join(sorted(tenants)) or "a tenant of the files, which have none"
+        raise CommandError(f"NAME: got {arguments.name!r}, expected {expected}", exit_status=2)
+    if not arguments.new_key and not arguments.revoke:
+        raise CommandError("--no-new-key: expected --revoke KEY with it", exit_status=2)
+    revoke_keys(tenant.keys_path, arguments.revoke)
+    if arguments.new_key:
+        _print_key(create_key(tenant.keys_path, arguments.key_name))
+    print(f"keys of {tenant.name}: {_describe_keys(tenant)}; accepted from now on, within 2 s")
+    return 0
+
+
+def _print_key(created: CreatedKey) -> None:
+    print(f"API key, in {created.path}: {created.key}")
+
+
+def _without_none(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def run_usage(arguments: argparse.Namespace) -> int:
     """Print what each tenant used in each period."""
     totals: dict[tuple[str, str], tuple[Usage, str]] = {}
@@ -142,15 +228,17 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 
 def _rows(files: list[Path]) -> list[UsageRow]:
-    path = Deployment.load(files).state_path / USAGE_FILE_NAME
-    try:
-        usages, currencies = load_usage(path.read_bytes())
-    except FileNotFoundError:
+    folder = Deployment.load(files).state_path
+    found = usage_files(folder)
+    if not found:
+        path = folder / USAGE_FILE_NAME
         raise CommandError(
             f"{path}: not found; `faasmoe up` writes it once a tenant has used something"
-        ) from None
+        )
+    try:
+        usages, currencies = read_usage(found)
     except (OSError, ValueError) as error:
-        raise CommandError(f"{path}: {error}") from error
+        raise CommandError(f"{folder}: {error}") from error
     return sorted(usage_rows(usages, currencies), key=lambda row: row[:3])
 
 

@@ -25,6 +25,7 @@ from typing import Any, Never
 from faasmoe_contracts.store import Store
 from faasmoe_kernels import describe_cpu_kernels
 from faasmoe_operator.aio import gather_limited
+from faasmoe_operator.api.v1alpha1.field_types import quantity_to_bytes
 from faasmoe_operator.api.v1alpha1.patterns import CORS_ORIGIN, DESCRIPTIONS
 from faasmoe_operator.api.v1alpha1.validation import process_platform_warnings
 from faasmoe_operator.cli import child_process, control, live_page, model_arguments, router
@@ -42,6 +43,7 @@ from faasmoe_operator.platforms.memory import pss_bytes
 DEVICE_PROBE_COMMAND = (sys.executable, "-m", "faasmoe_expert.device")
 DEVICE_PROBE_TIMEOUT_S = 60.0
 CUDA = "cuda"
+MAX_GATEWAYS = 64
 PREPARE_GRACE_S = 10.0
 VERIFICATION_NICENESS = 10
 PROCESS_HEADER = ("PROCESS", "PID", "MEMORY")
@@ -133,6 +135,21 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_process_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
+        "--memory",
+        type=_memory_bytes,
+        metavar="SIZE",
+        help="memory of all functions and routers together, such as 6Gi; what was used least "
+        "recently makes room (with -f; routers end with router.scaling alone)",
+    )
+    group.add_argument(
+        "--gateways",
+        type=_gateway_count,
+        default=1,
+        metavar="N",
+        help="gateways that accept clients together, within the same limits and budgets "
+        "(default: %(default)s; more with -f)",
+    )
+    group.add_argument(
         "--log-dir",
         type=Path,
         metavar="DIR",
@@ -152,6 +169,22 @@ def _origin(text: str) -> str:
 def _port(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected 1 to 65535")
+    return int(text)
+
+
+def _memory_bytes(text: str) -> int:
+    try:
+        size_bytes = quantity_to_bytes(text)
+    except ValueError:
+        size_bytes = 0
+    if size_bytes < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a size such as 6Gi")
+    return size_bytes
+
+
+def _gateway_count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_GATEWAYS:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected 1 to {MAX_GATEWAYS}")
     return int(text)
 
 

@@ -1,7 +1,8 @@
-"""`python -m faasmoe_operator.control`: one model's control process, configured by FAASMOE_*.
+"""`python -m faasmoe_operator.control`: a control process, configured by FAASMOE_* variables.
 
-It can do nothing before the zygote is there, so it begins its own imports when the zygote has done
-its: until then, the router and the zygote have the cores to themselves.
+It is of one model (FAASMOE_MODEL_FILE), or of all models of a machine (FAASMOE_MODELS_FILE). It can
+do nothing before the zygote is there, so it begins its own imports when the zygote has done its:
+until then, the router and the zygote have the cores to themselves.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
 from faasmoe_contracts.start_phases import StartPhases
 
 ZYGOTE_SOCKET_ENV = "FAASMOE_ZYGOTE_SOCKET"
+MODELS_FILE_ENV = "FAASMOE_MODELS_FILE"
 ZYGOTE_WAIT_S = 3.0
 ZYGOTE_POLL_S = 0.01
 
@@ -49,13 +51,19 @@ def _run(phases: StartPhases) -> int:
     import asyncio
 
     from faasmoe_contracts.store import StoreError
-    from faasmoe_operator.control.config import ControlConfig
-    from faasmoe_operator.control.process import run_control_process
+    from faasmoe_operator.control.config import ControlConfig, MachineConfig
+    from faasmoe_operator.control.process import run_controller, run_until_terminated
     from faasmoe_operator.errors import FaasmoeError
 
     phases.end("imports")
     try:
-        asyncio.run(run_control_process(ControlConfig.from_env(), phases))
+        if os.environ.get(MODELS_FILE_ENV):
+            from faasmoe_operator.control.machine import run_machine
+
+            work = run_machine(MachineConfig.from_env(), phases)
+        else:
+            work = run_controller(ControlConfig.from_env(), phases)
+        asyncio.run(run_until_terminated(work))
     except (FaasmoeError, StoreError, OSError) as error:
         return _fail(error)
     return 0

@@ -112,7 +112,7 @@ class BackgroundTasks:
             f"{states[SandboxState.STARTING]} starting, {controller.fleet.n_generic()} generic"
         )
         if summary != self._last_summary:
-            logger.info("%s", summary)
+            logger.info("%s: %s", controller.model.name, summary)
             self._last_summary = summary
 
 

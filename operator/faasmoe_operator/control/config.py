@@ -25,6 +25,34 @@ def _parse_key(value: Any) -> Any:
     return key
 
 
+class MachineConfig(EnvSettings):
+    """Settings of a control process of several models; each field is the variable FAASMOE_FIELD.
+
+    Attributes:
+        models_file: the models.
+        token: bearer token of this process's API and of the sandboxes.
+        control_host: address to listen on.
+        control_port: port to listen on.
+        page_socket: Unix socket on which the live page is served; None serves none.
+        page_key: bearer token that the page's data require; empty for loopback alone.
+        page_min_tokens: tokens that sums over single functions hold at least before they are shown.
+        gateway_file: the tenants, whose limits are leased.
+        lease_socket: Unix socket on which limits are leased; None leases none.
+    """
+
+    PREFIX: ClassVar[str] = "FAASMOE_"
+
+    models_file: Path = Field(description="the path of a file of models")
+    token: str = Field(repr=False, description="a token")
+    control_host: str = "127.0.0.1"
+    control_port: Annotated[int, BeforeValidator(integer_between(1, 65535))] = 8090
+    page_socket: Path | None = Field(None, description="the path of a socket")
+    page_key: str = Field("", repr=False, description="a token")
+    page_min_tokens: Annotated[int, BeforeValidator(integer_between(1, 1 << 20))] = 256
+    gateway_file: Path | None = Field(None, description="the path of a gateway's file")
+    lease_socket: Path | None = Field(None, description="the path of a socket")
+
+
 class ControlConfig(EnvSettings):
     """Settings of a control process; each field is the variable FAASMOE_FIELD.
 

@@ -24,6 +24,7 @@ from faasmoe_operator.control.fleet import Fleet
 from faasmoe_operator.control.function_stats import FunctionStats
 from faasmoe_operator.control.live import ModelActivity, PrivacySettings
 from faasmoe_operator.control.load_reports import LoadReports
+from faasmoe_operator.control.machine_memory import SharedMemory
 from faasmoe_operator.control.metrics import ControlPlaneMetrics
 from faasmoe_operator.control.model import ControlledModel
 from faasmoe_operator.control.routing_table import RoutingTablePublisher
@@ -31,7 +32,14 @@ from faasmoe_operator.control.sandbox_client import SandboxClient
 from faasmoe_operator.control.sandbox_prober import SandboxProber
 from faasmoe_operator.control.ticker import Ticker, idle_until
 from faasmoe_operator.control.usage_ledger import UsageLedger
-from faasmoe_operator.plan.fleet import FleetSettings, FunctionDemand
+from faasmoe_operator.plan.actions import ActionReason, Detach
+from faasmoe_operator.plan.fleet import (
+    AssignmentState,
+    FleetSettings,
+    FunctionDemand,
+    MemoryHolder,
+)
+from faasmoe_operator.plan.memory_budget import function_holders
 from faasmoe_operator.plan.sandboxes import plan_sandboxes
 from faasmoe_operator.platforms.base import Platform
 
@@ -87,6 +95,7 @@ class Controller:
         usage_ledger: the tenants' usage of an earlier run.
         metrics: metrics of an earlier run, whose counters go on; None starts at zero.
         privacy: how much of single functions is shown on the live page.
+        memory: the machine's memory, which the model shares with others; None for no limit.
         clock: monotonic time in seconds.
     """
 
@@ -101,6 +110,7 @@ class Controller:
         usage_ledger: UsageLedger | None = None,
         metrics: ControlPlaneMetrics | None = None,
         privacy: PrivacySettings | None = None,
+        memory: SharedMemory | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         now = clock()
@@ -122,6 +132,7 @@ class Controller:
         self.autoscalers = FunctionAutoscalers(
             tuple(model.functions.values()), observed=None, now=now
         )
+        self._memory = memory
         self.revision = 0
         """Increases with everything that may have changed the state, as each reconcile pass."""
         self._revision_notifier = ChangeNotifier()
@@ -196,9 +207,14 @@ class Controller:
         for function in self.model.functions.keys() & set(functions):
             self.function_stats.record_request(function, now=now)
         # A function that is waiting for memory is desired already, but the request makes it recent.
-        if changes or self.model.memory_limit_bytes is not None:
+        if changes or self._fleet_settings.is_memory_limited or self._memory is not None:
             self._ticker.notify()
             self.reconcile()
+
+    def warm_up(self) -> None:
+        """Activate the functions that were used lately, as a router starts that will use them."""
+        names = self.function_stats.recently_used(self.clock())
+        self.activate(names or self.model.functions)
 
     def add_load_report(self, report: LoadReport) -> None:
         """Record a router's load report."""
@@ -236,7 +252,11 @@ class Controller:
             for name in self.model.functions
         }
         self._executor.cancel_detaches(desired)
-        settings = replace(self._fleet_settings, shape=self.fleet.new_sandbox_shape(now=now))
+        settings = replace(
+            self._fleet_settings,
+            shape=self.fleet.new_sandbox_shape(now=now),
+            machine=None if self._memory is None else self._memory.view(),
+        )
         if not self._executor.can_create(now):
             settings = replace(settings, max_creates=0)
         last_used = self.function_stats.last_used()
@@ -248,12 +268,34 @@ class Controller:
         )
         for action in plan.actions:
             self._executor.execute(action)
+        if self._memory is not None:
+            self._memory.settle(plan.claims, plan.evicted_elsewhere)
         self._executor.failures.record_memory_pressure(
             self.function_stats.activating(),
             waiting=plan.waiting_for_memory,
             too_large=plan.unschedulable,
         )
         self.publish()
+
+    def memory_holders(self) -> list[MemoryHolder]:
+        """Return what the model's functions hold of the machine's memory."""
+        pinned = (n for n, f in self.model.functions.items() if f.scaling.min_scale > 0)
+        snapshot = self.fleet.snapshot(last_used=self.function_stats.last_used())
+        return function_holders(snapshot, pinned=pinned)
+
+    def evict(self, holder: MemoryHolder) -> None:
+        """Detach a function to make room for another model or a router."""
+        sandbox, function = holder.key
+        record = self.fleet.get(sandbox)
+        if record is None or record.functions.get(function) is not AssignmentState.ATTACHED:
+            return
+        detach = Detach(sandbox, function, ActionReason.MEMORY)
+        self._executor.execute(detach, drain_s=0.0 if holder.is_idle else None)
+        self.publish()
+
+    def request_reconcile(self) -> None:
+        """Plan anew soon, as memory may have become free."""
+        self._request_reconcile()
 
     def publish(self) -> None:
         """Publish the addresses of all attached functions in the routing table."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
@@ -35,8 +37,20 @@ logger = logging.getLogger(__name__)
 SHUTDOWN_TIMEOUT_S = 1.0
 
 
-async def run_control_process(config: ControlConfig, phases: StartPhases) -> None:
-    """Run a model's controller, API and background tasks until SIGTERM or SIGINT.
+async def run_until_terminated(work: Coroutine[Any, Any, None]) -> None:
+    """Run until SIGTERM or SIGINT."""
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        await work
+    except asyncio.CancelledError:
+        task.uncancel()
+
+
+async def run_controller(config: ControlConfig, phases: StartPhases) -> None:
+    """Run a model's controller, API and background tasks until cancelled.
 
     Args:
         config: settings of the process.
@@ -46,17 +60,6 @@ async def run_control_process(config: ControlConfig, phases: StartPhases) -> Non
         FaasmoeError: the model is invalid or the zygote does not respond.
         StoreError: the store is missing or damaged.
     """
-    task = asyncio.current_task()
-    assert task is not None
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    try:
-        await _run_controller(config, phases)
-    except asyncio.CancelledError:
-        task.uncancel()
-
-
-async def _run_controller(config: ControlConfig, phases: StartPhases) -> None:
     local_model = LocalModel.load(config.model_file)
     store = local_model.open_store()
     model = ControlledModel.from_local_model(local_model, key=config.function_key)
@@ -79,9 +82,12 @@ async def _run_controller(config: ControlConfig, phases: StartPhases) -> None:
             privacy=PrivacySettings(min_tokens=config.page_min_tokens),
         )
         await controller.start()
-        runners = [await _start_api(controller, config)]
+        app = make_model_app(controller, token=config.token)
+        runners = [await start_api(app, host=config.control_host, port=config.control_port)]
         if config.page_socket is not None:
-            runners.append(await _start_page(controller, config, config.page_socket))
+            models = [(model.name, controller)]
+            page = LivePage(lambda: models, key=config.page_key or None)
+            runners.append(await start_page(page, config.page_socket))
         phases.end("api")
         logger.info("%s", phases.describe())
         try:
@@ -105,21 +111,17 @@ def _make_usage_ledger_writer(controller: Controller, store: FileUsageStore) -> 
     )
 
 
-async def _start_api(controller: Controller, config: ControlConfig) -> web.AppRunner:
-    app = make_model_app(controller, token=config.token)
+async def start_api(app: web.Application, *, host: str, port: int) -> web.AppRunner:
+    """Serve the control API until its runner is cleaned up; raises OSError."""
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S)
     await runner.setup()
-    site = web.TCPSite(
-        runner, config.control_host, config.control_port, reuse_address=True, backlog=128
-    )
-    await site.start()
-    logger.info("control listens on %s:%d", config.control_host, config.control_port)
+    await web.TCPSite(runner, host, port, reuse_address=True, backlog=128).start()
+    logger.info("control listens on %s:%d", host, port)
     return runner
 
 
-async def _start_page(controller: Controller, config: ControlConfig, path: Path) -> web.AppRunner:
-    """Serve the live page on a Unix socket, which the gateway forwards to."""
-    page = LivePage(lambda: [(controller.model.name, controller)], key=config.page_key or None)
+async def start_page(page: LivePage, path: Path) -> web.AppRunner:
+    """Serve the live page on a Unix socket, which the gateway forwards to; raises OSError."""
     runner = web.AppRunner(page.make_app(), access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S)
     await runner.setup()
     await web.UnixSite(runner, str(path)).start()

@@ -12,6 +12,9 @@ from enum import Enum
 
 from faasmoe_operator.errors import PlanError
 
+EVICT_IDLE_S = 2.0
+"""Since its last use, as loads are reported once a second."""
+
 
 def _check_minimum(field: str, value: int, *, minimum: int) -> None:
     if value < minimum:
@@ -42,6 +45,70 @@ class SandboxShape:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryHolder:
+    """Something that holds memory: a function in a sandbox, or a router.
+
+    Attributes:
+        key: sandbox and function; for a router an empty text and its name.
+        size_bytes: its memory.
+        last_used: time of its last use.
+        is_evictable: whether it may be evicted once it is not in use.
+        is_leaving: whether it is being evicted already.
+        is_idle: whether it is known not to be in use, however short ago it was.
+    """
+
+    key: tuple[str, str]
+    size_bytes: int
+    last_used: float
+    is_evictable: bool = True
+    is_leaving: bool = False
+    is_idle: bool = False
+
+    @property
+    def name(self) -> str:
+        """The function, or the router."""
+        return self.key[1]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryClaim:
+    """Something that waits for memory.
+
+    Attributes:
+        name: the function, or the router.
+        size_bytes: its memory.
+        last_used: time of the last request that waited for it.
+    """
+
+    name: str
+    size_bytes: int
+    last_used: float
+
+    def precedes(self, other: MemoryClaim) -> bool:
+        """Return whether it gets memory before another one: the one used last is first."""
+        return (self.last_used, self.name) > (other.last_used, other.name)
+
+
+@dataclass(frozen=True, slots=True)
+class MachineMemory:
+    """Memory that all models of a machine share, as one of them sees it.
+
+    Attributes:
+        limit_bytes: limit of all functions and routers together.
+        others: what is not the model's functions: those of other models, and routers.
+        claims: what other models and routers wait for.
+    """
+
+    limit_bytes: int
+    others: tuple[MemoryHolder, ...] = ()
+    claims: tuple[MemoryClaim, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Validate the limit."""
+        _check_minimum("limit_bytes", self.limit_bytes, minimum=1)
+
+
+@dataclass(frozen=True, slots=True)
 class FleetSettings:
     """Desired state of a model's sandboxes; raises PlanError if a setting is out of bounds.
 
@@ -54,6 +121,7 @@ class FleetSettings:
         start_deadline_s: how long a sandbox may take to become ready.
         memory_limit_bytes: memory limit of all functions in all sandboxes; None for no limit.
         evict_idle_s: minimum seconds since the last use of a function that is evicted.
+        machine: memory that the model shares with others; None for no limit.
     """
 
     template_hash: str
@@ -63,7 +131,8 @@ class FleetSettings:
     max_surge: int = 1
     start_deadline_s: float = 600.0
     memory_limit_bytes: int | None = None
-    evict_idle_s: float = 2.0
+    evict_idle_s: float = EVICT_IDLE_S
+    machine: MachineMemory | None = None
 
     def __post_init__(self) -> None:
         """Validate the numbers."""
@@ -75,9 +144,16 @@ class FleetSettings:
         if not self.start_deadline_s > 0:
             raise PlanError(f"start_deadline_s: got {self.start_deadline_s}, expected more than 0")
 
+    @property
+    def is_memory_limited(self) -> bool:
+        """Whether functions may have to wait for memory."""
+        return self.memory_limit_bytes is not None or self.machine is not None
+
     def fits_memory_limit(self, memory_bytes: int) -> bool:
-        """Return whether a function of this size fits within the fleet's memory limit."""
-        return self.memory_limit_bytes is None or memory_bytes <= self.memory_limit_bytes
+        """Return whether a function of this size fits within the memory limits."""
+        machine_bytes = None if self.machine is None else self.machine.limit_bytes
+        limits = (self.memory_limit_bytes, machine_bytes)
+        return all(limit is None or memory_bytes <= limit for limit in limits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,25 +1,145 @@
-"""Memory limit of all functions together: admission of missing replicas and LRU eviction.
+"""Memory limits of functions and routers: admission of what is missing, and eviction by last use.
 
-For a device that several sandboxes share and that cannot hold the whole model. A missing replica
-gets free memory first. If there is none, functions that were used less recently are evicted, least
-recently used first, but none that is in use. If all are in use, the missing replica waits, so that
-functions do not evict each other in turns. An evicted function's memory counts as used until it is
-detached, so a replica is attached only once its memory is free.
+A limit is that of a model's functions together, for a device that several sandboxes share and that
+cannot hold the whole model, or that of a machine over all of its models and routers. What is
+missing gets free memory first. If there is none, what was used less recently is evicted, least
+recently used first, but nothing that is in use. If all is in use, the missing one waits, so that
+two do not evict each other in turns. What is evicted counts as used until it is gone, so that
+something takes its place only once its memory is free.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from faasmoe_operator.plan.actions import ActionReason, Detach
-from faasmoe_operator.plan.fleet import FleetSettings, FunctionDemand, ObservedSandbox, Replica
+from faasmoe_operator.plan.fleet import (
+    AssignmentState,
+    FleetSettings,
+    FunctionDemand,
+    MachineMemory,
+    MemoryClaim,
+    MemoryHolder,
+    ObservedSandbox,
+    Replica,
+)
+
+
+@dataclass(slots=True, eq=False)
+class MemoryLimit:
+    """A limit, while what is missing is placed.
+
+    Attributes:
+        limit_bytes: the limit.
+        used_bytes: memory in use, what is leaving included.
+        planned_bytes: memory in use once what is leaving has left.
+        claims: what others wait for; what was used less recently leaves room for it.
+    """
+
+    limit_bytes: int
+    used_bytes: int
+    planned_bytes: int
+    claims: tuple[MemoryClaim, ...] = ()
+
+    def claimed_bytes(self, claim: MemoryClaim) -> int:
+        """Return what others wait for that was used more recently."""
+        return sum(other.size_bytes for other in self.claims if other.precedes(claim))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """Something that may be evicted.
+
+    Attributes:
+        holder: what it is.
+        limits: the limits that it counts for.
+    """
+
+    holder: MemoryHolder
+    limits: tuple[MemoryLimit, ...]
+
+
+@dataclass(slots=True)
+class MemoryAdmission:
+    """Admits what is missing, one after the other, and chooses what is evicted for it.
+
+    Attributes:
+        limits: all limits; none admits everything.
+        candidates: what may be evicted, in any order.
+        evictable_before: what was used later is in use.
+        evicted: what is evicted.
+        claims: what was not admitted yet.
+        waiting: of these, those for which too little may be evicted.
+    """
+
+    limits: tuple[MemoryLimit, ...]
+    candidates: list[Candidate]
+    evictable_before: float
+    evicted: list[MemoryHolder] = field(default_factory=list)
+    claims: list[MemoryClaim] = field(default_factory=list)
+    waiting: dict[str, None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Sort the candidates by their last use."""
+        self.candidates.sort(key=lambda c: (c.holder.last_used, c.holder.key))
+
+    def admit(self, claim: MemoryClaim) -> bool:
+        """Return whether there is memory now; plans evictions if there is not."""
+        if not self.limits:
+            return True
+        evicted = self._find_room(claim)
+        if evicted is None:
+            self.waiting[claim.name] = None
+            self.claims.append(claim)
+            return False
+        for candidate in evicted:
+            self.candidates.remove(candidate)
+            self.evicted.append(candidate.holder)
+            for limit in candidate.limits:
+                limit.planned_bytes -= candidate.holder.size_bytes
+        for limit in self.limits:
+            limit.planned_bytes += claim.size_bytes
+        if any(
+            limit.used_bytes + claim.size_bytes + limit.claimed_bytes(claim) > limit.limit_bytes
+            for limit in self.limits
+        ):
+            self.claims.append(claim)  # what is evicted has not left yet
+            return False
+        for limit in self.limits:
+            limit.used_bytes += claim.size_bytes
+        return True
+
+    def _find_room(self, claim: MemoryClaim) -> list[Candidate] | None:
+        """Return what to evict; None if too little may be evicted."""
+        evicted: list[Candidate] = []
+        for limit in self.limits:
+            missing_bytes = limit.planned_bytes + claim.size_bytes + limit.claimed_bytes(claim)
+            missing_bytes -= limit.limit_bytes
+            missing_bytes -= sum(c.holder.size_bytes for c in evicted if limit in c.limits)
+            for candidate in self.candidates:
+                if missing_bytes <= 0:
+                    break
+                if limit in candidate.limits and candidate not in evicted:
+                    if not self._can_evict_for(candidate.holder, claim):
+                        continue
+                    evicted.append(candidate)
+                    missing_bytes -= candidate.holder.size_bytes
+            if missing_bytes > 0:
+                return None
+        return evicted
+
+    def _can_evict_for(self, holder: MemoryHolder, claim: MemoryClaim) -> bool:
+        is_in_use = not holder.is_idle and holder.last_used > self.evictable_before
+        is_other = holder.name != claim.name
+        return is_other and not is_in_use and holder.last_used < claim.last_used
 
 
 class MemoryBudget:
     """The memory budget of one reconcile pass.
 
     Args:
-        settings: the memory limit and the minimum idle time of evicted functions.
+        settings: the memory limits and the minimum idle time of evicted functions.
         sandboxes: all sandboxes, including terminating ones, whose memory is not free yet.
         retained: replicas by function that the plan does not detach.
         demands: every function of the plan, by id.
@@ -35,60 +155,98 @@ class MemoryBudget:
         demands: Mapping[str, FunctionDemand],
         now: float,
     ) -> None:
-        self._limit_bytes = settings.memory_limit_bytes
-        self._evictable_before = now - settings.evict_idle_s
-        self._used_bytes = sum(a.memory_bytes for s in sandboxes for a in s.assignments)
         replicas = [replica for found in retained.values() for replica in found]
-        self._planned_bytes = sum(replica.assignment.memory_bytes for replica in replicas)
-        self._eviction_candidates = sorted(
-            (r for r in replicas if r.is_serving and self._is_evictable(r, demands)), key=_lru_key
-        )
-        self.evictions: list[Detach] = []
-        """Detaches of evicted functions."""
-        self.waiting_functions: dict[str, None] = {}
+        used_bytes = sum(a.memory_bytes for s in sandboxes for a in s.assignments)
+        planned_bytes = sum(replica.assignment.memory_bytes for replica in replicas)
+        limits = []
+        if settings.memory_limit_bytes is not None:
+            limits.append(MemoryLimit(settings.memory_limit_bytes, used_bytes, planned_bytes))
+        others: tuple[MemoryHolder, ...] = ()
+        if (machine := settings.machine) is not None:
+            others = machine.others
+            limits.append(machine_limit(machine, used_bytes, planned_bytes))
+        candidates = [
+            Candidate(_holder(replica), tuple(limits))
+            for replica in replicas
+            if replica.is_serving and _is_evictable(replica, demands)
+        ]
+        candidates += [Candidate(o, tuple(limits[-1:])) for o in others if o.is_evictable]
+        self._admission = MemoryAdmission(tuple(limits), candidates, now - settings.evict_idle_s)
+        self._own = {replica.key for replica in replicas}
+        self._is_shared = settings.machine is not None
+
+    @property
+    def evictions(self) -> list[Detach]:
+        """Detaches of evicted functions of the model itself."""
+        return [
+            Detach(sandbox, function, ActionReason.MEMORY)
+            for sandbox, function in (holder.key for holder in self._admission.evicted)
+            if (sandbox, function) in self._own
+        ]
+
+    @property
+    def evicted_elsewhere(self) -> list[MemoryHolder]:
+        """What is evicted that is not the model's."""
+        return [holder for holder in self._admission.evicted if holder.key not in self._own]
+
+    @property
+    def waiting_functions(self) -> list[str]:
         """Functions that wait for memory, in order."""
+        return list(self._admission.waiting)
+
+    @property
+    def claims(self) -> list[MemoryClaim]:
+        """What is missing and has no memory of the machine yet."""
+        return self._admission.claims if self._is_shared else []
 
     def admit(self, demand: FunctionDemand) -> bool:
         """Return whether a missing replica may be placed now; plans evictions if it needs any."""
-        if self._limit_bytes is None:
-            return True
-        if not self._plan_evictions(demand):
-            self.waiting_functions[demand.function] = None
-            return False
-        self._planned_bytes += demand.memory_bytes
-        if self._used_bytes + demand.memory_bytes > self._limit_bytes:
-            return False  # the evicted functions are not detached yet
-        self._used_bytes += demand.memory_bytes
-        return True
-
-    def _plan_evictions(self, demand: FunctionDemand) -> bool:
-        """Plan the evictions that a replica needs; return False if there are too few candidates."""
-        assert self._limit_bytes is not None
-        missing_bytes = self._planned_bytes + demand.memory_bytes - self._limit_bytes
-        evicted: list[Replica] = []
-        for replica in self._eviction_candidates:
-            if missing_bytes <= 0:
-                break
-            if self._can_evict_for(replica, demand):
-                evicted.append(replica)
-                missing_bytes -= replica.assignment.memory_bytes
-        if missing_bytes > 0:
-            return False
-        for replica in evicted:
-            self._eviction_candidates.remove(replica)
-            self._planned_bytes -= replica.assignment.memory_bytes
-            self.evictions.append(Detach(*replica.key, ActionReason.MEMORY))
-        return True
-
-    def _is_evictable(self, replica: Replica, demands: Mapping[str, FunctionDemand]) -> bool:
-        demand = demands.get(replica.assignment.function)
-        return demand is None or not demand.pinned
-
-    def _can_evict_for(self, replica: Replica, demand: FunctionDemand) -> bool:
-        last_used = replica.assignment.last_used
-        is_other = replica.assignment.function != demand.function
-        return is_other and last_used < demand.last_used and last_used <= self._evictable_before
+        claim = MemoryClaim(demand.function, demand.memory_bytes, demand.last_used)
+        return self._admission.admit(claim)
 
 
-def _lru_key(replica: Replica) -> tuple[float, tuple[str, str]]:
-    return (replica.assignment.last_used, replica.key)
+def machine_limit(
+    machine: MachineMemory, used_bytes: int = 0, planned_bytes: int = 0
+) -> MemoryLimit:
+    """Return the limit of a machine, of which a model's functions use some already."""
+    others = machine.others
+    return MemoryLimit(
+        machine.limit_bytes,
+        used_bytes + sum(holder.size_bytes for holder in others),
+        planned_bytes + sum(holder.size_bytes for holder in others if not holder.is_leaving),
+        machine.claims,
+    )
+
+
+def function_holders(
+    sandboxes: Iterable[ObservedSandbox], *, pinned: Iterable[str]
+) -> list[MemoryHolder]:
+    """Return the functions in sandboxes as others see them, who may evict them.
+
+    Args:
+        sandboxes: a model's sandboxes.
+        pinned: its functions that are never evicted.
+    """
+    kept = frozenset(pinned)
+    return [
+        MemoryHolder(
+            (sandbox.id, assignment.function),
+            assignment.memory_bytes,
+            assignment.last_used,
+            is_evictable=assignment.state is AssignmentState.ATTACHED
+            and assignment.function not in kept,
+            is_leaving=assignment.state is AssignmentState.DETACHING,
+        )
+        for sandbox in sandboxes
+        for assignment in sandbox.assignments
+    ]
+
+
+def _holder(replica: Replica) -> MemoryHolder:
+    assignment = replica.assignment
+    return MemoryHolder(replica.key, assignment.memory_bytes, assignment.last_used)
+
+
+def _is_evictable(replica: Replica, demands: Mapping[str, FunctionDemand]) -> bool:
+    demand = demands.get(replica.assignment.function)
+    return demand is None or not demand.pinned

@@ -6,7 +6,7 @@ The only place that decides what happens to sandboxes. It is pure and recomputed
 2. Surplus replicas and functions that are not in the plan are detached.
 3. Missing replicas are placed, all first replicas before second ones: they are attached where there
    is free capacity now, else they reserve capacity that becomes free, else a sandbox is created.
-   If that would exceed the memory limit of all sandboxes, functions are evicted or the missing one
+   If that would exceed a memory limit, functions are evicted or the missing one
    waits (`memory_budget`).
 4. Replicas in sandboxes with an outdated template get replacements in current ones, at most
    `max_surge` at a time. The old replica becomes surplus only once the new one is ready.
@@ -25,6 +25,8 @@ from faasmoe_operator.plan.bin_packing import Bin, BinPacker, FreeCapacity
 from faasmoe_operator.plan.fleet import (
     FleetSettings,
     FunctionDemand,
+    MemoryClaim,
+    MemoryHolder,
     ObservedSandbox,
     Replica,
     SandboxState,
@@ -41,11 +43,16 @@ class SandboxPlan:
         actions: in the order of execution: attaches first, as requests wait for them; deletes last.
         unschedulable: functions that exceed the memory limit of every sandbox.
         waiting_for_memory: functions that wait because all memory is in use.
+        evicted_elsewhere: what is to make room that is not the model's.
+        claims: the functions that have no memory of the machine yet, whether it is being freed or
+            not.
     """
 
     actions: tuple[Action, ...]
     unschedulable: tuple[str, ...] = ()
     waiting_for_memory: tuple[str, ...] = ()
+    evicted_elsewhere: tuple[MemoryHolder, ...] = ()
+    claims: tuple[MemoryClaim, ...] = ()
 
 
 def plan_sandboxes(
@@ -82,6 +89,8 @@ def plan_sandboxes(
         actions,
         unschedulable=tuple(planner.unschedulable),
         waiting_for_memory=tuple(planner.budget.waiting_functions),
+        evicted_elsewhere=tuple(planner.budget.evicted_elsewhere),
+        claims=tuple(planner.budget.claims),
     )
 
 
@@ -193,7 +202,7 @@ class _SandboxPlanner:
         anti-affinity keys alternate, so that sandboxes fill up with functions of different keys.
         """
         missing, n_by_key = [], Counter[tuple[int, str]]()
-        is_limited = self._settings.memory_limit_bytes is not None
+        is_limited = self._settings.is_memory_limited
         for demand in self._demands.values():
             if not self._settings.fits_memory_limit(demand.memory_bytes):
                 self.unschedulable |= {demand.function: None} if demand.replicas else {}

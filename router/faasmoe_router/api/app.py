@@ -2,7 +2,7 @@
 
 `create_app` ties the lifetime of the engine, the activator and the tenants to the app's. The small
 routes that no other module needs are defined here: health endpoints, which are for probes and need
-no API key, metrics, and OpenAI endpoints that answer 501.
+no API key, and OpenAI endpoints that answer 501.
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence

@@ -90,6 +90,7 @@ class GenerationRequestBuilder:
                 scores_prompt=body.scores_prompt,
                 priority=body.priority or 0,
                 cache_salt=body.cache_salt,
+                scores_stop=bool(body.return_token_ids),
             )
             for ids, max_tokens in zip(kept, max_tokens_per_prompt, strict=True)
             for choice in range(body.n or 1)

@@ -1,7 +1,8 @@
-"""The metrics of a router: a route of its API, or a port of their own that tenants cannot reach.
+"""The router's metrics: on a port of their own, apart from what tenants reach, or beside the API.
 
-Metrics name tenants and count their requests. A router whose port is public serves them here
+Metrics name tenants and count their requests. A router whose port is public serves them on another
 (`FAASMOE_METRICS_PORT`), on the same event loop, since collectors read what only that loop changes.
+Beside the API, a tenant sees its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,20 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from faasmoe_router.api.middleware import get_caller
 from faasmoe_router.api.openapi import text_error_responses
 from faasmoe_router.tenants.metrics import OwnMetrics
+
+
+def metrics_routes(registry: CollectorRegistry) -> APIRouter:
+    """Return the route for Prometheus beside the API."""
+    router = APIRouter()
+
+    @router.get("/metrics", response_class=PlainTextResponse, responses=text_error_responses(500))
+    async def metrics(request: Request) -> Response:
+        """Return the metrics in Prometheus' text format; to a tenant, none of other tenants."""
+        tenant = get_caller(request).tenant
+        visible = OwnMetrics(registry, tenant) if tenant else registry
+        return Response(generate_latest(visible), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    return router
 
 
 class MetricsServer:
@@ -54,17 +69,3 @@ class MetricsServer:
     async def _respond(self, _: web.Request) -> web.Response:
         headers = {"Content-Type": CONTENT_TYPE_LATEST}
         return web.Response(body=generate_latest(self._registry), headers=headers)
-
-
-def metrics_routes(registry: CollectorRegistry) -> APIRouter:
-    """Return the route for Prometheus."""
-    router = APIRouter()
-
-    @router.get("/metrics", response_class=PlainTextResponse, responses=text_error_responses(500))
-    async def metrics(request: Request) -> Response:
-        """Return the metrics in Prometheus' text format; to a tenant, none of other tenants."""
-        tenant = get_caller(request).tenant
-        visible = OwnMetrics(registry, tenant) if tenant else registry
-        return Response(generate_latest(visible), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-    return router

@@ -113,6 +113,11 @@ class PromptEncoder:
                 code="context_length_exceeded",
             )
 
+    @property
+    def tool_chat_template(self) -> str:
+        """The chat template used for requests with tools; empty if there is none."""
+        return self._engine.tokenizer.tool_chat_template
+
     def check_token_ids(self, token_ids: Sequence[int], *, param: str) -> None:
         """Raise ApiError if a token ID is not in the vocabulary."""
         check_token_ids(token_ids, vocab_size=self._engine.vocab_size, param=param)
@@ -120,8 +125,9 @@ class PromptEncoder:
 
 def check_token_ids(token_ids: Sequence[int], *, vocab_size: int, param: str) -> None:
     """Raise ApiError if a token ID is not in a vocabulary."""
-    if token_ids and max(token_ids) >= vocab_size:
-        raise invalid_value(param, f"expected token IDs below {vocab_size}, got {max(token_ids)}")
+    if token_ids and (token_id := max(token_ids)) >= vocab_size:
+        reason = f"got token ID {token_id}, which is out of vocabulary"
+        raise invalid_value(param, f"{reason}, expected IDs below {vocab_size}")
 
 
 def _as_system_message(message: dict[str, Any]) -> dict[str, Any]:

@@ -52,10 +52,10 @@ class TokenizeRequest(RequestModel):
         if (self.prompt is None) == (self.messages is None):
             raise invalid_value("prompt", "expected exactly one of 'prompt' and 'messages'")
 
-    def template_options(self) -> ChatTemplateOptions:
-        """Return the inputs of the chat template besides the messages; raises ApiError."""
+    def template_options(self, chat_template: str) -> ChatTemplateOptions:
+        """Return the inputs of a chat template besides the messages; raises ApiError."""
         return ChatTemplateOptions(
-            tools=tuple(tool.to_template() for tool in self.tools or ()),
+            tools=tuple(tool.to_template(chat_template) for tool in self.tools or ()),
             add_generation_prompt=self.add_generation_prompt is not False,
             continue_final_message=bool(self.continue_final_message),
             add_special_tokens=bool(self.add_special_tokens),
@@ -131,7 +131,9 @@ def tokenization_routes(
 
 async def _tokenize(body: TokenizeRequest, encoder: PromptEncoder, caller: Caller) -> Sequence[int]:
     if body.messages is not None:
-        return await encoder.encode_chat(body.messages, body.template_options(), caller)
+        return await encoder.encode_chat(
+            body.messages, body.template_options(encoder.tool_chat_template), caller
+        )
     assert body.prompt is not None
     encoder.check_text_size([body.prompt], param="prompt")
     return await encoder.encode(

@@ -132,7 +132,7 @@ def resolve_tool_calling(
         is_prompted=not (is_harmony or writes_python or block_format or call_format),
         is_harmony=is_harmony and not is_enforced,
         is_pythonic=writes_python and not is_enforced,
-        template_tools=tuple(tool.to_template() for tool in tools),
+        template_tools=tuple(tool.to_template(template) for tool in tools),
         callable_tools=_callable_tools(tools, tool_choice),
         custom_tools=frozenset(t.function.name for t in tools if t.type == "custom"),
         choice_mode=tool_choice.mode,

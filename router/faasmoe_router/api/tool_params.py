@@ -78,16 +78,16 @@ class ToolParam(RequestModel):
 
     _translate_custom = model_validator(mode="before")(_custom_as_function)
 
-    def to_template(self) -> dict[str, Any]:
-        """Return the tool as chat templates expect it: name, description, parameters.
+    def to_template(self, chat_template: str) -> dict[str, Any]:
+        """Return the tool as a chat template expects it: name, description, parameters.
 
-        Templates read all three, and the parameters' properties, without asking whether they exist.
+        Templates read the parameters' properties, and those that name descriptions these too,
+        without asking whether they exist. Others write tools as they are.
         """
-        function_schema = {
-            "name": self.function.name,
-            "description": self.function.description or "",
-            "parameters": {**_NO_PARAMETERS, **self.function.parameters},
-        }
+        function_schema: dict[str, Any] = {"name": self.function.name}
+        if self.function.description or "description" in chat_template:
+            function_schema["description"] = self.function.description or ""
+        function_schema["parameters"] = {**_NO_PARAMETERS, **self.function.parameters}
         return {"type": "function", "function": function_schema}
 
 

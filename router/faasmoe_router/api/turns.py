@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -56,8 +57,9 @@ class TurnMiddleware:
         if turn.done():
             return turn.result()
         gone = asyncio.create_task(_wait_for_disconnect(receive))
+        either: set[asyncio.Future[Any]] = {turn, gone}
         try:
-            await asyncio.wait({turn, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not gone.done():
                 return turn.result()
             self._turns.give_up(turn)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Self
@@ -75,6 +76,8 @@ class LinkSettings:
     Attributes:
         router_name: name of this router, new at each start.
         queue_limits: capacity of the activation queue.
+        queues_requests: whether requests wait for missing functions; not if the dispatcher computes
+            those, because memory is limited.
         report_interval_s: time between two load reports, in seconds.
         activation_repeat_s: time between two requests for a function that is still awaited, in
             seconds.
@@ -82,6 +85,7 @@ class LinkSettings:
 
     router_name: str
     queue_limits: ActivationQueueLimits = field(default_factory=ActivationQueueLimits)
+    queues_requests: bool = True
     report_interval_s: float = LOAD_REPORT_INTERVAL_S
     activation_repeat_s: float = ACTIVATION_REPEAT_S
 
@@ -156,6 +160,8 @@ class ControlLink:
     @property
     def activated_below_tokens(self) -> float:
         """Requests of fewer tokens than this need no missing function."""
+        if self.ready and not self._settings.queues_requests:
+            return math.inf
         return self._local_fallback.activated_below_tokens if self.ready else 0.0
 
     def missing_for(self, n_tokens: int) -> Sequence[str]:

@@ -52,7 +52,8 @@ class DispatchMetrics:
         )
         self.colocated = Counter(
             "faasmoe_router_colocated_computations_total",
-            "Calls to colocated functions, computed in the router.",
+            "Calls computed in the router: to colocated functions, and to those without a place in "
+            "limited memory.",
             registry=registry,
         )
         self.queued = Gauge(

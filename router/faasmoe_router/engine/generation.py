@@ -108,6 +108,8 @@ class GenerationRequest:
             the sequence starts at its first token and is given the others one by one.
         priority: position among the waiting sequences of its tenant; lower runs earlier.
         cache_salt: shares cached prefixes only with requests of the same salt; None adds no salt.
+        scores_stop: whether log-probabilities include those of the tokens that ended the text, as
+            token IDs do.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -118,6 +120,7 @@ class GenerationRequest:
     scores_prompt: bool = False
     priority: int = 0
     cache_salt: str | None = None
+    scores_stop: bool = False
 
     @property
     def n_given(self) -> int:

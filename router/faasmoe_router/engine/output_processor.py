@@ -167,6 +167,8 @@ class SequenceOutputProcessor:
             self.n_tokens += 1
             logprob = self._next_logprob()
             if self._is_stop(token) and not self.request.stop_conditions.include_stop:
+                if logprob is not None and self.request.scores_stop:
+                    self._pending_logprobs.append((self._n_decoded, logprob))
                 return self._finish(text, n_processed, "stop", self._requested_stop_token(token))
             if logprob is not None:
                 self._pending_logprobs.append((self._n_decoded, logprob))
@@ -225,7 +227,8 @@ class SequenceOutputProcessor:
         self, text: str, n_processed: int, reason: FinishReason | None = None
     ) -> CompletionOutput:
         self._n_emitted += len(text)
-        logprobs = self._pop_logprobs(self._n_emitted - 1)
+        is_end = reason is not None and self.request.scores_stop
+        logprobs = self._pop_logprobs(self._n_decoded if is_end else self._n_emitted - 1)
         return CompletionOutput(
             text, n_processed, reason, logprobs, stop_reason=self._stop_matcher.matched_stop
         )

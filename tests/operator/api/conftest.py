@@ -19,6 +19,7 @@ from celpy.adapter import json_to_cel
 from kubernetes.utils.quantity import parse_quantity
 
 from faasmoe_operator.api.v1alpha1.crd import build_crd
+from faasmoe_operator.api.v1alpha1.tenant_crd import build_tenant_crd
 
 Schema = dict[str, Any]
 RULES = "x-kubernetes-validations"
@@ -72,6 +73,11 @@ class FakeApiServer:
 @pytest.fixture(scope="session")
 def api_server() -> FakeApiServer:
     return FakeApiServer(build_crd())
+
+
+@pytest.fixture(scope="session")
+def tenant_api_server() -> FakeApiServer:
+    return FakeApiServer(build_tenant_crd())
 
 
 def children(schema: Schema) -> Iterator[tuple[str, Schema]]:

@@ -10,7 +10,8 @@ FILE = "faasmoe.dev_moemodels.yaml"
 
 def test_prints_crd(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["crd"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["metadata"]["name"] == "moemodels.faasmoe.dev"
+    names = [crd["metadata"]["name"] for crd in yaml.safe_load_all(capsys.readouterr().out)]
+    assert names == ["moemodels.faasmoe.dev", "tenants.faasmoe.dev"]
 
 
 def test_written_crd_passes_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

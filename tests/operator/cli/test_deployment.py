@@ -58,7 +58,7 @@ def test_folder_holds_models_and_tenants(tmp_path: Path) -> None:
     assert deployment.warnings() == []
     assert deployment.state_path == tmp_path / ".faasmoe" / "gateway.state"
     file = deployment.gateway_file(
-        {name: tmp_path / name for name in "ab"}, dict.fromkeys("ab", 64)
+        {name: [tmp_path / name] for name in "ab"}, dict.fromkeys("ab", 64)
     )
     (tenant,) = file.tenants
     assert [(m.name, m.alias, m.max_output_tokens) for m in tenant.models] == [

@@ -1,63 +1,93 @@
-"""A router that ends while nobody uses its model, and starts with the next request."""
+"""Routers that start and end by what gateways report."""
 
 from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Never
+from typing import Any, Never
 
 import pytest
 
-from faasmoe_contracts.router_demand import RouterDemand
+from faasmoe_contracts.router_demand import RouterDemand, RunningRouters
 from faasmoe_operator.api.v1alpha1.router import RouterScalingSpec
 from faasmoe_operator.cli import router_scaling
+from faasmoe_operator.cli.gateway_link import GatewayLinks
 from faasmoe_operator.cli.router_scaling import (
     RouterScaler,
-    ScaledRouter,
-    demand_listener,
-    scaled_router,
+    RouterSlot,
+    ScaledRouters,
+    scaled_routers,
 )
 from faasmoe_operator.cli.supervisor import SupervisedChild
 from faasmoe_operator.errors import CommandError
 
-IDLE = RouterScalingSpec.model_validate({"idleSeconds": 30})
+TIMEOUT_S = 30.0
 
 
-def tick(scaler: RouterScaler, seconds: range, *, n_requests: int = 0) -> list[bool]:
-    wanted = []
+def spec_of(**fields: Any) -> RouterScalingSpec:
+    return RouterScalingSpec.model_validate({"idleSeconds": 30, **fields})
+
+
+IDLE = spec_of()
+
+
+def tick(scaler: RouterScaler, seconds: range, *, n_requests: int = 0) -> list[int]:
+    desired = []
     for second in seconds:
         scaler.set_demand(n_requests, second + 0.5)
-        scaler.tick(second + 0.5, is_running=scaler.is_wanted)
-        wanted.append(scaler.is_wanted)
-    return wanted
+        scaler.tick(second + 0.5, n_ready=scaler.desired)
+        desired.append(scaler.desired)
+    return desired
 
 
 def test_router_ends_after_its_idle_time_and_not_before() -> None:
-    wanted = tick(RouterScaler(IDLE, 0.0), range(100))
-    assert 29 <= wanted.index(False) <= 32
-    assert not any(wanted[32:])
+    desired = tick(RouterScaler(IDLE, 4, 0.0), range(100))
+    assert 29 <= desired.index(0) <= 32
+    assert not any(desired[32:])
 
 
 def test_router_stays_while_a_request_runs() -> None:
-    assert all(tick(RouterScaler(IDLE, 0.0), range(500), n_requests=1))
+    assert all(tick(RouterScaler(IDLE, 4, 0.0), range(500), n_requests=1))
 
 
 def test_request_starts_the_router_at_once_and_restarts_its_idle_time() -> None:
-    scaler = RouterScaler(IDLE, 0.0)
+    scaler = RouterScaler(IDLE, 4, 0.0)
     tick(scaler, range(100))
     scaler.set_demand(1, 100.2)
-    assert scaler.is_wanted
+    assert scaler.desired == 1
     assert all(tick(scaler, range(101, 121), n_requests=1))
-    wanted = tick(scaler, range(121, 221))
-    assert 25 <= wanted.index(False) <= 35
+    desired = tick(scaler, range(121, 221))
+    assert 25 <= desired.index(0) <= 35
 
 
-def test_router_with_a_minimum_never_ends() -> None:
-    spec = RouterScalingSpec.model_validate({"idleSeconds": 30, "minReplicas": 1})
-    assert all(tick(RouterScaler(spec, 0.0), range(200)))
+@pytest.mark.parametrize("spec", [spec_of(minReplicas=1), None])
+def test_router_with_a_minimum_never_ends(spec: RouterScalingSpec | None) -> None:
+    scaler = RouterScaler(spec, 4, 0.0)
+    assert set(tick(scaler, range(200))) == {1}
+    scaler.end(201.0)
+    assert scaler.desired == 1
+
+
+def test_as_many_routers_run_as_requests_need() -> None:
+    scaler = RouterScaler(spec_of(maxReplicas=3, targetConcurrency=4), 32, 0.0)
+    assert tick(scaler, range(60), n_requests=4)[-1] == 1
+    assert tick(scaler, range(60, 120), n_requests=8)[-1] == 2
+    assert tick(scaler, range(120, 180), n_requests=100)[-1] == 3
+    assert tick(scaler, range(180, 300), n_requests=1)[-1] == 1
+    assert tick(scaler, range(300, 400))[-1] == 0
+
+
+def test_target_is_a_batch_if_it_is_not_given() -> None:
+    scaler = RouterScaler(spec_of(maxReplicas=8), 16, 0.0)
+    assert tick(scaler, range(60), n_requests=33)[-1] == 3
+
+
+def test_more_routers_at_least_than_at_most_are_refused() -> None:
+    with pytest.raises(ValueError, match="minReplicas"):
+        spec_of(minReplicas=2, maxReplicas=1)
 
 
 @pytest.fixture
@@ -66,126 +96,242 @@ def socket() -> Iterator[Path]:
         yield Path(folder) / "demand.sock"
 
 
+@pytest.fixture
+def seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a second pass at each tick, without waiting."""
+    monkeypatch.setattr(router_scaling, "TICK_S", 0.01)
+    monkeypatch.setattr(router_scaling, "PID_INTERVAL_S", 0.01)
+    clock = iter(range(10**9))
+    monkeypatch.setattr("faasmoe_operator.cli.router_scaling.time.time", lambda: next(clock) + 0.5)
+
+
 class FakeRouters:
     """Routers that only count.
 
     Attributes:
+        running: indices of those that run.
         n_started: starts so far.
-        n_running: routers that run.
-        changed: set whenever that changes.
-        failure: raises what the last one fails with.
+        n_wakes: starts for a request so far, as functions are told of.
+        healthy: lets them answer.
+        failure: raises what they fail with.
     """
 
     def __init__(self) -> None:
+        self.running: set[int] = set()
         self.n_started = 0
-        self.n_running = 0
-        self.changed = asyncio.Event()
-        self.failure: asyncio.Future[Never]
+        self.n_wakes = 0
+        self.healthy = asyncio.Event()
+        self.healthy.set()
+        self.failure: asyncio.Future[Never] = asyncio.get_running_loop().create_future()
 
     @asynccontextmanager
-    async def start(self) -> AsyncIterator[tuple[SupervisedChild, asyncio.Task[Never]]]:
-        self.failure = asyncio.get_running_loop().create_future()
-
+    async def start(self, index: int) -> AsyncIterator[tuple[SupervisedChild, asyncio.Task[Never]]]:
         async def fail() -> Never:
-            await self.failure
+            await asyncio.shield(self.failure)
             raise AssertionError("it ended without a failure")
 
         task = asyncio.create_task(fail())
         child = SupervisedChild("router")
         child.pid = 42
         self.n_started += 1
-        self.n_running += 1
-        self.changed.set()
+        self.running.add(index)
         try:
             yield child, task
         finally:
-            self.n_running -= 1
-            self.changed.set()
+            self.running.discard(index)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
+    def routers(
+        self, spec: RouterScalingSpec, links: GatewayLinks, *, may_run: bool = True
+    ) -> ScaledRouters:
+        async def wait_until_healthy() -> None:
+            await self.healthy.wait()
 
-async def until_running(routers: FakeRouters, n_running: int) -> None:
-    async with asyncio.timeout(30):
-        while routers.n_running != n_running:
-            routers.changed.clear()
-            await routers.changed.wait()
+        def slot(index: int) -> RouterSlot:
+            return RouterSlot(index, lambda: self.start(index), wait_until_healthy, may_run=may_run)
+
+        async def count_wake() -> None:
+            self.n_wakes += 1
+
+        slots = [slot(index) for index in range(spec.max_replicas)]
+        scaler = RouterScaler(spec, 4, 0.5)
+        return ScaledRouters("a", scaler, slots, links, on_wake=count_wake)
 
 
-def test_demand_over_the_socket_starts_the_router_again(
-    socket: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(router_scaling, "TICK_S", 0.01)
-    clock = iter(range(10**9))
-    monkeypatch.setattr("faasmoe_operator.cli.router_scaling.time.time", lambda: next(clock) + 0.5)
+class FakeGateway:
+    """A gateway's end of the connection.
+
+    Attributes:
+        running: what it was told last.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.running = RunningRouters(0, {})
+        self._reader = reader
+        self._writer = writer
+        self._demand = RouterDemand()
+        self._is_following = asyncio.create_task(self._follow())
+
+    @classmethod
+    async def connect(cls, socket: Path) -> FakeGateway:
+        return cls(*await asyncio.open_unix_connection(str(socket)))
+
+    def report(self, n_requests: int, **routers: int) -> None:
+        names = {name.removeprefix("r"): count for name, count in routers.items()}
+        self._demand = RouterDemand({"a": n_requests}, {"a": names}, self.running.version)
+        self._writer.write(self._demand.dumps())
+
+    async def close(self) -> None:
+        self._is_following.cancel()
+        await asyncio.gather(self._is_following, return_exceptions=True)
+        self._writer.close()
+
+    async def _follow(self) -> None:
+        while line := await self._reader.readline():
+            self.running = RunningRouters.loads(line)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while not condition():  # noqa: ASYNC110  # of state that has no event
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.usefixtures("seconds")
+def test_demand_over_the_socket_starts_the_router_again(socket: Path) -> None:
+    async def work() -> None:
+        fake, links = FakeRouters(), GatewayLinks()
+        async with (
+            links.listening(socket),
+            scaled_routers(fake.routers(IDLE, links)) as (_, failure),
+        ):
+            await until(lambda: fake.running == {0})
+            await until(lambda: not fake.running)  # no gateway has a request
+            gateway = await FakeGateway.connect(socket)
+            gateway.report(1)
+            await until(lambda: fake.running == {0})
+            assert (fake.n_started, fake.n_wakes) == (2, 1)
+            await gateway.close()  # the gateway has died, and its requests with it
+            await until(lambda: not fake.running)
+            assert not failure.done()
+
+    asyncio.run(work())
+
+
+@pytest.mark.usefixtures("seconds")
+def test_router_ends_once_gateways_know_and_have_no_request_of_it(socket: Path) -> None:
+    spec = spec_of(maxReplicas=2, minReplicas=1, targetConcurrency=1)
 
     async def work() -> None:
-        routers = FakeRouters()
-        async with scaled_router(IDLE, routers.start, "it") as (scaled, failure):
-            await until_running(routers, 1)
-            scaled.has_started = True
-            await until_running(routers, 0)
-            async with demand_listener(socket, {"a": scaled}):
-                _, writer = await asyncio.open_unix_connection(str(socket))
-                writer.write(RouterDemand(a=1, b=3).dumps())
-                await until_running(routers, 1)
-                assert routers.n_started == 2
-                writer.close()  # the gateway has died, and its requests with it
-                await until_running(routers, 0)
-            assert not failure.done()
+        fake, links = FakeRouters(), GatewayLinks()
+        async with links.listening(socket), scaled_routers(fake.routers(spec, links)):
+            gateway = await FakeGateway.connect(socket)
+            gateway.report(2, r0=1, r1=1)
+            await until(lambda: gateway.running.routers.get("a") == ("0", "1"))
+            gateway.report(1, r1=1)
+            await until(lambda: gateway.running.routers["a"] == ("0",))
+            gateway.report(1, r1=1)  # it knows, and its request still runs there
+            for _ in range(50):
+                await asyncio.sleep(0)
+            assert fake.running == {0, 1}
+            gateway.report(0)
+            await until(lambda: fake.running == {0})
+            await gateway.close()
+
+    asyncio.run(work())
+
+
+@pytest.mark.usefixtures("seconds")
+def test_router_is_told_of_only_while_it_answers(socket: Path) -> None:
+    async def work() -> None:
+        fake, links = FakeRouters(), GatewayLinks()
+        fake.healthy.clear()
+        async with (
+            links.listening(socket),
+            scaled_routers(fake.routers(spec_of(minReplicas=1), links)) as (scaled, _),
+        ):
+            gateway = await FakeGateway.connect(socket)
+            await until(lambda: "a" in gateway.running.routers)
+            assert gateway.running.routers["a"] == ()
+            assert not scaled.has_started.is_set()
+            fake.healthy.set()
+            await until(lambda: gateway.running.routers["a"] == ("0",))
+            assert scaled.has_started.is_set()
+            child = scaled.slots[0].child
+            assert child is not None
+            fake.healthy.clear()
+            child.pid = None  # it has died and is being restarted
+            await until(lambda: gateway.running.routers["a"] == ())
+            await gateway.close()
+
+    asyncio.run(work())
+
+
+@pytest.mark.usefixtures("seconds")
+def test_router_runs_only_as_the_memory_limit_lets_it() -> None:
+    async def work() -> None:
+        fake, links = FakeRouters(), GatewayLinks()
+        routers = fake.routers(spec_of(idleSeconds=3600), links, may_run=False)
+        async with scaled_routers(routers) as (scaled, _):
+            (report,) = scaled.reports()
+            assert (report.name, report.is_running, report.is_wanted) == ("a/0", False, True)
+            scaled.allow(frozenset({"a/0"}))
+            await until(lambda: scaled.slots[0].is_ready)
+            scaled.allow(frozenset())  # others need the memory: it ends, and is not wanted
+            await until(lambda: not fake.running)
+            assert not scaled.reports()[0].is_wanted
 
     asyncio.run(work())
 
 
 def test_router_does_not_end_before_it_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router_scaling, "TICK_S", 0.0)
-    seconds = 0
+    ticks = 0
 
     def clock() -> float:
-        nonlocal seconds
-        seconds += 1
-        return seconds + 0.5
+        nonlocal ticks
+        ticks += 1
+        return ticks + 0.5
 
     monkeypatch.setattr("faasmoe_operator.cli.router_scaling.time.time", clock)
 
     async def work() -> None:
-        routers = FakeRouters()
-        async with scaled_router(IDLE, routers.start, "it") as (scaled, _):
-            await until_running(routers, 1)
+        fake, links = FakeRouters(), GatewayLinks()
+        fake.healthy.clear()
+        async with scaled_routers(fake.routers(IDLE, links)):
+            await until(lambda: fake.running == {0})
             for _ in range(1000):
                 await asyncio.sleep(0)
-            assert (seconds, routers.n_running) == (1, 1)
-            scaled.has_started = True
-            await until_running(routers, 0)
+            assert (ticks, fake.running) == (0, {0})
+            fake.healthy.set()
+            await until(lambda: not fake.running)
 
     asyncio.run(work())
 
 
 def test_router_that_cannot_be_started_is_a_failure() -> None:
     async def work() -> None:
-        routers = FakeRouters()
-        async with scaled_router(IDLE, routers.start, "it") as (scaled, failure):
-            assert isinstance(scaled, ScaledRouter)
-            await until_running(routers, 1)
-            routers.failure.set_exception(CommandError("the router ended"))
+        fake, links = FakeRouters(), GatewayLinks()
+        async with scaled_routers(fake.routers(IDLE, links)) as (_, failure):
+            await until(lambda: fake.running == {0})
+            fake.failure.set_exception(CommandError("the router ended"))
             with pytest.raises(CommandError, match="the router ended"):
                 await failure
+            assert not fake.running
 
     asyncio.run(work())
 
 
 def test_other_lines_end_the_connection(socket: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def work() -> None:
-        routers = FakeRouters()
-        async with (
-            scaled_router(IDLE, routers.start, "it") as (scaled, _),
-            demand_listener(socket, {"a": scaled}),
-        ):
+        links = GatewayLinks()
+        async with links.listening(socket):
             reader, writer = await asyncio.open_unix_connection(str(socket))
-            writer.write(b'{"a": -1}\n')
-            async with asyncio.timeout(30):
-                assert await reader.read() == b""
+            writer.write(b'{"models": {"a": -1}, "routers": {}, "seen": 0}\n')
+            async with asyncio.timeout(TIMEOUT_S):
+                await reader.read()
             writer.close()
 
     asyncio.run(work())
-    assert "a: got -1, expected an integer" in caplog.text
+    assert "models.a: got -1, expected an integer" in caplog.text

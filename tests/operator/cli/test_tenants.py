@@ -11,6 +11,7 @@ import pytest
 
 from faasmoe_contracts.tenant_usage import TenantUsage, Usage, dump_usage
 from faasmoe_operator.cli import main
+from faasmoe_operator.cli.deployment import Deployment, LocalTenant
 
 MODELS = """\
 apiVersion: faasmoe.dev/v1alpha1
@@ -102,3 +103,76 @@ def test_month_must_be_one(used: Path, capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         main(["tenants", "export", "--month", "2026-13", "-f", str(used)])
     assert "expected a month as 2026-11" in capsys.readouterr().err
+
+
+def load_tenants(*files: Path) -> dict[str, LocalTenant]:
+    return {tenant.name: tenant for tenant in Deployment.load(files).tenants}
+
+
+def test_creates_a_tenant_in_the_file_with_a_key_of_its_own(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", "chat", "--weight", "3", "--requests-per-minute", "60"]
+    assert main(["tenants", "create", "beta", "-f", str(file), *options]) == 0
+    output = capsys.readouterr().out
+    spec = load_tenants(file)["beta"].tenant.spec
+    assert (spec.weight, spec.limits.requests_per_minute) == (3, 60)
+    key = file.parent / "keys" / "beta" / "key-1"
+    assert key.read_text().startswith("sk-")
+    assert key.read_text() in output
+    assert key.stat().st_mode & 0o077 == 0
+
+
+def test_creates_a_file_in_a_folder(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(file.parent)
+    assert main(["tenants", "create", "beta", "-f", folder, "--model", "chat"]) == 0
+    assert set(load_tenants(file.parent)) == {"acme", "beta"}
+    assert main(["tenants", "create", "beta", "-f", folder, "--model", "chat"]) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("acme", ["--model", "chat"], "metadata.name: got 'acme' twice"),
+        ("beta", ["--model", "other"], "spec.models.0.name: got 'other', expected"),
+        ("Beta", ["--model", "chat"], "metadata.name: got 'Beta'"),
+        ("beta", ["--model", "chat", "--weight", "0"], "spec.weight: got 0"),
+    ],
+)
+def test_tenant_that_does_not_fit_is_not_written(
+    file: Path, capsys: pytest.CaptureFixture[str], name: str, options: list[str], message: str
+) -> None:
+    before = file.read_text()
+    assert main(["tenants", "create", name, "-f", str(file), *options]) != 0
+    assert message in capsys.readouterr().err
+    assert file.read_text() == before
+    assert not (file.parent / "keys" / name).exists()
+
+
+def test_rotates_keys(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = file.parent / "keys"
+    assert main(["tenants", "rotate", "acme", "-f", str(file), "--revoke", "old"]) == 0
+    assert sorted(path.name for path in keys.iterdir()) == ["key-1", "new"]
+    assert (keys / "key-1").read_text() in capsys.readouterr().out
+    rotate = ["tenants", "rotate", "acme", "-f", str(file), "--no-new-key"]
+    assert main([*rotate, "--revoke", "new"]) == 0
+    assert [path.name for path in keys.iterdir()] == ["key-1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["other"], "NAME: got 'other', expected acme"),
+        (["acme", "--revoke", "none"], "--revoke: got 'none', expected the name of a key"),
+        (["acme", "--revoke", "../all.yaml"], "--revoke: got '../all.yaml'"),
+        (["acme", "--key-name", "new"], "exists already"),
+        (["acme", "--no-new-key"], "expected --revoke KEY"),
+    ],
+)
+def test_rotation_that_cannot_be_changes_nothing(
+    file: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["tenants", "rotate", *arguments, "-f", str(file)]) != 0
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in (file.parent / "keys").iterdir()) == ["new", "old"]

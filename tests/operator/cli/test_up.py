@@ -408,6 +408,31 @@ def test_rejects_tenant_without_key_folder_before_starting_processes(
     assert "starting zygote" not in instance.output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory", "1Ki"], "--memory: got 1.0 KiB, expected 193.7 MiB or more"),
+        (["--memory", "much"], "--memory: got 'much', expected a size such as 6Gi"),
+        (["--gateways", "0"], "--gateways: got '0', expected 1 to 64"),
+        (["--gateways", "2", "--max-model-len", "9"], "--max-model-len: got it with several"),
+    ],
+)
+def test_rejects_what_does_not_go_with_several_models(
+    model: Path, arguments: list[str], message: str
+) -> None:
+    with running_up(model, *arguments) as instance:
+        assert instance.wait_for_exit() == 2
+    assert message in instance.output
+    assert "starting" not in instance.output
+
+
+@pytest.mark.parametrize("option", [["--memory", "6Gi"], ["--gateways", "2"]])
+def test_rejects_options_of_several_models_with_one_that_has_no_file(option: list[str]) -> None:
+    with running_up("org/name", *option) as instance:
+        assert instance.wait_for_exit() == 2
+    assert f"{option[0]}: got MODEL, expected -f FILE" in instance.output
+
+
 def test_warns_about_fields_without_effect(write_model: WriteModel, store: Path) -> None:
     with running_up(write_model("router: {replicas: 3}", "suspend: true")) as instance:
         instance.read_until("memory of all processes")

@@ -69,8 +69,10 @@ def test_tool_without_description_and_parameters_is_completed(
 ) -> None:
     bare = {"type": "function", "function": {"name": "f"}}
     null = {"type": "function", "function": {"name": "g", "description": None, "parameters": {}}}
-    _, tools = rendered([USER], [bare, null])
     empty = {"type": "object", "properties": {}}
+    _, tools = rendered([USER], [bare, null])
+    assert [t["function"] for t in tools] == [{"name": n, "parameters": empty} for n in "fg"]
+    _, tools = rendered([USER], [bare, null], template=DUMP + "{# tool.description #}")
     assert [tool["function"] for tool in tools] == [
         {"name": name, "description": "", "parameters": empty} for name in "fg"
     ]

@@ -1,5 +1,6 @@
 """Log-probabilities of prompts, as lm-eval reads them, against the in-process model."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -206,6 +207,27 @@ def test_tokens_are_named_by_their_ids(http: httpx.Client) -> None:
     fields = {"return_tokens_as_token_ids": True, "return_token_ids": True}
     [choice] = http.post("/v1/completions", json={**body, **fields}).json()["choices"]
     assert choice["logprobs"]["tokens"] == [f"token_id:{i}" for i in choice["token_ids"]]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    "ends",
+    [{"logit_bias": {"0": 100}, "stop_token_ids": [0]}, {"stop": ["bb"]}, {"max_tokens": 3}],
+)
+def test_tokens_and_their_logprobs_go_together(
+    http: httpx.Client, model_tokenizer: ModelTokenizer, ends: dict[str, Any], is_stream: bool
+) -> None:
+    [b] = model_tokenizer.encode("b", add_special_tokens=False)
+    body = {**TEXT, "prompt": "the fox", "max_tokens": 5, "logprobs": 1, "stream": is_stream}
+    body |= {"logit_bias": {str(b): 100}, "return_tokens_as_token_ids": True, **ends}
+    response = http.post("/v1/completions", json={**body, "return_token_ids": True})
+    events = [line[6:] for line in response.text.splitlines() if line.startswith("data: {")]
+    parts = [json.loads(event) for event in events] if is_stream else [response.json()]
+    choices = [part["choices"][0] for part in parts]
+    ids = [token for choice in choices for token in choice["token_ids"] or ()]
+    tokens = [t for choice in choices for t in (choice["logprobs"] or {"tokens": []})["tokens"]]
+    assert tokens == [f"token_id:{token}" for token in ids]
+    assert ids == ([0] if "logit_bias" in ends else [b] * (2 if "stop" in ends else 3))
 
 
 def test_prompt_is_truncated_from_the_left(

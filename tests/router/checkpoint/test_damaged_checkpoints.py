@@ -17,6 +17,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from published.checkpoints import build, publish
+from published.floats import deepseek_v4
 from safetensors.torch import load_file, save_file
 
 from faasmoe_contracts.store import StoreError
@@ -35,6 +37,14 @@ any_checkpoint = settings(
 @pytest.fixture
 def pristine(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
     return make_checkpoint("qwen2_moe", name="pristine")
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of codes of three kinds and scales of two, E8M0 among them."""
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128], "expert_dtype": "fp4"}
+    model = build("deepseek_v4", hidden_size=128, moe_intermediate_size=128)
+    return publish(model, tmp_path_factory.mktemp("quantised"), deepseek_v4(), config).folder
 
 
 def fields(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -70,11 +80,13 @@ def test_any_value_of_a_config_is_read_or_refused(
     prepare_or_refuse(folder)
 
 
+@pytest.mark.parametrize("is_quantised", [False, True])
 @any_checkpoint
 @given(data=st.data())
 def test_any_header_of_a_weight_file_is_read_or_refused(
-    pristine: Path, tmp_path: Path, data: st.DataObject
+    is_quantised: bool, pristine: Path, quantised: Path, tmp_path: Path, data: st.DataObject
 ) -> None:
+    pristine = quantised if is_quantised else pristine
     folder = tmp_path / "changed"
     shutil.copytree(pristine, folder, dirs_exist_ok=True)
     content = bytearray((pristine / "model.safetensors").read_bytes())

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from faasmoe_contracts.store import Store, StoreError
+from faasmoe_contracts.store.references import StoreMode
 from faasmoe_router.checkpoint.prepare import prepare
 from faasmoe_router.errors import PrepareError
 from faasmoe_transformers import weight_conversion
@@ -33,6 +34,25 @@ def test_every_tensor_equals_from_pretrained(
     store = prepare(str(checkpoint), tmp_path / "store")
     assert_holds_model(store, checkpoint, torch.float32)
     Store.open(tmp_path / "store").verify()
+
+
+def test_a_store_that_is_prepared_again_leaves_files_in_use_as_they_are(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Sandboxes and routers may have mapped them."""
+    folder = tmp_path / "store"
+    prepare(str(make_checkpoint("mixtral")), folder, dtype="float16", mode=StoreMode.COPY)
+    before = {path: path.open("rb") for path in folder.rglob("*") if path.is_file()}
+    contents = {path: path.read_bytes() for path in before}
+    prepare(
+        str(make_checkpoint("mixtral")), folder, dtype="bfloat16", mode=StoreMode.COPY, force=True
+    )
+    experts = [path for path in before if path.parent.name == "experts"]
+    assert experts
+    assert all(path.read_bytes() != contents[path] for path in experts)
+    for path, opened in before.items():
+        with opened:
+            assert opened.read() == contents[path]
 
 
 def test_source_checkpoint_has_one_tensor_per_expert(make_checkpoint: MakeCheckpoint) -> None:

@@ -14,13 +14,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from published.checkpoints import Published, Write, build, publish
 from published.floats import fp8_blocks, fp8_scaled, gpt_oss
-from published.integers import awq, gptq, nvfp4, packed_integers
+from published.integers import awq, gptq, nvfp4, packed_integers, plain_integers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from faasmoe_contracts.store.references import StoreMode
 from faasmoe_router.checkpoint.formats.methods import METHODS, dequantized_tensors
 from faasmoe_router.checkpoint.formats.settings import QuantizationSettings
+from faasmoe_router.checkpoint.kept_codes import CodedSource
 from faasmoe_router.checkpoint.prepare import prepare
 from faasmoe_router.checkpoint.store_plan import SAFETENSORS_DTYPE_NAMES
 from faasmoe_router.errors import PrepareError, SourceUnsupported
@@ -32,6 +33,10 @@ INT4 = {
     "quant_method": "compressed-tensors",
     "config_groups": {"all": {"weights": {"num_bits": 4, "type": "int", "group_size": 32}}},
 }
+INT8 = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {"all": {"weights": {"num_bits": 8, "type": "int", "group_size": 32}}},
+}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32}
 NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
@@ -39,6 +44,9 @@ FORMATS: dict[str, tuple[str, Write, dict[str, Any]]] = {
     "fp8": ("qwen3_moe", fp8_blocks(block=32), FP8),
     "fp8-row": ("qwen3_moe", fp8_scaled("row"), {"quant_method": "fbgemm_fp8"}),
     "int4": ("qwen3_moe", packed_integers(), INT4),
+    "int8": ("qwen3_moe", plain_integers(group=32), INT8),
+    "int8-zeros": ("qwen3_moe", plain_integers(group=32, symmetric=False), INT8),
+    "int4-zeros": ("qwen3_moe", packed_integers(symmetric=False), INT4),
     "gptq": ("qwen3_moe", gptq(), GPTQ),
     "awq": ("qwen3_moe", awq(), AWQ),
     "nvfp4": ("qwen3_moe", nvfp4(), NVFP4),
@@ -170,6 +178,36 @@ def put_nan_code(tensors: dict[str, Tensor]) -> None:
         pytest.param(
             "gptq", put(f"{LAYER}.scales", torch.ones(1, 96)), f"{LAYER}.scales",
             r"shape \[1, 96\]", r"\[2, 96\]", id="gptq-group",
+        ),
+        pytest.param(
+            "int8-zeros", drop(f"{LAYER}.weight_scale"), f"{LAYER}.weight", "no tensor", "F32",
+            id="int8-without-scales",
+        ),
+        pytest.param(
+            "int8-zeros", put(f"{LAYER}.weight_zero_point", torch.ones(96, 3, dtype=torch.int8)),
+            f"{LAYER}.weight_zero_point", r"shape \[96, 3\]", r"\[96, 2\]: as the scales",
+            id="int8-zero-shape",
+        ),
+        pytest.param(
+            "int4-zeros", put(f"{LAYER}.weight_zero_point", torch.ones(96, 2, dtype=torch.int8)),
+            f"{LAYER}.weight_zero_point", "dtype I8", "I32", id="int4-zero-dtype",
+        ),
+        pytest.param(
+            "awq", put(f"{LAYER}.scales", math.inf), f"{LAYER}.scales", "first inf", "other than 0",
+            id="awq-inf",
+        ),
+        pytest.param(
+            "gptq", put(f"{LAYER}.scales", math.nan), f"{LAYER}.scales", "first nan", "finite",
+            id="gptq-nan",
+        ),
+        pytest.param(
+            "nvfp4", put(f"{LAYER}.weight_scale", math.nan), f"{LAYER}.weight_scale", "first nan",
+            "finite", id="nvfp4-nan",
+        ),
+        pytest.param(
+            "nvfp4", put(f"{LAYER}.weight_scale", torch.ones(96, 2).to(torch.float8_e4m3fn)),
+            f"{LAYER}.weight_scale", r"shape \[96, 2\]", r"\[96, 4\]: one scale per 1 x 16",
+            id="nvfp4-shape",
         ),
         pytest.param(
             "awq", put(f"{LAYER}.scales", torch.ones(96, 2)), f"{LAYER}.scales",
@@ -323,6 +361,10 @@ def test_any_tensors_are_read_or_refused(name: str, data: st.DataObject) -> None
         for tensor in dequantized_tensors(tensors, [], settings).values():
             if tensor.get_shape():
                 assert tensor[...].shape == tuple(tensor.get_shape())
+            if isinstance(tensor, CodedSource) and tensor.stored is not None:
+                stored = tensor.read_stored(0, tensor.get_shape()[0])
+                assert set(stored) == set(tensor.stored.components)
+                tensor.check_scales()
     except SourceUnsupported as error:
         refusal = str(error)
     assert not refusal or re.search("got .*, expected", refusal)
@@ -336,6 +378,8 @@ def test_any_tensors_are_read_or_refused(name: str, data: st.DataObject) -> None
         ("fp8", put_nan_code, LAYER_CODES, "values that are NaN or infinite"),
         ("nvfp4", put(f"{LAYER}.weight_scale_2", 0.0), f"{LAYER}.weight_scale_2", "first 0.0"),
         ("mxfp4", put(f"{GPT_OSS_LAYER}_scales", 255), f"{GPT_OSS_LAYER}_scales", "NaN"),
+        ("int4", put(f"{LAYER}.weight_scale", math.nan), f"{LAYER}.weight_scale", "first nan"),
+        ("int8", put(f"{LAYER}.weight_scale", 0.0), f"{LAYER}.weight_scale", "first 0.0"),
     ],
 )
 def test_damage_is_named_where_codes_are_referred_to(

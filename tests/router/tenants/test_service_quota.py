@@ -83,6 +83,17 @@ def test_a_request_above_the_limit_is_a_bad_request(open_router: Any) -> None:
         assert answer.json()["usage"]["total_tokens"] == 100
 
 
+def test_choices_that_can_never_fit_are_a_bad_request(open_router: Any) -> None:
+    limits = {"maxConcurrentRequests": 2, "maxQueuedRequests": 1}
+    with open_router({"acme": {"limits": limits}}) as router:
+        assert router.complete("acme", n=3, max_tokens=1, temperature=1).status_code == 200
+        for fields, param in (({"n": 4}, "n"), ({"prompt": ["a"] * 4}, "prompt")):
+            refused = router.complete("acme", max_tokens=1, temperature=1, **fields)
+            assert refused.status_code == 400
+            assert refused.json()["error"]["param"] == param
+            assert "at most 3 choices" in refused.json()["error"]["message"]
+
+
 def test_an_invalid_request_reserves_nothing(open_router: Any) -> None:
     with open_router({"acme": {"limits": {"tokensPerMinute": 100}}}) as router:
         assert router.complete("acme", max_tokens=5, temperature=9).status_code == 400

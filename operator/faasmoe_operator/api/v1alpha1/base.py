@@ -26,9 +26,9 @@ PROCESS_ONLY: SchemaExtension = {PLATFORM_EXTENSION: "process"}
 LIST_TYPE_SET: SchemaExtension = {"x-kubernetes-list-type": "set"}
 
 
-def list_type_map(key: str) -> SchemaExtension:
-    """Declare a list whose entries are identified by a field, so that appliers can share it."""
-    return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
+def list_type_map(*keys: str) -> SchemaExtension:
+    """Declare a list whose entries are identified by fields, so that appliers can share it."""
+    return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(keys)}
 
 
 def cel_rule(

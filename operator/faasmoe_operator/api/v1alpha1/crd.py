@@ -191,9 +191,10 @@ def build_crd() -> dict[str, Any]:
     }
 
 
-def render_crd_yaml() -> str:
-    """Return the CustomResourceDefinition as YAML with a header."""
-    return FILE_HEADER + yaml.dump(build_crd(), Dumper=_NoAliasDumper, sort_keys=False, width=100)
+def render_crd_yaml(definition: Mapping[str, Any] | None = None) -> str:
+    """Return a CustomResourceDefinition, the MoEModel's if none is given, as YAML with a header."""
+    definition = build_crd() if definition is None else definition
+    return FILE_HEADER + yaml.dump(definition, Dumper=_NoAliasDumper, sort_keys=False, width=100)
 
 
 def _version_schema() -> dict[str, Any]:
@@ -212,18 +213,20 @@ def _version_schema() -> dict[str, Any]:
                 "labelSelectorPath": ".status.router.selector",
             },
         },
-        "schema": {"openAPIV3Schema": _root_schema()},
+        "schema": {"openAPIV3Schema": _model_schema()},
     }
 
 
-def _root_schema() -> dict[str, Any]:
-    name_rule = cel_rule(
-        f"self.metadata.name.matches(r'{DNS_1035_LABEL}')",
-        "expected metadata.name to be lowercase letters, digits and '-', a letter first: Services "
-        "are named after it",
-    )
+def root_schema(description: str, name: str, **parts: Schema) -> dict[str, Any]:
+    """Return the schema of a kind of objects.
+
+    Args:
+        description: what one is.
+        name: what the name of one is.
+        parts: schemas of spec, and of status if it has one.
+    """
     return {
-        "description": "A Mixture-of-Experts model and how it is served.",
+        "description": description,
         "type": "object",
         "required": ["spec"],
         "properties": {
@@ -233,18 +236,27 @@ def _root_schema() -> dict[str, Any]:
             "metadata": {
                 "type": "object",
                 "properties": {
-                    "name": {
-                        "description": "Name of the model.",
-                        "type": "string",
-                        "maxLength": MAX_NAME_CHARS,
-                    }
+                    "name": {"description": name, "type": "string", "maxLength": MAX_NAME_CHARS}
                 },
             },
-            "spec": structural_schema(MoEModelSpec),
-            "status": structural_schema(MoEModelStatus),
+            **parts,
         },
-        VALIDATIONS: [name_rule],
     }
+
+
+def _model_schema() -> dict[str, Any]:
+    name_rule = cel_rule(
+        f"self.metadata.name.matches(r'{DNS_1035_LABEL}')",
+        "expected metadata.name to be lowercase letters, digits and '-', a letter first: Services "
+        "are named after it",
+    )
+    schema = root_schema(
+        "A Mixture-of-Experts model and how it is served.",
+        "Name of the model.",
+        spec=structural_schema(MoEModelSpec),
+        status=structural_schema(MoEModelStatus),
+    )
+    return schema | {VALIDATIONS: [name_rule]}
 
 
 class _NoAliasDumper(yaml.SafeDumper):

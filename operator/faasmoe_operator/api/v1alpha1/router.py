@@ -27,6 +27,7 @@ from faasmoe_operator.api.v1alpha1.pod_template import (
 )
 
 API_PORT = 8000  # on Kubernetes
+MAX_REPLICAS = 64
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 PARSER_NAME = "^[a-z0-9_.-]+$"
@@ -65,14 +66,45 @@ class EngineArgsSpec(ApiModel):
 
 
 class RouterScalingSpec(ApiModel):
-    """Whether the router ends while nobody uses the model."""
+    """How many routers run, by the requests that wait or run."""
+
+    model_config = model_validations(
+        cel_rule(
+            "self.maxReplicas >= self.minReplicas",
+            "expected at least minReplicas",
+            field=".maxReplicas",
+        )
+    )
 
     min_replicas: int = Field(
-        0, ge=0, le=1, description="0 lets the router end; the next request starts it."
+        0,
+        ge=0,
+        le=MAX_REPLICAS,
+        description="Routers that always run; 0 lets the last one end, and the next request starts "
+        "it.",
+    )
+    max_replicas: int = Field(
+        1, ge=1, le=MAX_REPLICAS, description="Routers that run at most; at least minReplicas."
+    )
+    target_concurrency: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
+        None,
+        description="Requests that wait or run for each router, above which another one starts; "
+        "maxNumSeqs if omitted.",
     )
     idle_seconds: int = Field(
-        300, ge=10, le=3600, description="How long no request has run or waited by then."
+        300,
+        ge=10,
+        le=3600,
+        description="How long no request has run or waited before the last router ends, and the "
+        "window over which requests are averaged.",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            expected = f"minReplicas ({self.min_replicas}) or more"
+            raise validation_error("maxReplicas", got=self.max_replicas, expected=expected)
+        return self
 
 
 class RouterSpec(ApiModel):
@@ -117,8 +149,7 @@ class RouterSpec(ApiModel):
     )
     scaling: RouterScalingSpec | None = Field(
         None,
-        description="Lets the router of `faasmoe up` end while nobody uses the model; if omitted, "
-        "it always runs.",
+        description="How many routers of `faasmoe up` run; if omitted, always one.",
         json_schema_extra=PROCESS_ONLY,
     )
     engine: Literal["auto", "transformers", "vllm"] = Field(

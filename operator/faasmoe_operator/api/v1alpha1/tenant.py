@@ -18,7 +18,9 @@ from faasmoe_operator.api.v1alpha1.base import (
     LIST_TYPE_SET,
     PROCESS_ONLY,
     ApiModel,
+    cel_rule,
     list_type_map,
+    model_validations,
     validate_unique,
     validation_error,
 )
@@ -28,6 +30,7 @@ from faasmoe_operator.api.v1alpha1.field_types import (
     LocalObjectReference,
     SecretKey,
 )
+from faasmoe_operator.api.v1alpha1.networking import HostName
 from faasmoe_operator.api.v1alpha1.tenants import (
     MaxTokens,
     ModelAlias,
@@ -119,6 +122,28 @@ class PricesSpec(ApiModel):
 class TenantResourceSpec(ApiModel):
     """Who a tenant is and what it may use."""
 
+    model_config = model_validations(
+        cel_rule(
+            "has(self.apiKeysSecretRef)",
+            "expected apiKeysSecretRef: {name: SECRET}, a Secret whose every value is an API key",
+            field=".apiKeysSecretRef",
+            reason="FieldValueRequired",
+        ),
+        cel_rule(
+            "(has(self.models) && size(self.models) > 0) || has(self.modelSelector)",
+            "expected a model, or a modelSelector",
+            field=".models",
+            reason="FieldValueRequired",
+        ),
+        cel_rule(
+            "has(self.prices) || !has(self.budgets) || "
+            "self.budgets.all(budget, budget.unit != 'money')",
+            "expected prices, as there is a budget in money",
+            field=".prices",
+            reason="FieldValueRequired",
+        ),
+    )
+
     api_keys_secret_ref: LocalObjectReference | None = Field(
         None,
         description="Secret in the tenant's namespace; the value of each of its keys is an API "
@@ -160,9 +185,21 @@ class TenantResourceSpec(ApiModel):
         description="Tenants with which it shares cached prefixes, in both directions.",
         json_schema_extra=LIST_TYPE_SET,
     )
-    limits: TenantLimits = Field(default_factory=lambda: TenantLimits.model_validate({}))
+    host: HostName | None = Field(
+        None,
+        description="Host name that requests of this tenant alone may have; without it, its key or "
+        "the path /NAME/v1 says whose a request is.",
+    )
+    limits: TenantLimits = Field(
+        default_factory=lambda: TenantLimits.model_validate({}),
+        description="Limits over all models; an omitted field is no limit.",
+    )
     budgets: tuple[BudgetSpec, ...] = Field(
-        (), strict=False, max_length=6, description="Budgets over all models."
+        (),
+        strict=False,
+        max_length=6,
+        description="Budgets over all models.",
+        json_schema_extra=list_type_map("unit", "period"),
     )
     prices: PricesSpec | None = Field(
         None, description="Prices for this tenant, on which budgets in money depend."

@@ -1,21 +1,29 @@
-"""The control API's applications: of one model for `faasmoe up`, of many models for the operator.
+"""The control API's applications: of one model, of all models of a machine, and of the operator's.
 
-Both serve the routes of `routes.py`: at `/v1` for one model and at `/models/NAMESPACE/NAME/v1` for
-many, each authorised by the model's own bearer token.
+They serve the routes of `routes.py`: at `/v1` for one model and at `/models/NAMESPACE/NAME/v1` for
+many, each authorised by the model's own bearer token; on one machine all models have the same.
 """
 
 from __future__ import annotations
 
 import hmac
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from aiohttp import web
 
-from faasmoe_operator.control.api.requests import RequestRejected
+from faasmoe_operator.control.api.requests import (
+    RequestRejected,
+    invalid_field,
+    parse_model_name,
+    parse_router_report,
+)
 from faasmoe_operator.control.api.routes import CONTROLLER, ROUTE_NAMES, ModelRoutes
-from faasmoe_operator.control.api.status import update_gauges
+from faasmoe_operator.control.api.status import render_models_metrics, update_gauges
 from faasmoe_operator.control.controller import Controller
+from faasmoe_operator.control.machine_memory import MemoryPool
+from faasmoe_operator.control.models_file import LOCAL_NAMESPACE, ROUTERS_PATH, WARM_PATH
 
 MAX_BODY_BYTES = 1 << 20
 METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -73,6 +81,53 @@ def make_models_app(
         return None if found is None else found[0]
 
     return _make_app(MODEL_PATH, resolve, extra_routes)
+
+
+def make_machine_app(
+    controllers: Mapping[str, Controller], *, token: str, memory: MemoryPool | None
+) -> web.Application:
+    """Return the API of all models of a machine, with /routers, /warm, /metrics and /healthz.
+
+    Args:
+        controllers: the running controllers by model, at each request.
+        token: bearer token that the models, /routers and /warm require.
+        memory: the memory that they share with routers; None for no limit.
+    """
+
+    async def metrics(_: web.Request) -> web.Response:
+        running = [((LOCAL_NAMESPACE, n), controllers[n]) for n in sorted(controllers)]
+        body = render_models_metrics(running)
+        return web.Response(body=body, headers={"Content-Type": METRICS_CONTENT_TYPE})
+
+    async def healthz(_: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def routers(request: web.Request) -> web.Response:
+        _authorize(request, token)
+        reported = parse_router_report(await request.read(), now=time.monotonic())
+        names = [r.name for r in reported if r.is_wanted]
+        may_run = names if memory is None else sorted(memory.update_routers(reported))
+        return web.json_response({"may_run": may_run})
+
+    async def warm(request: web.Request) -> web.Response:
+        _authorize(request, token)
+        controller = controllers.get(parse_model_name(await request.read()))
+        if controller is None:
+            raise invalid_field("model", "an unknown model", "a model of this machine")
+        controller.warm_up()
+        return web.Response(status=202)
+
+    def lookup(namespace: str, name: str) -> tuple[Controller, str] | None:
+        controller = controllers.get(name) if namespace == LOCAL_NAMESPACE else None
+        return None if controller is None else (controller, token)
+
+    extra_routes = [
+        web.get("/metrics", metrics),
+        web.get("/healthz", healthz),
+        web.post(ROUTERS_PATH, routers),
+        web.post(WARM_PATH, warm),
+    ]
+    return make_models_app(lookup, extra_routes=extra_routes)
 
 
 def _make_app(

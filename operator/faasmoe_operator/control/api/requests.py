@@ -6,17 +6,21 @@ The messages and their bounds are those of `faasmoe_contracts`; here they become
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Container, Iterable
 from typing import TypeVar
 
 from aiohttp import web
 
 from faasmoe_contracts.control_messages import ActivationRequest, LoadReport
-from faasmoe_contracts.json_reader import ContractError, parse_json
+from faasmoe_contracts.json_reader import ContractError, ObjectReader, parse_json
+from faasmoe_contracts.router_demand import RouterReport
 from faasmoe_contracts.text import short_repr
 from faasmoe_contracts.usage import UsageReport
+from faasmoe_operator.plan.router_memory import RouterMemory
 
 Message = TypeVar("Message")
+_MODEL_NAME = re.compile(r"[^\n]{1,256}")
 
 
 class RequestRejected(Exception):
@@ -65,6 +69,40 @@ def parse_load_report(content: bytes, *, known: Container[str]) -> LoadReport:
 def parse_usage_report(content: bytes) -> UsageReport:
     """Return a usage report; raises RequestRejected."""
     return _parse(UsageReport.from_json, content)
+
+
+def parse_router_report(content: bytes, *, now: float) -> list[RouterMemory]:
+    """Return the state of a machine's routers.
+
+    Args:
+        content: body of the request.
+        now: current time on the controllers' clock.
+
+    Raises:
+        RequestRejected: the body is invalid.
+    """
+    reports = _parse(RouterReport.list_from_json, content)
+    return [
+        RouterMemory(
+            report.name,
+            report.size_bytes,
+            now - report.idle_s,
+            is_running=report.is_running,
+            is_wanted=report.is_wanted,
+            is_pinned=report.is_pinned,
+        )
+        for report in reports
+    ]
+
+
+def parse_model_name(content: bytes) -> str:
+    """Return the name of a model; raises RequestRejected."""
+
+    def read(value: object) -> str:
+        reader = ObjectReader(value, known=("model",))
+        return reader.text("model", pattern=_MODEL_NAME, expected="the name of a model")
+
+    return _parse(read, content)
 
 
 def parse_activation_request(content: bytes, *, known: Container[str]) -> tuple[str, ...]:

@@ -222,6 +222,7 @@ def _settings(ctx: ModelContext) -> list[Object]:
             "METRICS_PORT": router_metrics_port(ctx),
             "KEEP_ALIVE": router.keep_alive_seconds,
             "KV_CACHE_BYTES": router.kv_cache_bytes,
+            "EXPERTS_MEMORY_BYTES": ctx.spec.experts.memory_bytes,
             "GENERATION_CONFIG": router.generation_config,
             "TENANTS_FILE": f"{TENANTS_MOUNT_PATH}/{TENANTS_FILE_NAME}"
             if ctx.spec.tenants

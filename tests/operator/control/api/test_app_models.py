@@ -11,9 +11,10 @@ import pytest
 from aiohttp import web
 from fake_platform import controller_and_platform, eventually, make_model, routable_functions
 
-from faasmoe_operator.control.api import make_models_app, render_models_metrics
+from faasmoe_operator.control.api import make_machine_app, make_models_app, render_models_metrics
 from faasmoe_operator.control.api import status as exposition
 from faasmoe_operator.control.controller import Controller
+from faasmoe_operator.control.machine_memory import MemoryPool
 
 TOKENS = {("team-a", "chat"): "token-a", ("team-b", "chat"): "token-b"}
 
@@ -203,3 +204,103 @@ def test_metrics_of_all_models_are_exported_in_one_text(monkeypatch: pytest.Monk
             assert "faasmoe_control_models_not_exported 1.0" in text
 
     asyncio.run(scenario())
+
+
+def router_report(**fields: Any) -> dict[str, Any]:
+    report = {
+        "name": "a/0",
+        "size_bytes": 40,
+        "idle_s": 0.0,
+        "is_running": False,
+        "is_wanted": True,
+        "is_pinned": False,
+    }
+    return {"routers": [{**report, **fields}]}
+
+
+@asynccontextmanager
+async def running_machine_api(memory: MemoryPool | None) -> AsyncIterator[ModelsApi]:
+    """Run the API of one model of a machine, named tiny, whose token is `secret`."""
+    async with AsyncExitStack() as stack:
+        context = controller_and_platform(make_model(warm_pool=0))
+        controller, _ = await stack.enter_async_context(context)
+        running = ModelsApi({})
+        app = make_machine_app({"tiny": controller}, token="secret", memory=memory)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        host, port = runner.addresses[0][:2]
+        session = aiohttp.ClientSession(f"http://{host}:{port}")
+        running.http = await stack.enter_async_context(session)
+        yield running
+
+
+def test_machine_has_the_routes_and_metrics_of_each_model() -> None:
+    async def check() -> None:
+        async with running_machine_api(None) as running:
+            path = "/models/local/tiny/v1/status"
+            status, body = await running.request(path, token="secret")
+            assert (status, body["model"]) == (200, "tiny")
+            assert (await running.request(path, token="other"))[0] == 401
+            assert (await running.request("/models/local/b/v1/status", token="secret"))[0] == 401
+            assert (await running.request("/healthz"))[0] == 200
+            _, text = await running.request("/metrics")
+            assert 'faasmoe_control_routing_table_watchers{model="tiny",namespace="local"}' in text
+
+    asyncio.run(check())
+
+
+def test_machine_says_which_routers_fit_its_memory() -> None:
+    async def check() -> None:
+        memory = MemoryPool(39, clock=time.monotonic)
+        for pool, expected in ((None, ["a/0"]), (memory, [])):
+            async with running_machine_api(pool) as running:
+                status, body = await running.request(
+                    "/routers", token="secret", method="POST", body=router_report()
+                )
+                assert (status, body) == (200, {"may_run": expected})
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({}, "routers"),
+        ({"routers": [1]}, "routers.0"),
+        (router_report(name=""), "routers.0.name"),
+        (router_report(size_bytes=-1), "routers.0.size_bytes"),
+        (router_report(idle_s="1"), "routers.0.idle_s"),
+        (router_report(is_running=1), "routers.0.is_running"),
+        (router_report(other=1), "routers.0.other"),
+    ],
+)
+def test_invalid_reports_of_routers_are_refused(body: object, field: str) -> None:
+    async def check() -> None:
+        async with running_machine_api(None) as running:
+            post: dict[str, Any] = {"method": "POST", "body": body}
+            assert (await running.request("/routers", **post))[0] == 401
+            status, answer = await running.request("/routers", token="secret", **post)
+            assert (status, answer["error"]["field"]) == (422, field)
+
+    asyncio.run(check())
+
+
+def test_functions_start_with_the_router_of_their_model() -> None:
+    async def check() -> None:
+        async with running_machine_api(None) as running:
+            post: dict[str, Any] = {"token": "secret", "method": "POST"}
+            status, _ = await running.request("/warm", body={"model": "tiny"}, **post)
+            assert status == 202
+            path = "/models/local/tiny/v1/status"
+            async with asyncio.timeout(30):
+                ready = 0
+                while not ready:
+                    _, body = await running.request(path, token="secret")
+                    ready = sum(function["ready"] for function in body["functions"])
+            for body in ({"model": "other"}, {}, {"model": 1}):
+                assert (await running.request("/warm", body=body, **post))[0] == 422
+            assert (await running.request("/warm", method="POST", body={"model": "tiny"}))[0] == 401
+
+    asyncio.run(check())

@@ -1,0 +1,234 @@
+"""`python -m benchmarks.many_models`: many models on one machine with memory for a few of them.
+
+Several tenants call models of one endpoint that they draw from a Zipf distribution, each with one
+request at a time, while `--memory` leaves room for `--active` models. Measures the memory of
+routers and functions, the time to the first token (of requests that waited for a router too), what
+failed, and how evenly tenants were served. Writes benchmarks/out/many_models.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+from benchmarks.report import OUT, percentile
+from benchmarks.tenant_load import jain_index
+from benchmarks.zero import ROOT, START_TIMEOUT_S, children, runs, write_models
+
+sys.path.insert(0, str(ROOT / "tests" / "integration"))
+
+from faasmoe_up import FaasmoeUp, running_up
+
+MAX_TOKENS = 8
+SAMPLE_S = 0.5
+SWAP_S = 0.5  # to the first token, above which a request has waited for a router or functions
+WARM_REQUESTS = 3
+REQUEST_TIMEOUT_S = 120.0
+
+
+@dataclass(slots=True)
+class Served:
+    """What tenants got.
+
+    Attributes:
+        first_token_s: seconds to the first token of each answered request.
+        tokens: tokens by tenant.
+        failures: what failed.
+    """
+
+    first_token_s: list[float] = field(default_factory=list)
+    tokens: dict[str, int] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+
+def main() -> int:
+    """Measure; print and write the figures."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.many_models", description=__doc__)
+    parser.add_argument("--model", type=Path, default=ROOT / ".faasmoe" / "demo-model")
+    parser.add_argument("--models", type=int, default=20)
+    parser.add_argument("--active", type=int, default=3, help="models that memory is left for")
+    parser.add_argument("--tenants", type=int, default=6)
+    parser.add_argument("--seconds", type=float, default=180.0)
+    parser.add_argument("--exponent", type=float, default=1.1, help="of the Zipf distribution")
+    parser.add_argument("--out", type=Path, default=OUT / "many_models.json")
+    arguments = parser.parse_args()
+    if not arguments.model.is_dir():
+        parser.error(f"--model: {arguments.model} is no folder; `faasmoe demo-model` makes one")
+    with tempfile.TemporaryDirectory(prefix="many-") as name:
+        figures = measure(Path(name), arguments)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
+    return 0
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure one model alone, then all of them."""
+    files = write_models(folder, arguments.model.resolve(), arguments.models)
+    alone = files / "0.yaml"
+    with running_up(alone, folder / "alone.log") as up:
+        for _ in range(WARM_REQUESTS):
+            stream_chat(up, "m0", key="")
+        one_bytes = held_bytes(up)
+    limit_bytes = arguments.active * one_bytes
+    names = [f"t{index}" for index in range(arguments.tenants)]
+    write_tenants(files, names, arguments.models)
+    options, log = ("--memory", str(limit_bytes)), folder / "up.log"
+    with (
+        running_up(files, log, *options, timeout_s=START_TIMEOUT_S) as up,
+        sampled_bytes(up) as samples,
+    ):
+        served = serve(up, names, arguments)
+    swaps = [s for s in served.first_token_s if s > SWAP_S]
+    return {
+        "models": arguments.models,
+        "tenants": arguments.tenants,
+        "requests": len(served.first_token_s),
+        "failed": len(served.failures),
+        "failures": sorted(set(served.failures))[:5],
+        "one_model_mb": round(one_bytes / 1e6, 1),
+        "limit_mb": round(limit_bytes / 1e6, 1),
+        "memory_peak_over_limit": round(max(samples) / limit_bytes, 3),
+        "memory_median_over_limit": round(percentile(samples, 50) / limit_bytes, 3),
+        "swaps": len(swaps),
+        "swap_p50_s": round(percentile(swaps, 50), 3) if swaps else None,
+        "swap_p99_s": round(percentile(swaps, 99), 3) if swaps else None,
+        "first_token_p50_s": round(percentile(served.first_token_s, 50), 3),
+        "jain": round(jain_index(list(served.tokens.values())), 4),
+    }
+
+
+def write_tenants(files: Path, names: Sequence[str], n_models: int) -> None:
+    """Write equal tenants that may use every model."""
+    documents = []
+    for name in names:
+        (files / "keys" / name).mkdir(parents=True)
+        (files / "keys" / name / "key").write_text(f"sk-{name}")
+        spec = {
+            "apiKeysPath": f"keys/{name}",
+            "models": [{"name": f"m{index}"} for index in range(n_models)],
+        }
+        documents.append(
+            {
+                "apiVersion": "faasmoe.dev/v1alpha1",
+                "kind": "Tenant",
+                "metadata": {"name": name},
+                "spec": spec,
+            }
+        )
+    (files / "tenants.yaml").write_text(yaml.safe_dump_all(documents))
+
+
+def serve(up: FaasmoeUp, names: Sequence[str], arguments: argparse.Namespace) -> Served:
+    """Let every tenant send one request after the other."""
+    weights = [1 / rank**arguments.exponent for rank in range(1, arguments.models + 1)]
+    served, lock = Served(tokens=dict.fromkeys(names, 0)), threading.Lock()
+    end_s = time.monotonic() + arguments.seconds
+
+    def call(name: str) -> None:
+        draws = random.Random(name)
+        while time.monotonic() < end_s:
+            (model,) = draws.choices(range(arguments.models), weights)
+            try:
+                first_s, n_tokens = stream_chat(up, f"m{model}", key=f"sk-{name}")
+            except (httpx.HTTPError, RuntimeError) as error:
+                with lock:
+                    served.failures.append(repr(error))
+                continue
+            with lock:
+                served.first_token_s.append(first_s)
+                served.tokens[name] += n_tokens
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(call, names))
+    return served
+
+
+def stream_chat(up: FaasmoeUp, model: str, *, key: str) -> tuple[float, int]:
+    """Stream a chat; return the seconds to its first token, and its tokens.
+
+    Raises:
+        RuntimeError: the answer is an error, or breaks off.
+        httpx.HTTPError: there is none.
+    """
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "Say something."}],
+        "max_tokens": MAX_TOKENS,
+        "stream": True,
+        "temperature": 0,
+    }
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    url, start_s = f"{up.base_url}/v1/chat/completions", time.monotonic()
+    first_s, n_tokens, is_whole = None, 0, False
+    timeout = REQUEST_TIMEOUT_S
+    with httpx.stream(
+        "POST", url, json=body, headers=headers, timeout=timeout, trust_env=False
+    ) as response:
+        if response.status_code != 200:
+            raise RuntimeError(f"status {response.status_code}: {response.read()[:200]!r}")
+        for line in response.iter_lines():
+            is_whole |= line == "data: [DONE]"
+            if line.startswith("data: {") and _has_content(json.loads(line[6:])):
+                first_s = first_s or time.monotonic() - start_s
+                n_tokens += 1
+    if first_s is None or not is_whole:
+        raise RuntimeError("the stream broke off")
+    return first_s, n_tokens
+
+
+def _has_content(chunk: dict[str, Any]) -> bool:
+    if "error" in chunk:
+        raise RuntimeError(str(chunk["error"]))
+    return any(choice["delta"].get("content") for choice in chunk["choices"])
+
+
+@contextmanager
+def sampled_bytes(up: FaasmoeUp) -> Iterator[list[int]]:
+    """Sample the memory of routers and sandboxes within the context."""
+    samples, is_over = [held_bytes(up)], threading.Event()
+
+    def sample() -> None:
+        while not is_over.wait(SAMPLE_S):
+            samples.append(held_bytes(up))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def held_bytes(up: FaasmoeUp) -> int:
+    """Return the memory (PSS) of all routers and sandboxes."""
+    zygotes = [p for p in children(up) if runs(p, "faasmoe_router.zygote")]
+    zygotes += [p for p in children(up) if runs(p, "faasmoe_expert.zygote")]
+    return sum(map(_pss, itertools.chain.from_iterable(zygote.children() for zygote in zygotes)))
+
+
+def _pss(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.NoSuchProcess:
+        return 0  # it has ended meanwhile
+
+
+if __name__ == "__main__":
+    sys.exit(main())

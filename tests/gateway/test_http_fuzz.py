@@ -1,0 +1,135 @@
+"""Whatever a client sends, in whatever pieces, the front answers as HTTP or says nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from uvicorn import Config
+from uvicorn.server import ServerState
+
+from faasmoe_gateway.connections import ConnectionLimits
+from faasmoe_gateway.http_protocol import BoundedHttpProtocol, bounded_protocol
+
+PIECES = (
+    *(b"GET / HTTP/1.1\r\n", b"POST /v1/completions HTTP/1.1\r\n", b"HEAD / HTTP/1.0\r\n"),
+    *(b"Host: a\r\n", b"Host: b\r\n", b"Connection: close\r\n", b"Expect: 100-continue\r\n"),
+    *(
+        b"Content-Length: 3\r\n",
+        b"Content-Length: -1\r\n",
+        b"Content-Length: 99999999999999999999\r\n",
+    ),
+    *(
+        b"Transfer-Encoding: chunked\r\n",
+        b"Transfer-Encoding: gzip, chunked\r\n",
+        b"Upgrade: h2c\r\n",
+    ),
+    *(b"Authorization: Bearer \xff\r\n", b"X: " + b"a" * 70_000 + b"\r\n", b" folded\r\n"),
+    *(b"\r\n", b"\n", b"\0", b"abc", b"3\r\nabc\r\n", b"0\r\n\r\n", b"ffffffffffffffff\r\n"),
+)
+STATUSES = {100, 200, 400, 413, 431, 503}
+
+
+class FakeTransport(asyncio.Transport):
+    """Collects what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.is_closed = False
+
+    def write(self, data: Any) -> None:
+        self.written += bytes(data)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def abort(self) -> None:
+        self.is_closed = True
+
+    def is_closing(self) -> bool:
+        return self.is_closed
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return ("127.0.0.1", 1) if name in ("peername", "sockname") else default
+
+    def pause_reading(self) -> None:
+        return None
+
+    def resume_reading(self) -> None:
+        return None
+
+
+class App:
+    """Reads bodies and answers; checks what it is given."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        names = [name for name, _ in scope["headers"]]
+        assert names.count(b"host") == 1 or scope["http_version"] == "1.0"
+        codings = [value for name, value in scope["headers"] if name == b"transfer-encoding"]
+        assert [c.lower() for c in codings] in ([], [b"chunked"])
+        message: Any = {"more_body": True}
+        while message.get("more_body"):
+            message = await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"an answer"})
+
+
+async def serve(parts: list[bytes]) -> FakeTransport:
+    """Return the transport of a connection that was sent some parts and then lost."""
+    config = Config(App(), ws="none", lifespan="off", log_level="critical")
+    config.load()
+    failures: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+    create = bounded_protocol(ConnectionLimits())
+    protocol = create(config=config, server_state=ServerState(), app_state={})
+    assert isinstance(protocol, BoundedHttpProtocol)
+    transport = FakeTransport()
+    protocol.connection_made(transport)
+    for part in parts:
+        if not transport.is_closing():
+            protocol.data_received(part)
+        for _ in range(3):
+            await asyncio.sleep(0)
+    is_closed = transport.is_closed
+    protocol.connection_lost(None)
+    await asyncio.gather(*(t for t in asyncio.all_tasks() if t is not asyncio.current_task()))
+    transport.is_closed = is_closed
+    assert not failures
+    return transport
+
+
+def cut(content: bytes, places: list[float]) -> list[bytes]:
+    """Cut bytes at some places, each a fraction of the length."""
+    indices = sorted({0, len(content), *(int(place * len(content)) for place in places)})
+    return [content[a:b] for a, b in itertools.pairwise(indices)]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.one_of(st.sampled_from(PIECES), st.binary(max_size=40)), max_size=12),
+    st.lists(st.floats(0, 1), max_size=6),
+)
+def test_anything_is_answered_or_refused(pieces: list[bytes], places: list[float]) -> None:
+    transport = asyncio.run(serve(cut(b"".join(pieces), places)))
+    statuses = [int(s) for s in re.findall(rb"HTTP/1\.1 (\d{3}) ", transport.written)]
+    assert set(statuses) <= STATUSES
+    assert bool(transport.written) == bool(statuses)
+    if any(status in (400, 431, 503) for status in statuses):
+        assert transport.is_closed
+        assert statuses[-1] in (400, 431, 503)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), max_size=20))
+def test_requests_are_read_however_they_are_cut(places: list[float]) -> None:
+    head = b"POST / HTTP/1.1\r\nHost: a\r\n"
+    whole = head + b"Content-Length: 3\r\n\r\nabc"
+    chunked = head + b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n2;x=y\r\nbc\r\n0\r\n\r\n"
+    transport = asyncio.run(serve(cut(whole + chunked + whole, places)))
+    assert transport.written.count(b"HTTP/1.1 200 OK") == 3
+    assert transport.written.count(b"an answer") == 3

@@ -1,0 +1,163 @@
+"""Several models that share the memory and the sandboxes of one machine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+from fake_platform import (
+    CLOCK_SPEED,
+    DEADLINE_S,
+    FakePlatform,
+    eventually,
+    fast_clock,
+    make_model,
+    routable_functions,
+    running_controller,
+)
+
+from faasmoe_operator.control.controller import Controller
+from faasmoe_operator.control.machine_memory import MemoryPool
+from faasmoe_operator.control.sandbox_pool import SandboxPool
+from faasmoe_operator.plan.fleet import MemoryClaim, MemoryHolder
+from faasmoe_operator.plan.router_memory import RouterMemory
+from faasmoe_operator.scaling import ScalingSettings
+
+KEPT = ScalingSettings(initial_scale=0, window_s=3600, scale_to_zero_grace_period_s=3600)
+"""Functions that stay until somebody else needs their memory."""
+IDLE_S = 2.5 / CLOCK_SPEED
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Two models with two functions of size 1 each: a0, a1 and b0, b1."""
+
+    memory: MemoryPool
+    a: Controller
+    b: Controller
+
+
+@asynccontextmanager
+async def running_machine(limit: int) -> AsyncIterator[Machine]:
+    platform = FakePlatform()
+    memory = MemoryPool(limit, clock=fast_clock)
+    models = {
+        name: replace(make_model(2, warm_pool=0, scaling=KEPT, prefix=name), name=name)
+        for name in "ab"
+    }
+    async with asyncio.timeout(DEADLINE_S), SandboxPool(platform, {}) as pool:
+        shared = {name: memory.shared_by(name) for name in models}
+        async with (
+            running_controller(models["a"], pool.platform_of("a"), memory=shared["a"]) as a,
+            running_controller(models["b"], pool.platform_of("b"), memory=shared["b"]) as b,
+        ):
+            memory.join("a", a)
+            memory.join("b", b)
+            yield Machine(memory, a, b)
+    await platform.close()
+
+
+def has(controller: Controller, *functions: str) -> bool:
+    return routable_functions(controller) == set(functions)
+
+
+async def activate(controller: Controller, *functions: str) -> None:
+    """Activate functions as a router does, again until they are there, and let them be idle."""
+    while not set(functions) <= routable_functions(controller):
+        controller.activate(functions)
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(IDLE_S)
+
+
+def test_least_recently_used_function_of_another_model_makes_room() -> None:
+    async def work() -> None:
+        async with running_machine(limit=2) as machine:
+            await activate(machine.a, "a0")
+            await activate(machine.b, "b0")
+            await activate(machine.b, "b1")
+            await eventually(lambda: has(machine.a) and has(machine.b, "b0", "b1"))
+            await activate(machine.a, "a0")
+            await eventually(lambda: has(machine.a, "a0") and has(machine.b, "b1"))
+
+    asyncio.run(work())
+
+
+def test_routers_and_functions_make_room_for_each_other() -> None:
+    def router(name: str, *, is_running: bool, last_used: float) -> RouterMemory:
+        return RouterMemory(name, 1, last_used, is_running, is_wanted=True)
+
+    async def work() -> None:
+        async with running_machine(limit=2) as machine:
+            await activate(machine.a, "a0")
+            await activate(machine.a, "a1")
+            starting = router("b/0", is_running=False, last_used=fast_clock())
+            assert machine.memory.update_routers([starting]) == frozenset()
+            await eventually(lambda: has(machine.a, "a1"))  # a0 was used before it
+            await eventually(lambda: machine.memory.update_routers([starting]) == {"b/0"})
+            idle = router("b/0", is_running=True, last_used=fast_clock() - 100)
+            assert machine.memory.update_routers([idle]) == {"b/0"}
+            machine.a.activate(["a0"])
+            await eventually(lambda: machine.memory.update_routers([idle]) == frozenset())
+            assert not has(machine.a, "a0", "a1")  # the router has not ended yet
+            machine.memory.update_routers([])
+            await eventually(lambda: has(machine.a, "a0", "a1"))
+
+    asyncio.run(work())
+
+
+class Member:
+    """A controller of which a test says what it holds.
+
+    Attributes:
+        holders: what it holds.
+        evicted: what it was told to detach.
+        n_reconciles: how often it was told to plan anew.
+    """
+
+    def __init__(self, *holders: MemoryHolder) -> None:
+        self.holders = list(holders)
+        self.evicted: list[MemoryHolder] = []
+        self.n_reconciles = 0
+
+    def memory_holders(self) -> list[MemoryHolder]:
+        return self.holders
+
+    def evict(self, holder: MemoryHolder) -> None:
+        self.evicted.append(holder)
+
+    def request_reconcile(self) -> None:
+        self.n_reconciles += 1
+
+
+def test_functions_of_a_model_are_idle_while_its_routers_are() -> None:
+    now = 100.0
+    memory = MemoryPool(10, clock=lambda: now)
+    used = MemoryHolder(("s", "f"), 1, now)
+    memory.join("a", Member(used))
+    router = RouterMemory("a/0", 1, now, is_running=True, is_wanted=True)
+    memory.update_routers([router])
+    assert memory.view("b").others[-1] == used
+    memory.update_routers([replace(router, last_used=now - 0.3)])
+    idle = replace(used, is_idle=True, last_used=now - 0.3)
+    assert memory.view("b").others[-1] == idle
+    assert memory.view("a").others == (replace(router, last_used=now - 0.3).holder(now),)
+
+
+def test_claims_are_seen_by_others_and_told_when_memory_is_free() -> None:
+    memory = MemoryPool(10, clock=lambda: 0.0)
+    first = Member(MemoryHolder(("s", "f"), 8, 0.0))
+    second = Member()
+    memory.join("a", first)
+    memory.join("b", second)
+    claim = MemoryClaim("g", 8, 1.0)
+    memory.settle("b", [claim], first.holders)
+    assert first.evicted == first.holders
+    assert memory.view("a").claims == (claim,)
+    assert memory.view("b").claims == ()
+    memory.settle("a", [], [])
+    assert second.n_reconciles == 0
+    first.holders = []
+    memory.settle("a", [], [])
+    assert second.n_reconciles == 1
