@@ -27,6 +27,7 @@ class GatewayApp:
     Args:
         router: where the router is.
         page: where the live page is; None for none.
+        turns: how many requests of a sender are handed on at once.
         budget: bounds what all requests hold.
     """
 
@@ -36,12 +37,13 @@ class GatewayApp:
         budget: HoldBudget | None = None,
         *,
         page: RouterAddress | None = None,
+        turns: SenderTurns | None = None,
     ) -> None:
         self._router = router
         self._page = page
         self._budget = budget or HoldBudget()
         self._waiting = WaitingRequests()
-        self._turns = SenderTurns(n_per_sender=TURNS_PER_SENDER)
+        self._turns = turns or SenderTurns(n_per_sender=TURNS_PER_SENDER)
         self._credentials = KnownCredentials()
         self._running: set[asyncio.Task[None]] = set()
         self._aborted: set[asyncio.Task[None]] = set()

@@ -286,19 +286,26 @@ class Relay:
         self._waiting.n += 1
         try:
             while True:
-                turn = await self._take_turn()
                 try:
-                    return await RouterConnection.open(self._router.path, has_body=has_body)
+                    return await self._open(is_work=is_work, has_body=has_body)
                 except RouterAway:
                     if time.monotonic() > end_s:
                         raise RequestFailed("The server is being restarted.") from None
                     if self._rechoose is not None:
                         self._router = self._rechoose()
-                finally:
-                    turn.release()
                 await asyncio.sleep(RETRY_S)
         finally:
             self._waiting.n -= 1
+
+    async def _open(self, *, is_work: bool, has_body: bool) -> RouterConnection:
+        """Connect in the sender's turn; probes need none. Raises RouterAway."""
+        if not is_work:
+            return await RouterConnection.open(self._router.path, has_body=has_body)
+        turn = await self._take_turn()
+        try:
+            return await RouterConnection.open(self._router.path, has_body=has_body)
+        finally:
+            turn.release()
 
     async def _resume(self, connection: RouterConnection, head: ResponseHead) -> None:
         if head.has_records:

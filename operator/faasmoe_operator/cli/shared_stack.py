@@ -234,7 +234,10 @@ async def running_shared_stack(spec: SharedSpec, logs: LogSinks) -> AsyncIterato
         routers = {}
         for name in spec.specs:
             slots = await _router_slots(spec, name, zygotes, logs, front_token=front_token)
-            group = ScaledRouters(name, _router_scaler(spec, name), slots, links)
+            wake = partial(
+                control.warm_up, spec.shared.port.url, token=spec.shared.token, model=name
+            )
+            group = ScaledRouters(name, _router_scaler(spec, name), slots, links, on_wake=wake)
             routers[name], failure = await stack.enter_async_context(scaled_routers(group))
             failures.append(failure)
         if spec.memory_bytes is not None:

@@ -211,6 +211,11 @@ class Controller:
             self._ticker.notify()
             self.reconcile()
 
+    def warm_up(self) -> None:
+        """Activate the functions that were used lately, as a router starts that will use them."""
+        names = self.function_stats.recently_used(self.clock())
+        self.activate(names or self.model.functions)
+
     def add_load_report(self, report: LoadReport) -> None:
         """Record a router's load report."""
         now = self.clock()
@@ -284,7 +289,8 @@ class Controller:
         record = self.fleet.get(sandbox)
         if record is None or record.functions.get(function) is not AssignmentState.ATTACHED:
             return
-        self._executor.execute(Detach(sandbox, function, ActionReason.MEMORY))
+        detach = Detach(sandbox, function, ActionReason.MEMORY)
+        self._executor.execute(detach, drain_s=0.0 if holder.is_idle else None)
         self.publish()
 
     def request_reconcile(self) -> None:

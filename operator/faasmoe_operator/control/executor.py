@@ -97,8 +97,13 @@ class ActionExecutor:
         """Return when a back-off of creation ends; infinity if there is none."""
         return math.inf if self.can_create(now) else self._create_backoff.blocked_until
 
-    def execute(self, action: Action) -> None:
-        """Record an action in the fleet and start it."""
+    def execute(self, action: Action, *, drain_s: float | None = None) -> None:
+        """Record an action in the fleet and start it.
+
+        Args:
+            action: the action.
+            drain_s: seconds before a detach, for calls in flight; None for the usual ones.
+        """
         self._context.metrics.sandbox_actions.labels(
             type(action).__name__.lower(), action.reason
         ).inc()
@@ -121,8 +126,11 @@ class ActionExecutor:
                 cancelled = asyncio.Event()
                 if action.reason is not ActionReason.MEMORY:  # its memory is reserved for another
                     self._pending_detaches[action.sandbox, action.function] = cancelled
+                wait_s = self._context.drain_s() if drain_s is None else drain_s
                 self._tasks.start(
-                    self._detach(action.sandbox, action.function, cancelled=cancelled)
+                    self._detach(
+                        action.sandbox, action.function, cancelled=cancelled, drain_s=wait_s
+                    )
                 )
 
     def cancel_detaches(self, desired: Mapping[str, int]) -> None:
@@ -265,8 +273,10 @@ class ActionExecutor:
         self._fleet.remove_function(sandbox, function)
         self._fleet.mark_full(sandbox)
 
-    async def _detach(self, sandbox: str, function: str, *, cancelled: asyncio.Event) -> None:
-        if await self._drain((sandbox, function), cancelled):
+    async def _detach(
+        self, sandbox: str, function: str, *, cancelled: asyncio.Event, drain_s: float
+    ) -> None:
+        if await self._drain((sandbox, function), cancelled, drain_s):
             return
         record = self._fleet.get(sandbox)
         if record is None:
@@ -279,10 +289,10 @@ class ActionExecutor:
             self._fleet.remove_function(sandbox, function)
             self._context.on_change()
 
-    async def _drain(self, key: AssignmentKey, cancelled: asyncio.Event) -> bool:
+    async def _drain(self, key: AssignmentKey, cancelled: asyncio.Event, drain_s: float) -> bool:
         """Wait until calls in flight have arrived; return whether the detach was cancelled."""
         try:
-            async with asyncio.timeout(self._context.drain_s()):
+            async with asyncio.timeout(drain_s):
                 await cancelled.wait()
         except TimeoutError:
             return cancelled.is_set()  # both may happen in the same iteration of the event loop
