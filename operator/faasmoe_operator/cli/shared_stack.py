@@ -130,6 +130,11 @@ class SharedSpec:
         return ModelsFile(tuple(models), self.memory_bytes)
 
     @property
+    def trace_variables(self) -> Mapping[str, str]:
+        """Variables by which the gateway traces: those of the first model that does."""
+        return next((s.trace_variables for s in self.specs.values() if s.trace_variables), {})
+
+    @property
     def cors_origins(self) -> tuple[str, ...]:
         """Origins of web pages that may call the API."""
         origins = [*self.access.cors_origins]
@@ -303,6 +308,7 @@ def _supervised_gateway(
             page_socket=spec.folder / live_page.SOCKET_NAME if spec.live_page else None,
             lease_socket=spec.lease_socket,
             index=index,
+            trace_variables=spec.trace_variables,
         ),
         log=logs.sink(f"gateway{suffix}"),
         grace_s=gateway.GRACE_S,
@@ -398,6 +404,7 @@ def _shared_contexts(spec: SharedSpec, logs: LogSinks) -> dict[str, SupervisedCo
             page_variables=(
                 spec.live_page.control_variables(spec.folder) if spec.live_page else None
             ),
+            trace_variables=spec.trace_variables,
         ),
         log=logs.sink("control"),
         grace_s=control.GRACE_S,
