@@ -336,10 +336,10 @@ class Front:
             relay = Relay(
                 request,
                 client,
-                reserved.address,
+                route.first_address,
                 route.waiting,
                 take_turn=partial(self._turns.take, sender),
-                rechoose=reserved.move,
+                choose=reserved.choose,
                 on_head=on_head,
                 span=span,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from faasmoe_contracts.gateway_file import ModelEntry
@@ -35,17 +36,25 @@ class ModelRoute:
             router.name: RouterAddress(Path(router.path), front_token, hold_timeout_s)
             for router in model.routers
         }
-        self._ring = HashRing(self._addresses)
+        self._ring: HashRing | None = HashRing(self._addresses)
         self._outstanding: dict[str, int] = {}
 
+    @property
+    def first_address(self) -> RouterAddress:
+        """Where the first router is; others differ from it in their path alone."""
+        return next(iter(self._addresses.values()))
+
     def set_running(self, routers: Collection[str]) -> None:
-        """Choose among these routers only; if there are none, requests wait for the first one."""
+        """Choose among these routers only; while there are none, requests wait.
+
+        Nothing is sent to any other: it may be ending.
+        """
         known = [name for name in routers if name in self._addresses]
-        self._ring = HashRing(known or [next(iter(self._addresses))])
+        self._ring = HashRing(known) if known else None
 
     @contextmanager
     def reserve(self, key: bytes, n_tokens: int) -> Iterator[Reservation]:
-        """Choose a router, which has a request's tokens outstanding within the context.
+        """Let a request choose routers, which have its tokens outstanding within the context.
 
         Args:
             key: what the request shares with others of its session or prefix; empty for nothing.
@@ -60,19 +69,36 @@ class ModelRoute:
 
     def takes_requests(self, router: str) -> bool:
         """Return whether a router takes requests."""
-        return router in self._ring.routers
+        return self._ring is not None and router in self._ring.routers
 
-    def take(self, key: bytes, n_tokens: int) -> tuple[str, RouterAddress, ExitStack]:
-        """Choose a router; return its name, where it is, and what ends its use."""
+    def take(self, key: bytes, n_tokens: int) -> Taken | None:
+        """Choose a router; None while there is none that takes requests."""
+        if self._ring is None:
+            return None
         name = choose_router(self._ring, self._outstanding, key)
-        stack = ExitStack()
+        use = ExitStack()
         self._outstanding[name] = self._outstanding.get(name, 0) + n_tokens
-        stack.callback(self._give_back, name, n_tokens)
-        stack.enter_context(self._demand.sent(self._model, name))
-        return name, self._addresses[name], stack
+        use.callback(self._give_back, name, n_tokens)
+        use.enter_context(self._demand.sent(self._model, name))
+        return Taken(name, self._addresses[name], use)
 
     def _give_back(self, name: str, n_tokens: int) -> None:
         self._outstanding[name] -= n_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A router that a request uses.
+
+    Attributes:
+        name: its name.
+        address: where it is.
+        use: what ends its use.
+    """
+
+    name: str
+    address: RouterAddress
+    use: ExitStack
 
 
 class Reservation:
@@ -82,24 +108,26 @@ class Reservation:
         route: the model's routers.
         key: what the request shares with others.
         n_tokens: the most tokens that it may have.
-
-    Attributes:
-        address: where the router is.
     """
 
     def __init__(self, route: ModelRoute, key: bytes, n_tokens: int) -> None:
         self._route = route
         self._key = key
         self._n_tokens = n_tokens
-        self._name, self.address, self._use = route.take(key, n_tokens)
+        self._taken: Taken | None = None
 
-    def move(self) -> RouterAddress:
-        """Return where to go on: elsewhere if the router takes no requests any more."""
-        if not self._route.takes_requests(self._name):
+    def choose(self) -> RouterAddress | None:
+        """Return where to connect now: as before, if that router still takes requests.
+
+        None while there is none.
+        """
+        if self._taken is None or not self._route.takes_requests(self._taken.name):
             self.release()
-            self._name, self.address, self._use = self._route.take(self._key, self._n_tokens)
-        return self.address
+            self._taken = self._route.take(self._key, self._n_tokens)
+        return None if self._taken is None else self._taken.address
 
     def release(self) -> None:
         """End the use of the router."""
-        self._use.close()
+        taken, self._taken = self._taken, None
+        if taken is not None:
+            taken.use.close()

@@ -179,7 +179,8 @@ class Relay:
         router: where the router is.
         waiting: counts the requests that wait.
         take_turn: waits for the sender's turn to be handed on.
-        rechoose: returns where to go on if the router does not listen; None for there always.
+        choose: returns where to connect at each attempt, None while no router takes requests; if
+            omitted, to `router`.
         on_head: called after the head of each response.
         span: the request's span.
 
@@ -195,14 +196,14 @@ class Relay:
         waiting: WaitingRequests,
         *,
         take_turn: Callable[[], Awaitable[Turn]],
-        rechoose: Callable[[], RouterAddress] | None = None,
+        choose: Callable[[], RouterAddress | None] | None = None,
         on_head: Callable[[], None] = lambda: None,
         span: Span = NO_SPAN,
     ) -> None:
         self.meter = TokenMeter()
         self._span = span
         self._take_turn = take_turn
-        self._rechoose = rechoose
+        self._choose = choose
         self._on_head = on_head
         self._request = request
         self._client = client
@@ -303,19 +304,26 @@ class Relay:
             except RouterAway:
                 if time.monotonic() > end_s:
                     raise RequestFailed("The server is being restarted.") from None
-                if self._rechoose is not None:
-                    self._router = self._rechoose()
             await asyncio.sleep(RETRY_S)
 
     async def _open(self, *, is_work: bool, has_body: bool) -> RouterConnection:
         """Connect in the sender's turn; probes need none. Raises RouterAway."""
         if not is_work:
-            return await RouterConnection.open(self._router.path, has_body=has_body)
+            return await RouterConnection.open(self._chosen_path(), has_body=has_body)
         turn = await self._take_turn()
         try:
-            return await RouterConnection.open(self._router.path, has_body=has_body)
+            return await RouterConnection.open(self._chosen_path(), has_body=has_body)
         finally:
             turn.release()
+
+    def _chosen_path(self) -> Path:
+        """Return the socket to connect to; raises RouterAway."""
+        if self._choose is not None:
+            router = self._choose()
+            if router is None:
+                raise RouterAway
+            self._router = router
+        return self._router.path
 
     async def _resume(self, connection: RouterConnection, head: ResponseHead) -> None:
         if head.has_records:

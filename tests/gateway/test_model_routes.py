@@ -11,7 +11,7 @@ from tests.gateway.test_front import A, System, tenant
 
 from faasmoe_contracts.gateway_file import ModelEntry, RouterEntry
 from faasmoe_gateway.demand_reporter import DemandReporter
-from faasmoe_gateway.model_routes import ModelRoute
+from faasmoe_gateway.model_routes import ModelRoute, Reservation
 
 MODEL = ModelEntry("m", "m", 100, tuple(RouterEntry(n, f"/run/{n}.sock") for n in "012"))
 
@@ -20,31 +20,40 @@ def route() -> ModelRoute:
     return ModelRoute(MODEL, front_token="secret", hold_timeout_s=1.0, demand=DemandReporter(None))
 
 
+def socket_of(reservation: Reservation) -> str:
+    address = reservation.choose()
+    assert address is not None
+    return address.path.stem
+
+
 def test_requests_go_to_running_routers_with_the_fewest_tokens() -> None:
     routers = route()
     routers.set_running(["1", "2"])
     with routers.reserve(b"", 50) as first, routers.reserve(b"", 10) as second:
-        assert {first.address.path.stem, second.address.path.stem} == {"1", "2"}
+        busy, free = socket_of(first), socket_of(second)
+        assert {busy, free} == {"1", "2"}
         with routers.reserve(b"", 10) as third:
-            assert third.address == second.address
+            assert socket_of(third) == free
     with routers.reserve(b"", 1) as again:
-        assert again.address == first.address  # nothing is outstanding any more
+        assert socket_of(again) == busy  # nothing is outstanding any more
 
 
-def test_requests_wait_for_the_first_router_while_none_runs() -> None:
+def test_requests_wait_while_no_router_takes_them() -> None:
     routers = route()
     routers.set_running([])
     with routers.reserve(b"session", 1) as reserved:
-        assert reserved.address.path.stem == "0"
+        assert reserved.choose() is None  # one that is ending must not get it
         routers.set_running(["2"])
-        assert reserved.move().path.stem == "2"
+        assert socket_of(reserved) == "2"
 
 
 def test_request_stays_while_its_router_runs() -> None:
     routers = route()
     with routers.reserve(b"session", 1) as reserved:
-        before = reserved.address
-        assert reserved.move() == before
+        before = socket_of(reserved)
+        assert socket_of(reserved) == before
+        routers.set_running([n for n in "012" if n != before])
+        assert socket_of(reserved) != before
 
 
 def test_request_of_a_router_that_dies_goes_to_another() -> None:
