@@ -15,7 +15,7 @@ from tiny_chat import save_tiny_chat_model
 from tiny_system import moemodel_yaml
 
 TIMEOUT_S = 180.0
-ONE_ROUTER_BYTES = 160_000_000  # a tiny model's has 110 MB
+ONE_ROUTER_BYTES = 190_000_000  # a tiny model's has 110 to 140 MB
 
 
 def write_model(folder: Path, name: str, **scaling: Any) -> Path:

@@ -7,11 +7,12 @@ free memory, else what was used least recently makes room, else it waits.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from faasmoe_operator.plan.fleet import EVICT_IDLE_S, MachineMemory, MemoryClaim, MemoryHolder
 from faasmoe_operator.plan.memory_budget import Candidate, MemoryAdmission, machine_limit
 
+MAX_SHARE = 0.9  # of the limit that a router counts with, so that a larger one runs alone
 ROUTER_IDLE_S = 0.25  # without a request; gateways know of each, so that is no guess
 
 
@@ -93,7 +94,8 @@ def plan_routers(
         claims: functions that wait for memory.
         now: current time, on the same clock as `last_used`.
     """
-    routers = list(routers)
+    largest = int(MAX_SHARE * limit_bytes)
+    routers = [replace(r, size_bytes=min(r.size_bytes, largest)) for r in routers]
     running = [router for router in routers if router.is_running]
     holders = (*(r.holder(now) for r in running), *functions)
     limit = machine_limit(MachineMemory(limit_bytes, holders, tuple(claims)))
