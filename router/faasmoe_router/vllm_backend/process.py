@@ -51,6 +51,7 @@ from faasmoe_router.vllm_backend.fair_gate import FairGate
 from faasmoe_router.vllm_backend.metrics import JoinedRegistry
 from faasmoe_router.vllm_backend.routing_view import RoutingView
 from faasmoe_router.vllm_backend.tenant_middleware import TenantMiddleware
+from faasmoe_tracing import is_requested
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ class VllmRouterProcess:
 
     def __init__(self, config: RouterConfig, phases: StartPhases) -> None:
         os.environ.update({k: v for k, v in VLLM_ENVIRONMENT.items() if k not in os.environ})
+        if is_requested(os.environ):
+            logger.warning("No traces of this router: the engine vllm writes none")
         self._phases = phases
         self._has_given_up = False
         self._registry = JoinedRegistry()
