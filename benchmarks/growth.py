@@ -243,7 +243,7 @@ def measure(*, largest: int, models: Sequence[int] = (), cache: Path = CACHE) ->
     for name, (unit, sizes, function, reason) in ROWS.items():
         values = {size: function(size) for size in sizes if size <= largest}
         rows[name] = make_row(unit, values, reason)
-        print(f"  {name}: exponent {rows[name]['exponent']:.2f}", flush=True)
+        print(f"  {name}: exponent {_format_exponent(rows[name])}", flush=True)
     if models:
         for name, by_models in rows_of(measure_models(models, cache=cache)).items():
             rows[name] = make_row("models", by_models, "")
@@ -268,11 +268,15 @@ def format_growth(figures: Mapping[str, Any]) -> str:
                 name,
                 row["of"],
                 ", ".join(f"{size}: {value:.3g}" for size, value in row["values"].items()),
-                "–" if row["exponent"] is None else f"{row['exponent']:.2f}",
+                _format_exponent(row),
             )
             for name, row in figures["rows"].items()
         ],
     )
+
+
+def _format_exponent(row: Mapping[str, Any]) -> str:
+    return "–" if row["exponent"] is None else f"{row['exponent']:.2f}"
 
 
 def main() -> int:

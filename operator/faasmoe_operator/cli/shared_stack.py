@@ -59,7 +59,7 @@ GATEWAY_FILE_NAME = "gateway.json"
 MODELS_FILE_NAME = "models.json"
 DEMAND_SOCKET_NAME = "demand.sock"
 LEASE_SOCKET_NAME = "leases.sock"
-ROUTER_PROCESS_BYTES = 200_000_000  # beside its weights
+ROUTER_PROCESS_BYTES = 150_000_000  # beside its weights
 DEFAULT_MODEL_LEN = 8192  # of a router whose model has a longer context
 
 
