@@ -3,7 +3,8 @@
 The logits equal those of `from_pretrained`, which decodes with the same package, where transformers
 loads the format of a model with stacked experts; and always those of a plain checkpoint with the
 weights that the package decodes. transformers 5.23 cannot load experts with zero points, in blocks,
-in mxfp8 or in int-quantized, and leaves out NVFP4's factors.
+in mxfp8 or in int-quantized, leaves out NVFP4's factors, and computes what is not an expert in
+bfloat16 with mxfp4.
 """
 
 from collections.abc import Iterator
