@@ -1,7 +1,8 @@
-"""How CPU time and memory of control and queueing grow with functions, routers and tenants.
+"""How CPU time and memory grow with functions, routers, tenants and models.
 
 `python -m benchmarks.growth` measures the pure policies and messages in this process, without
 servers: processor time, the least of several repetitions, so it depends little on what else runs.
+Models are real: `faasmoe up` with so many of them, at rest (growth_models.py).
 The exponent is the slope between the two largest sizes on logarithmic axes: 1 is linear.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import math
 import sys
@@ -18,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evaluation.options import CACHE
+from benchmarks.growth_models import measure_models, rows_of
 from benchmarks.report import OUT, describe_machine, write_figures
 
 from faasmoe_contracts.control_messages import FunctionLoad, LoadReport
@@ -42,6 +46,7 @@ from faasmoe_router.engine.fair_queue import FairQueue, Share
 N_FUNCTIONS = (10, 100, 1_000, 10_000)
 N_ROUTERS = (1, 4, 16, 64)
 N_TENANTS = (1, 10, 100, 1_000)
+N_MODELS = (1, 5, 20)
 FUNCTIONS_PER_SANDBOX = 30
 REPORTED_FUNCTIONS = 100
 SLOTS = 32
@@ -225,17 +230,33 @@ ROWS: Mapping[str, tuple[str, Sequence[int], Callable[[int], float], str]] = {
 }
 
 
-def measure(*, largest: int) -> dict[str, Any]:
-    """Return the content of growth.json, with sizes up to `largest`."""
+def measure(*, largest: int, models: Sequence[int] = (), cache: Path = CACHE) -> dict[str, Any]:
+    """Return the content of growth.json.
+
+    Args:
+        largest: largest number of functions, routers or tenants.
+        models: numbers of models.
+        cache: folder of generated models.
+    """
+    machine = describe_machine()
     rows: dict[str, Any] = {}
     for name, (unit, sizes, function, reason) in ROWS.items():
         values = {size: function(size) for size in sizes if size <= largest}
-        slope = exponent(values)
-        rows[name] = {"of": unit, "values": values, "exponent": slope}
-        if slope > EXPLAINED_EXPONENT:
-            rows[name]["reason"] = reason or "not explained"
-        print(f"  {name}: exponent {slope:.2f}", flush=True)
-    return {"machine": describe_machine(), "rows": rows}
+        rows[name] = make_row(unit, values, reason)
+        print(f"  {name}: exponent {_format_exponent(rows[name])}", flush=True)
+    if models:
+        for name, by_models in rows_of(measure_models(models, cache=cache)).items():
+            rows[name] = make_row("models", by_models, "")
+    return {"machine": machine, "rows": rows}
+
+
+def make_row(unit: str, values: Mapping[int, float], reason: str) -> dict[str, Any]:
+    """Return one row; growth that is worse than linear has its reason."""
+    slope = exponent(values) if len(values) > 1 else None
+    row: dict[str, Any] = {"of": unit, "values": dict(values), "exponent": slope}
+    if slope is not None and slope > EXPLAINED_EXPONENT:
+        row["reason"] = reason or "not explained"
+    return row
 
 
 def format_growth(figures: Mapping[str, Any]) -> str:
@@ -247,26 +268,56 @@ def format_growth(figures: Mapping[str, Any]) -> str:
                 name,
                 row["of"],
                 ", ".join(f"{size}: {value:.3g}" for size, value in row["values"].items()),
-                f"{row['exponent']:.2f}",
+                _format_exponent(row),
             )
             for name, row in figures["rows"].items()
         ],
     )
 
 
+def _format_exponent(row: Mapping[str, Any]) -> str:
+    return "–" if row["exponent"] is None else f"{row['exponent']:.2f}"
+
+
 def main() -> int:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.growth",
-        description="Measure how control and queueing grow with functions, routers and tenants.",
+        description="Measure how time and memory grow with functions, routers, tenants and models.",
     )
+    parser.add_argument(
+        "--models",
+        type=_numbers,
+        default=N_MODELS,
+        metavar="N,N",
+        help="numbers of models of a real `faasmoe up`; 0 for none (default: 1,5,20)",
+    )
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of generated models")
     parser.add_argument("--largest", type=int, default=10_000, help="largest size to measure")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of growth.json")
     arguments = parser.parse_args()
-    figures = measure(largest=arguments.largest)
+    out = arguments.out.resolve()
+    figures = measure(largest=arguments.largest, models=arguments.models, cache=arguments.cache)
     print(f"\n{format_growth(figures)}")
-    print(f"figures: {write_figures('growth', figures, folder=arguments.out.resolve())}")
+    print(f"figures: {write_figures('growth', figures, folder=out)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed")
+        return 0
+    from benchmarks.evaluation.plots import growth_plot
+
+    (out / "growth.png").write_bytes(growth_plot(figures["rows"]))
+    print(f"plot: {out / 'growth.png'}")
     return 0
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(sorted({int(word) for word in text.split(",")}))
+    except ValueError:
+        numbers = (-1,)
+    if numbers[0] < 0 or (numbers[0] == 0 and len(numbers) > 1):
+        raise argparse.ArgumentTypeError(f"got {text}, expected numbers from 1, or 0 for none")
+    return numbers if numbers[0] else ()
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ async def running_up(
                 env={**os.environ, **(variables or {}), "XDG_RUNTIME_DIR": folder},
             )
         try:
-            await _wait_serving(process, log)
+            await wait_serving(process, log)
             runtime_info = _read_runtime_info(Path(folder))
             token = {"Authorization": f"Bearer {runtime_info['token']}"}
             deployment = LocalModel.load(moemodel)
@@ -174,7 +174,12 @@ def _process_kind(process: psutil.Process) -> str:
     return name.removeprefix("faasmoe_")
 
 
-async def _wait_serving(process: asyncio.subprocess.Process, log: Path) -> None:
+async def wait_serving(process: asyncio.subprocess.Process, log: Path) -> None:
+    """Wait until the log of a `faasmoe up` says that it serves.
+
+    Raises:
+        RuntimeError: it exited or is late.
+    """
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while "OpenAI base URL" not in (text := await asyncio.to_thread(log.read_text)):
         if process.returncode is not None:

@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from benchmarks.evaluation import paper, report, sweep
+from benchmarks.evaluation import day, limited, paper, report, sweep
+from benchmarks.peers import command as peers
 
 from faasmoe_contracts.parent_death import PARENT_PID_ENV, die_with_parent
 
@@ -19,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Compare strategies for serving a Mixture-of-Experts model to several tenants.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (paper, sweep, report):
+    for module in (paper, sweep, peers, day, limited, report):
         module.add_command(commands)
     arguments = parser.parse_args(argv)
     die_with_parent()

@@ -78,7 +78,11 @@ class WorkloadResult:
 
 
 async def run_workload(
-    workload: Workload, endpoints: Sequence[TenantEndpoint], *, progress: Callable[[], object]
+    workload: Workload,
+    endpoints: Sequence[TenantEndpoint],
+    *,
+    progress: Callable[[], object],
+    keeps_connections: bool = True,
 ) -> WorkloadResult:
     """Send all requests of a workload; failures are recorded in the results.
 
@@ -86,10 +90,12 @@ async def run_workload(
         workload: the requests.
         endpoints: endpoint of each tenant.
         progress: called after each response.
+        keeps_connections: whether connections are used again; not for servers that may close idle
+            ones at any time.
     """
     started_s = time.perf_counter()
     # No connection limit: waiting for a pooled connection would count as latency.
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0, force_close=not keeps_connections)
     async with aiohttp.ClientSession(timeout=TIMEOUT, connector=connector) as http:
 
         async def send(request: WorkloadRequest) -> RequestResult:

@@ -25,8 +25,12 @@ from faasmoe_router import __main__ as router
 from faasmoe_router import process
 
 
-def load_full_model(store: Store, _: Any, *, device: torch.device) -> Any:
-    """Load the whole model; replaces `load_router_model` of the router."""
+def load_full_model(store: Store, _: Any, *, device: torch.device, **__: Any) -> Any:
+    """Load the whole model; replaces `load_router_model` of the router.
+
+    The dtype that the router would compute in is not used: the whole model in float32 would take
+    twice the memory, the router's kernels compute so with 16-bit weights.
+    """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = AutoModelForCausalLM.from_pretrained(
         os.environ[variables.CHECKPOINT],

@@ -21,6 +21,9 @@ MODEL_NAME = "bench"  # model name in requests
 DEMO_EXPERTS_PER_FUNCTION = 3  # as in examples/demo.yaml
 DEMO_FUNCTIONS_PER_SANDBOX = 30
 GEOMETRY_MODEL_LEN = 512
+NOT_QUANTIZED = "none"
+ROUTER_SCHEMES = {NOT_QUANTIZED: "none", "int8": "int8", "int4": "int4", "mxfp4": "int8"}
+"""Scheme of the router's linear layers by that of the experts."""
 GEOMETRY_PROMPT_CHARACTERS = 160  # one token each, since its tokenizer is byte-level
 
 
@@ -37,6 +40,7 @@ class BenchmarkModel:
         functions_per_sandbox: maximum functions per sandbox.
         max_model_len: maximum tokens of a request.
         sizes: lengths of its tasks.
+        quantization: scheme of the store's weights, `none` for those of the checkpoint.
     """
 
     name: str
@@ -47,13 +51,20 @@ class BenchmarkModel:
     functions_per_sandbox: int
     max_model_len: int
     sizes: TaskSizes
+    quantization: str = NOT_QUANTIZED
 
-    def deployment(self, folder: Path, experts: Mapping[str, Any] | None = None) -> LocalModel:
+    def deployment(
+        self,
+        folder: Path,
+        experts: Mapping[str, Any] | None = None,
+        router: Mapping[str, Any] | None = None,
+    ) -> LocalModel:
         """Write the model's MoEModel file and load it.
 
         Args:
             folder: folder to write the file to.
             experts: additional fields of spec.experts.
+            router: additional fields of spec.router.
         """
         file = folder / "model.yaml"
         write_moemodel(
@@ -62,9 +73,20 @@ class BenchmarkModel:
             store=self.store,
             experts_per_function=self.experts_per_function,
             max_model_len=self.max_model_len,
-            experts={"functionsPerSandbox": self.functions_per_sandbox, **(experts or {})},
+            experts={
+                "functionsPerSandbox": self.functions_per_sandbox,
+                "quantization": self.quantization,
+                **(experts or {}),
+            },
+            router={"quantization": ROUTER_SCHEMES[self.quantization], **(router or {})},
         )
         return LocalModel.load(file)
+
+    @property
+    def experts_bytes(self) -> int:
+        """Size of the routed experts in the store, without what their layers share."""
+        layers = Store.open(self.store).manifest.layers
+        return sum(layer.expert_bytes * layer.num_experts for layer in layers)
 
     def with_changes(self, **changes: int) -> BenchmarkModel:
         """Return the same model with another granularity or packing."""
@@ -89,6 +111,7 @@ class BenchmarkModel:
             "experts_per_function": self.experts_per_function,
             "functions_per_sandbox": self.functions_per_sandbox,
             "max_model_len": self.max_model_len,
+            "quantization": self.quantization,
         }
 
 
@@ -102,7 +125,7 @@ async def make_demo_model(folder: Path, *, dtype: str | None = None) -> Benchmar
     checkpoint = folder / "demo-model"
     store = folder / ("demo-store" if dtype is None else f"demo-store-{dtype}")
     await _run_faasmoe("demo-model", str(checkpoint))
-    await _prepare(checkpoint, store, dtype)
+    await prepare_store(checkpoint, store, *(() if dtype is None else (f"--dtype={dtype}",)))
     return BenchmarkModel(
         name="demo",
         checkpoint=checkpoint,
@@ -143,11 +166,24 @@ async def make_random_model(
     )
 
 
-async def _prepare(checkpoint: Path, store: Path, dtype: str | None) -> None:
+async def quantized(model: BenchmarkModel, quantization: str) -> BenchmarkModel:
+    """Return a model with a store in another scheme; prepare it unless it exists."""
+    if quantization == NOT_QUANTIZED:
+        return model
+    store = model.store.with_name(f"{model.store.name}-{quantization}")
+    schemes = (
+        f"--quantization={quantization}",
+        f"--quantize-router={ROUTER_SCHEMES[quantization]}",
+    )
+    await prepare_store(model.checkpoint, store, *schemes)
+    return replace(model, store=store, quantization=quantization)
+
+
+async def prepare_store(checkpoint: Path, store: Path, *options: str) -> None:
+    """Prepare a checkpoint's store unless it is complete."""
     try:
         Store.open(store)
     except StoreError:
-        options = () if dtype is None else (f"--dtype={dtype}",)
         # --force, because an existing folder is not a readable store.
         await _run_faasmoe("prepare", checkpoint.as_uri(), str(store), *options, "--force")
 

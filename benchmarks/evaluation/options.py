@@ -6,7 +6,14 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.evaluation.models import BenchmarkModel, make_demo_model, make_random_model
+from benchmarks.evaluation.models import (
+    NOT_QUANTIZED,
+    ROUTER_SCHEMES,
+    BenchmarkModel,
+    make_demo_model,
+    make_random_model,
+    quantized,
+)
 from benchmarks.evaluation.tasks import TaskSizes
 from benchmarks.geometry import CheckpointGeometry, qwen_geometry, small_geometry
 from benchmarks.worker import ROOT
@@ -50,6 +57,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("bfloat16", "float32"), help=f"dtype of the weights of {DEMO}"
     )
     group.add_argument(
+        "--quantization",
+        choices=tuple(ROUTER_SCHEMES),
+        default=NOT_QUANTIZED,
+        help="scheme of the store's weights; full models keep those of the checkpoint "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
         "--experts-per-function", type=int, metavar="N", help="experts of one layer per function"
     )
     group.add_argument(
@@ -81,7 +95,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 async def make_chosen_model(arguments: argparse.Namespace) -> BenchmarkModel:
     """Return the model that the options select; generate it unless it exists."""
-    model = await _make_base_model(arguments)
+    model = await quantized(await _make_base_model(arguments), arguments.quantization)
     changes = {
         name: value
         for name in ("experts_per_function", "functions_per_sandbox")

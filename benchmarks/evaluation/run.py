@@ -17,6 +17,7 @@ ROUTER_COUNTERS = {
     "calls": "faasmoe_router_function_calls_total",
     "failed_calls": "faasmoe_router_function_call_failures_total",
     "local": "faasmoe_router_local_computations_total",
+    "colocated": "faasmoe_router_colocated_computations_total",
     "sent_bytes": "faasmoe_router_function_sent_bytes_total",
     "received_bytes": "faasmoe_router_function_received_bytes_total",
 }

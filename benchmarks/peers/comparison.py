@@ -145,11 +145,17 @@ def cell_figures(visits: Sequence[Visit]) -> dict[str, Any]:
     return {
         "start_s": Spread.from_values([v.start_s for v in visits]),
         "pss_mib": Spread.from_values([v.pss_bytes / 2**20 for v in visits]),
+        "rest_pss_mib": _rest_pss_mib(visits),
         "other_cores": Spread.from_values([v.other_cores for v in visits]),
         "batches": batches,
         "details": visits[0].details,
         "rounds": len(visits),
     }
+
+
+def _rest_pss_mib(visits: Sequence[Visit]) -> Spread | None:
+    known = [v.rest_pss_bytes / 2**20 for v in visits if v.rest_pss_bytes is not None]
+    return Spread.from_values(known) if known else None
 
 
 def _values(visits: Sequence[Visit], concurrency: int, name: str) -> list[float]:

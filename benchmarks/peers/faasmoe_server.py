@@ -37,6 +37,7 @@ class FaasmoeServer:
         functions_per_layer: functions that a layer's experts are divided into.
         sandboxes: sandboxes of one thread each.
         router_dtype: `router.dtype` of the MoEModel.
+        window_s: how long functions stay without calls.
         vllm_python: Python of the environment with vLLM, as the engine; None for our own engine.
     """
 
@@ -45,6 +46,7 @@ class FaasmoeServer:
     functions_per_layer: int
     sandboxes: int
     router_dtype: str = "auto"
+    window_s: int = LONG_WINDOW_S
     vllm_python: Path | None = None
 
     @property
@@ -106,7 +108,7 @@ class FaasmoeServer:
         """Return the additional fields of spec.experts and spec.router."""
         experts: dict[str, Any] = {
             "warmPool": 1,
-            "scaling": {"windowSeconds": LONG_WINDOW_S},
+            "scaling": {"windowSeconds": self.window_s},
         }
         router: dict[str, Any] = {"maxNumSeqs": self.max_num_seqs, "dtype": self.router_dtype}
         if self.vllm_python is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,11 +31,13 @@ class VisitPlan:
         concurrency: numbers of requests in flight at which tokens are generated.
         ttft_concurrency: the same for the time to first token of long prompts.
         is_quick: whether batch 1 has half of the requests.
+        rest_s: idle time after which memory at rest is measured; 0 for not.
     """
 
     concurrency: tuple[int, ...]
     ttft_concurrency: tuple[int, ...]
     is_quick: bool
+    rest_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class Visit:
         other_cores: cores that other processes of the machine used meanwhile; the figures mean
             nothing unless it is about zero.
         details: version and settings of the server.
+        rest_pss_bytes: memory of all processes after an idle time; None if not asked.
     """
 
     start_s: float
@@ -76,6 +80,7 @@ class Visit:
     tokens: tuple[tuple[str, ...], ...]
     other_cores: float = 0.0
     details: Mapping[str, Any] = field(default_factory=dict)
+    rest_pss_bytes: int | None = None
 
 
 async def visit(
@@ -97,7 +102,11 @@ async def visit(
             c: await _measure(running, c, size, plan, round_number) for c in plan.concurrency
         }
         others = load.other_cores()
-        return Visit(start_s, running.pss_bytes(), batches, tokens, others, running.details)
+        warm, rest = running.pss_bytes(), None
+        if plan.rest_s:
+            await asyncio.sleep(plan.rest_s)
+            rest = running.pss_bytes()
+        return Visit(start_s, warm, batches, tokens, others, running.details, rest)
 
 
 async def _measure(

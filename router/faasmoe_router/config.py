@@ -104,12 +104,14 @@ _Origins = Annotated[
 ]
 _HttpURL = Annotated[str, AfterValidator(_check_http_url)]
 _Port = Annotated[int, BeforeValidator(integer_between(0, 65535))]
+_MinTokens = Annotated[int, BeforeValidator(integer_between(1, 1 << 20))]
 _MetricsPort = Annotated[int, BeforeValidator(integer_between(1, 65535))]
 _ModelLength = Annotated[int, BeforeValidator(integer_between(1, 1 << 24))]
 _Sequences = Annotated[int, BeforeValidator(integer_between(1, 4096))]
 _BatchedTokens = Annotated[int, BeforeValidator(integer_between(1, 1 << 20))]
 _QueueLength = Annotated[int, BeforeValidator(integer_between(0, 1 << 20))]
 _CacheBytes = Annotated[int, BeforeValidator(integer_between(1, 1 << 50))]
+_ExpertsBytes = Annotated[int, BeforeValidator(integer_between(1, 1 << 50))]
 _QueueBytes = Annotated[int, BeforeValidator(integer_between(0, 1 << 40))]
 _Replicas = Annotated[int, BeforeValidator(integer_between(1, 1024))]
 _ActivationSeconds = Annotated[float, BeforeValidator(seconds_between(0.1, 3600))]
@@ -170,6 +172,8 @@ class RouterConfig(BaseSettings):
             router, where that was measured to be faster; functions never does. Needs socket_dir.
         mailbox: on calls sandboxes on the same machine over shared memory without Python where
             possible; off never does. Needs socket_dir and the kernel library.
+        experts_memory_bytes: memory limit of the functions of all sandboxes together. If the
+            store's experts take more, the router computes functions without an address itself.
         router_replicas: routers that the tenants' limits are split over, unless the tenants file
             states their number.
         cors_origins: origins of web pages that may call the API, separated by commas; `*` is any.
@@ -187,6 +191,8 @@ class RouterConfig(BaseSettings):
             machine.
         front_token: what a gateway shows, whose streams go on if this router dies; empty without
             one.
+        metrics_min_tokens: tokens that sums over calls of functions hold at least before /metrics
+            shows them, since calls follow the gates' choices; 1 shows them at once.
         metrics_port: port of /metrics alone, which tenants need not reach; by default it is on
             `port`, without a key.
         drain_timeout_s: time that running responses have at shutdown; with some seconds more, less
@@ -222,6 +228,7 @@ class RouterConfig(BaseSettings):
     socket_dir: Path | None = None
     placement: PlacementMode = "functions"
     mailbox: MailboxMode = "on"
+    experts_memory_bytes: _ExpertsBytes | None = None
     router_replicas: _Replicas = 1
     cors_origins: _Origins = ()
     generation_config: GenerationConfigMode = "auto"
@@ -235,6 +242,7 @@ class RouterConfig(BaseSettings):
     listen_path: Path | None = None
     front_token: str = Field(default="", repr=False)
     metrics_port: _MetricsPort | None = None
+    metrics_min_tokens: _MinTokens = 256
     drain_timeout_s: _DrainSeconds = 20.0
 
     @classmethod

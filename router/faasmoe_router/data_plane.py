@@ -28,6 +28,7 @@ from faasmoe_router.dispatch.cold_start import ActivationSettings
 from faasmoe_router.dispatch.device_transfer import BufferedTransfer
 from faasmoe_router.dispatch.fanout import DispatchTimeouts
 from faasmoe_router.dispatch.metrics import DispatchMetrics
+from faasmoe_router.dispatch.overflow import is_memory_limited
 from faasmoe_router.errors import RouterConfigError
 from faasmoe_router.tenants.quota import ActivationQueueCapacity
 from faasmoe_router.tenants.registry import TenantRegistry
@@ -68,7 +69,12 @@ def create_dispatcher(
 
 
 def create_front_link(
-    view: FunctionDispatcher, config: RouterConfig, url: str, registry: CollectorRegistry
+    view: FunctionDispatcher,
+    config: RouterConfig,
+    url: str,
+    registry: CollectorRegistry,
+    *,
+    store: Store,
 ) -> ControlLink:
     """Return the link of a process that queues requests and calls no functions.
 
@@ -77,10 +83,12 @@ def create_front_link(
         config: the router's settings.
         url: base URL of the control plane.
         registry: receives the link's metrics.
+        store: the prepared model.
     """
     metrics = ControlLinkMetrics(registry)
     client = ControlClient(url, token=config.token)
-    settings = link_settings(config)
+    computes_overflow = is_memory_limited(store, config.experts_memory_bytes)
+    settings = link_settings(config, queues_requests=not computes_overflow)
     requester = ActivationRequester(
         client,
         router_name=settings.router_name,
@@ -90,10 +98,16 @@ def create_front_link(
     return ControlLink(client, requester, view, settings=settings, metrics=metrics)
 
 
-def link_settings(config: RouterConfig) -> LinkSettings:
-    """Return the settings of a link, with a name of its own."""
+def link_settings(config: RouterConfig, *, queues_requests: bool) -> LinkSettings:
+    """Return the settings of a link, with a name of its own.
+
+    Args:
+        config: the router's settings.
+        queues_requests: whether requests wait for missing functions.
+    """
     return LinkSettings(
         router_name=_new_router_name(),
+        queues_requests=queues_requests,
         queue_limits=ActivationQueueLimits(
             max_requests=config.max_activation_queue_requests,
             max_bytes=config.max_activation_queue_bytes,
@@ -139,7 +153,8 @@ def _create_link(
 ) -> tuple[Dispatcher, ControlLink]:
     metrics = ControlLinkMetrics(registry)
     client = ControlClient(url, token=config.token)
-    settings = link_settings(config)
+    computes_overflow = is_memory_limited(store, config.experts_memory_bytes)
+    settings = link_settings(config, queues_requests=not computes_overflow)
     activation_requester = ActivationRequester(
         client,
         router_name=settings.router_name,
@@ -159,6 +174,7 @@ def _create_link(
         device_transfer=host_buffers,
         placement=config.placement,
         mailbox=config.mailbox == "on",
+        computes_overflow=computes_overflow,
     )
     return dispatcher, ControlLink(
         client, activation_requester, dispatcher, settings=settings, metrics=metrics

@@ -17,6 +17,7 @@ from faasmoe_gateway import held_request, relay
 from faasmoe_gateway.app import GatewayApp
 from faasmoe_gateway.held_request import HoldBudget
 from faasmoe_gateway.relay import MAX_FRUITLESS_LOSSES, RouterAddress
+from faasmoe_gateway.sender_turns import SenderTurns
 
 BODY = b'{"model":"m"}'
 FIRST = pack_record(EVENT, b"origin\n", b"data: 1\n\n")
@@ -124,6 +125,23 @@ def test_request_without_an_answer_is_sent_again(path: Path) -> None:
             await app(path)(client.scope, client.receive, client.send)
         assert (client.status, client.body) == (200, b'{"a":1}')
         assert router.requests[0] == router.requests[1]
+
+    run(work)
+
+
+def test_probes_need_no_turn(path: Path) -> None:
+    async def work() -> None:
+        turns = SenderTurns(n_per_sender=0)
+        gateway = GatewayApp(RouterAddress(path, "secret", 5.0), turns=turns)
+        async with FakeRouter(path, reply(b"{}")) as router:
+            waiting, probe = Client(), Client(body=b"", method="GET")
+            posted = asyncio.create_task(gateway(waiting.scope, waiting.receive, waiting.send))
+            await gateway(probe.scope, probe.receive, probe.send)
+            assert probe.status == 200
+            assert [request[:4] for request in router.requests] == [b"GET "]
+            assert waiting.messages == []
+            posted.cancel()
+            await asyncio.gather(posted, return_exceptions=True)
 
     run(work)
 

@@ -97,9 +97,11 @@ def running_sandbox(log: Path, *, token: str = "", **variables: object) -> Itera
     Args:
         log: file for its output.
         token: bearer token.
-        variables: further settings, such as capacity=4 for FAASMOE_CAPACITY.
+        variables: further settings, such as capacity=4 for FAASMOE_CAPACITY. It waits for no client
+            at its end unless drain_s says so.
     """
-    settings: dict[str, object] = {"port": 0, "device": "cpu", "token": token, **variables}
+    defaults: dict[str, object] = {"port": 0, "device": "cpu", "token": token, "drain_s": 0}
+    settings = {**defaults, **variables}
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "faasmoe_expert"],

@@ -18,7 +18,7 @@ from faasmoe_operator.cli.checkpoint import run_in_foreground
 from faasmoe_operator.errors import CommandError
 
 MODULE = "benchmarks.evaluation"
-BENCHMARKS = ("paper", "sweep", "report")
+BENCHMARKS = ("paper", "sweep", "peers", "day", "limited", "report")
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOTS = (PACKAGE / "bundled", PACKAGE.parents[1])
 

@@ -6,6 +6,7 @@ Imports the HTTP client when it is used, so that processes start before that tak
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import sys
@@ -15,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from faasmoe_operator.control.models_file import WARM_PATH
 from faasmoe_operator.errors import CommandError
+
+logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "faasmoe_operator.control")
 HOST = "127.0.0.1"
@@ -82,6 +86,7 @@ def environment(
     port: ReservedControlPort,
     secrets: StackSecrets,
     page_variables: Mapping[str, str] | None = None,
+    trace_variables: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Return the complete environment of the control process.
 
@@ -91,9 +96,11 @@ def environment(
         port: port of the control API.
         secrets: token and function key.
         page_variables: settings of the live page; None serves none.
+        trace_variables: variables by which it traces.
     """
     return {
         **os.environ,
+        **(trace_variables or {}),
         "FAASMOE_MODEL_FILE": str(file.resolve()),
         "FAASMOE_ZYGOTE_SOCKET": str(zygote_socket),
         "FAASMOE_CONTROL_HOST": HOST,
@@ -112,6 +119,7 @@ def shared_environment(
     gateway_file: Path,
     lease_socket: Path | None = None,
     page_variables: Mapping[str, str] | None = None,
+    trace_variables: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Return the complete environment of the control process of several models.
 
@@ -122,9 +130,11 @@ def shared_environment(
         gateway_file: the tenants.
         lease_socket: where gateways lease tokens of limits; None if there is only one.
         page_variables: settings of the live page; None serves none.
+        trace_variables: variables by which it traces.
     """
     return {
         **os.environ,
+        **(trace_variables or {}),
         "FAASMOE_MODELS_FILE": str(models_file),
         "FAASMOE_GATEWAY_FILE": str(gateway_file),
         "FAASMOE_LEASE_SOCKET": "" if lease_socket is None else str(lease_socket),
@@ -154,6 +164,28 @@ async def wait_until_healthy(url: str, *, timeout_s: float = START_TIMEOUT_S) ->
             except (aiohttp.ClientError, TimeoutError):
                 await asyncio.sleep(PROBE_INTERVAL_S)
     raise CommandError(f"the control process was not healthy within {timeout_s:g} s")
+
+
+async def warm_up(url: str, *, token: str, model: str) -> None:
+    """Let a model's functions start, as its router does; only saves time, so errors are logged.
+
+    Args:
+        url: base URL of the control API of several models.
+        token: its bearer token.
+        model: the model's name.
+    """
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=RESPONSE_TIMEOUT_S)
+    headers = {"Authorization": f"Bearer {token}"}
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=timeout, headers=headers) as http,
+            http.post(f"{url}{WARM_PATH}", json={"model": model}) as response,
+        ):
+            response.raise_for_status()
+    except (aiohttp.ClientError, TimeoutError) as error:
+        logger.warning("the functions of %s are not started with its router: %s", model, error)
 
 
 async def fetch_status(url: str, *, token: str) -> dict[str, Any]:

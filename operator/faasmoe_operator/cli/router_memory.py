@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
-from typing import Never
+from collections.abc import Collection, Coroutine, Iterable
+from typing import Any, Never
 
 from faasmoe_contracts.router_demand import RouterReport, dump_router_reports
 from faasmoe_operator.cli.router_scaling import ScaledRouters
@@ -39,6 +39,7 @@ async def limit_routers(routers: Collection[ScaledRouters], url: str, token: str
             if n_reports % MEASURE_EVERY == 0:
                 _measure(routers)
             n_reports += 1
+            states = [group.state for group in routers]
             reports = [report for group in routers for report in group.reports()]
             may_run = frozenset[str]()
             try:
@@ -51,7 +52,8 @@ async def limit_routers(routers: Collection[ScaledRouters], url: str, token: str
             else:
                 for group in routers:
                     group.allow(may_run)
-            await _wait_for_change(routers, reports, may_run)
+            changes = [g.wait_for_change(s) for g, s in zip(routers, states, strict=True)]
+            await _first_within(_interval_s(reports, may_run), changes)
 
 
 def _measure(routers: Collection[ScaledRouters]) -> None:
@@ -60,14 +62,20 @@ def _measure(routers: Collection[ScaledRouters]) -> None:
             slot.measure()
 
 
-async def _wait_for_change(
-    routers: Collection[ScaledRouters], reports: Collection[RouterReport], may_run: frozenset[str]
+def _interval_s(reports: Collection[RouterReport], may_run: frozenset[str]) -> float | None:
+    """Return after how long to report again if nothing changes; None for never."""
+    if any(r.is_wanted and not r.is_running and r.name not in may_run for r in reports):
+        return WAITING_INTERVAL_S
+    return INTERVAL_S if any(r.is_wanted or r.is_running for r in reports) else None
+
+
+async def _first_within(
+    timeout_s: float | None, changes: Iterable[Coroutine[Any, Any, None]]
 ) -> None:
-    is_waiting = any(r.is_wanted and not r.is_running and r.name not in may_run for r in reports)
-    interval_s = WAITING_INTERVAL_S if is_waiting else INTERVAL_S
-    waiters = [asyncio.create_task(group.wait_for_change(interval_s)) for group in routers]
+    """Wait for the first change, or until the time is over."""
+    waiters = [asyncio.create_task(change) for change in changes]
     try:
-        await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(waiters, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for waiter in waiters:
             waiter.cancel()

@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from typing import Never
+from typing import Any, Never
 
 from faasmoe_contracts.router_demand import RouterReport
-from faasmoe_operator.aio import ChangeNotifier
+from faasmoe_operator.aio import ChangeNotifier, TaskSet
 from faasmoe_operator.api.v1alpha1.router import RouterScalingSpec
 from faasmoe_operator.cli.gateway_link import GatewayLinks
 from faasmoe_operator.cli.local_stack import SupervisedContext
@@ -138,6 +138,10 @@ class RouterSlot:
         self._is_measured = True
 
 
+RouterState = tuple[bool, int, tuple[SupervisedChild | None, ...]]
+"""Whether there are requests, how many routers should run, and the processes of those that do."""
+
+
 class ScaledRouters:
     """The routers of one model; created by `scaled_routers`.
 
@@ -146,6 +150,7 @@ class ScaledRouters:
         scaler: decides how many run.
         slots: the routers.
         links: the gateways.
+        on_wake: called when the first router starts for a request.
 
     Attributes:
         slots: as given.
@@ -158,12 +163,16 @@ class ScaledRouters:
         scaler: RouterScaler,
         slots: Sequence[RouterSlot],
         links: GatewayLinks,
+        *,
+        on_wake: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         self.model = model
         self.slots = tuple(slots)
         self.has_started = asyncio.Event()
         self._scaler = scaler
         self._links = links
+        self._on_wake = on_wake
+        self._tasks = TaskSet()
         self._changed = ChangeNotifier()
         self._last_used_s = time.monotonic()
         links.add(model, self._take_demand)
@@ -193,25 +202,26 @@ class ScaledRouters:
                 self._scaler.end(time.time())
         self._changed.notify()
 
-    async def wait_for_change(self, timeout_s: float) -> None:
-        """Wait until routers were started or ended, or more are wanted."""
-        before = [(slot.child, slot.index < self._scaler.desired) for slot in self.slots]
+    @property
+    def state(self) -> RouterState:
+        """What a memory limit depends on; see `wait_for_change`."""
+        has_requests = self._links.n_requests(self.model) > 0
+        children = tuple(slot.child for slot in self.slots)
+        return has_requests, self._scaler.desired, children
 
-        def has_changed() -> bool:
-            return before != [(s.child, s.index < self._scaler.desired) for s in self.slots]
-
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._changed.wait_for(has_changed)
-        except TimeoutError:
-            return
+    async def wait_for_change(self, state: RouterState) -> None:
+        """Wait until routers started or ended, more are wanted, or requests came or ended."""
+        await self._changed.wait_for(lambda: self.state != state)
 
     async def run(self) -> Never:
         """Start and stop routers until cancelled; raises CommandError as a child does."""
         async with _first_error() as tasks:
             tasks.append(asyncio.create_task(self._tick()))
             tasks += [asyncio.create_task(self._run_slot(slot)) for slot in self.slots]
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            finally:
+                await self._tasks.cancel_all()
         raise AssertionError("a router's supervision ended")
 
     def _take_demand(self) -> None:
@@ -219,7 +229,10 @@ class ScaledRouters:
         n_requests = self._links.n_requests(self.model)
         if n_requests:
             self._last_used_s = time.monotonic()
+        was_at_zero = self._scaler.desired == 0
         self._scaler.set_demand(n_requests, time.time())
+        if was_at_zero and self._scaler.desired and self._on_wake is not None:
+            self._tasks.start(self._on_wake())
         self._changed.notify()
 
     def _is_wanted(self, slot: RouterSlot) -> bool:
@@ -237,7 +250,8 @@ class ScaledRouters:
                 self._changed.notify()
                 tasks += [failure, asyncio.create_task(self._probe(slot, child))]
                 await self._until_ended(slot, tasks)
-                print_progress(f"{name} ends: no requests")
+                why = "no requests" if slot.may_run else "others need its memory"
+                print_progress(f"{name} ends: {why}")
             slot.child, slot.is_ready = None, False
             self._changed.notify()
 

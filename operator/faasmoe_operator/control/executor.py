@@ -18,6 +18,7 @@ from typing import Any
 
 from faasmoe_contracts.backoff import Backoff, ExponentialBackoff
 from faasmoe_operator.aio import TaskSet
+from faasmoe_operator.control.activation_trace import ActivationTrace
 from faasmoe_operator.control.fleet import Fleet
 from faasmoe_operator.control.metrics import ControlPlaneMetrics
 from faasmoe_operator.control.model import ControlledModel
@@ -53,6 +54,7 @@ class ExecutorContext:
         clock: current time in seconds.
         on_change: called after a change that needs a reconcile pass.
         on_attached: called after an attach, so that the routing table is published.
+        activation_trace: follows attaches.
         drain_s: returns the seconds between the removal of an address from the routing table and
             the detach; 0 if no router watches the table.
     """
@@ -64,6 +66,7 @@ class ExecutorContext:
     clock: Callable[[], float]
     on_change: Callable[[], None]
     on_attached: Callable[[], None]
+    activation_trace: ActivationTrace
     drain_s: Callable[[], float]
 
 
@@ -97,8 +100,13 @@ class ActionExecutor:
         """Return when a back-off of creation ends; infinity if there is none."""
         return math.inf if self.can_create(now) else self._create_backoff.blocked_until
 
-    def execute(self, action: Action) -> None:
-        """Record an action in the fleet and start it."""
+    def execute(self, action: Action, *, drain_s: float | None = None) -> None:
+        """Record an action in the fleet and start it.
+
+        Args:
+            action: the action.
+            drain_s: seconds before a detach, for calls in flight; None for the usual ones.
+        """
         self._context.metrics.sandbox_actions.labels(
             type(action).__name__.lower(), action.reason
         ).inc()
@@ -121,8 +129,11 @@ class ActionExecutor:
                 cancelled = asyncio.Event()
                 if action.reason is not ActionReason.MEMORY:  # its memory is reserved for another
                     self._pending_detaches[action.sandbox, action.function] = cancelled
+                wait_s = self._context.drain_s() if drain_s is None else drain_s
                 self._tasks.start(
-                    self._detach(action.sandbox, action.function, cancelled=cancelled)
+                    self._detach(
+                        action.sandbox, action.function, cancelled=cancelled, drain_s=wait_s
+                    )
                 )
 
     def cancel_detaches(self, desired: Mapping[str, int]) -> None:
@@ -219,6 +230,7 @@ class ActionExecutor:
             return
         started, message, code = self._context.clock(), "attach was cancelled", ""
         self._n_attaching += 1
+        self._context.activation_trace.record_attach(function, started)
         try:
             spec, store = self._context.model.functions[function].spec, self._context.model.store
             await self._context.sandbox_client.attach(record.sandbox.address, spec, store=store)
@@ -244,6 +256,7 @@ class ActionExecutor:
         self._create_backoff.reset()
         self.failures.record_success(LifecycleStep.SERVE)
         self._context.metrics.attach_seconds.observe(duration_s)
+        self._context.activation_trace.record_attached(function, duration_s)
         self._context.on_attached()
 
     def _on_corrupted(self, sandbox: str, function: str, *, message: str) -> None:
@@ -265,8 +278,10 @@ class ActionExecutor:
         self._fleet.remove_function(sandbox, function)
         self._fleet.mark_full(sandbox)
 
-    async def _detach(self, sandbox: str, function: str, *, cancelled: asyncio.Event) -> None:
-        if await self._drain((sandbox, function), cancelled):
+    async def _detach(
+        self, sandbox: str, function: str, *, cancelled: asyncio.Event, drain_s: float
+    ) -> None:
+        if await self._drain((sandbox, function), cancelled, drain_s):
             return
         record = self._fleet.get(sandbox)
         if record is None:
@@ -279,10 +294,10 @@ class ActionExecutor:
             self._fleet.remove_function(sandbox, function)
             self._context.on_change()
 
-    async def _drain(self, key: AssignmentKey, cancelled: asyncio.Event) -> bool:
+    async def _drain(self, key: AssignmentKey, cancelled: asyncio.Event, drain_s: float) -> bool:
         """Wait until calls in flight have arrived; return whether the detach was cancelled."""
         try:
-            async with asyncio.timeout(self._context.drain_s()):
+            async with asyncio.timeout(drain_s):
                 await cancelled.wait()
         except TimeoutError:
             return cancelled.is_set()  # both may happen in the same iteration of the event loop

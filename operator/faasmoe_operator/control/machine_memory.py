@@ -144,12 +144,32 @@ class MemoryPool:
                 self._members[model].request_reconcile()
 
     def _function_holders(self, *, without: str = "") -> list[MemoryHolder]:
-        members = (m for name, m in self._members.items() if name != without)
-        return [holder for member in members for holder in member.memory_holders()]
+        """Return the functions of models; those of one whose routers are idle are idle as well."""
+        found: list[MemoryHolder] = []
+        for model, member in self._members.items():
+            if model == without:
+                continue
+            holders, idle_since = member.memory_holders(), self._idle_since(model)
+            if idle_since is not None:
+                holders = [
+                    replace(h, is_idle=True, last_used=min(h.last_used, idle_since))
+                    for h in holders
+                ]
+            found += holders
+        return found
+
+    def _idle_since(self, model: str) -> float | None:
+        """Return when a model last had a request; None if it has one, or that is not known."""
+        now, prefix = self._clock(), f"{model}/"
+        routers = [r for r in self._routers.values() if r.name.startswith(prefix)]
+        if not routers or not all(router.is_idle(now) for router in routers):
+            return None
+        return max(router.last_used for router in routers)
 
     def _router_holders(self) -> list[MemoryHolder]:
+        now = self._clock()
+        holders = {r.name: r.holder(now) for r in self._routers.values() if r.is_running}
         return [
-            replace(r.holder, is_leaving=True) if r.name in self._evicted_routers else r.holder
-            for r in self._routers.values()
-            if r.is_running
+            replace(holder, is_leaving=True) if name in self._evicted_routers else holder
+            for name, holder in holders.items()
         ]

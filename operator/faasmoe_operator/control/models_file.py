@@ -15,6 +15,8 @@ LOCAL_NAMESPACE = "local"
 """Where the API of the control process has the models, which have no namespaces."""
 ROUTERS_PATH = "/routers"
 """Where it is asked which routers may run."""
+WARM_PATH = "/warm"
+"""Where it is told of a model whose first router starts, so that functions are there with it."""
 MAX_MODELS = 1024
 MIN_KEY_BYTES = 16
 

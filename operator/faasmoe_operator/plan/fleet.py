@@ -12,6 +12,9 @@ from enum import Enum
 
 from faasmoe_operator.errors import PlanError
 
+EVICT_IDLE_S = 2.0
+"""Since its last use, as loads are reported once a second."""
+
 
 def _check_minimum(field: str, value: int, *, minimum: int) -> None:
     if value < minimum:
@@ -51,6 +54,7 @@ class MemoryHolder:
         last_used: time of its last use.
         is_evictable: whether it may be evicted once it is not in use.
         is_leaving: whether it is being evicted already.
+        is_idle: whether it is known not to be in use, however short ago it was.
     """
 
     key: tuple[str, str]
@@ -58,6 +62,7 @@ class MemoryHolder:
     last_used: float
     is_evictable: bool = True
     is_leaving: bool = False
+    is_idle: bool = False
 
     @property
     def name(self) -> str:
@@ -126,7 +131,7 @@ class FleetSettings:
     max_surge: int = 1
     start_deadline_s: float = 600.0
     memory_limit_bytes: int | None = None
-    evict_idle_s: float = 2.0
+    evict_idle_s: float = EVICT_IDLE_S
     machine: MachineMemory | None = None
 
     def __post_init__(self) -> None:

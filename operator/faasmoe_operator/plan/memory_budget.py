@@ -130,8 +130,9 @@ class MemoryAdmission:
         return evicted
 
     def _can_evict_for(self, holder: MemoryHolder, claim: MemoryClaim) -> bool:
-        is_older = holder.last_used < claim.last_used
-        return holder.name != claim.name and is_older and holder.last_used <= self.evictable_before
+        is_in_use = not holder.is_idle and holder.last_used > self.evictable_before
+        is_other = holder.name != claim.name
+        return is_other and not is_in_use and holder.last_used < claim.last_used
 
 
 class MemoryBudget:

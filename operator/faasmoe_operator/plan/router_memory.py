@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from faasmoe_operator.plan.fleet import MachineMemory, MemoryClaim, MemoryHolder
+from faasmoe_operator.plan.fleet import EVICT_IDLE_S, MachineMemory, MemoryClaim, MemoryHolder
 from faasmoe_operator.plan.memory_budget import Candidate, MemoryAdmission, machine_limit
 
-EVICT_IDLE_S = 2.0
+ROUTER_IDLE_S = 0.25  # without a request; gateways know of each, so that is no guess
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +40,19 @@ class RouterMemory:
         """Its key among all that holds memory."""
         return ("", self.name)
 
-    @property
-    def holder(self) -> MemoryHolder:
-        """What it holds while it runs."""
+    def is_idle(self, now: float) -> bool:
+        """Return whether it has no request, nor had one just now."""
+        return now - self.last_used >= ROUTER_IDLE_S
+
+    def holder(self, now: float) -> MemoryHolder:
+        """Return what it holds while it runs."""
         return MemoryHolder(
             self.key,
             self.size_bytes,
             self.last_used,
             is_evictable=not self.is_pinned,
             is_leaving=not self.is_wanted,
+            is_idle=self.is_idle(now),
         )
 
     @property
@@ -91,7 +95,7 @@ def plan_routers(
     """
     routers = list(routers)
     running = [router for router in routers if router.is_running]
-    holders = (*(r.holder for r in running), *functions)
+    holders = (*(r.holder(now) for r in running), *functions)
     limit = machine_limit(MachineMemory(limit_bytes, holders, tuple(claims)))
     candidates = [Candidate(holder, (limit,)) for holder in holders if _may_leave(holder)]
     admission = MemoryAdmission((limit,), candidates, now - EVICT_IDLE_S)

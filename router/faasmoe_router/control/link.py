@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Self
@@ -18,6 +19,7 @@ from faasmoe_router.control.activator import (
     ActivationRequester,
     Activator,
 )
+from faasmoe_router.control.awaited_activation import AwaitedActivation
 from faasmoe_router.control.client import ControlClient
 from faasmoe_router.control.load_reporter import LOAD_REPORT_INTERVAL_S, LoadReporter
 from faasmoe_router.control.local_fallback import LocalFallback
@@ -26,6 +28,7 @@ from faasmoe_router.control.table_watcher import TableWatcher
 from faasmoe_router.control.usage_reporter import UsageReporter, UsageSource
 from faasmoe_router.dispatch.load import LoadMeter
 from faasmoe_router.dispatch.routing import RoutingIndex
+from faasmoe_tracing import NO_SPAN, Span
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +78,8 @@ class LinkSettings:
     Attributes:
         router_name: name of this router, new at each start.
         queue_limits: capacity of the activation queue.
+        queues_requests: whether requests wait for missing functions; not if the dispatcher computes
+            those, because memory is limited.
         report_interval_s: time between two load reports, in seconds.
         activation_repeat_s: time between two requests for a function that is still awaited, in
             seconds.
@@ -82,6 +87,7 @@ class LinkSettings:
 
     router_name: str
     queue_limits: ActivationQueueLimits = field(default_factory=ActivationQueueLimits)
+    queues_requests: bool = True
     report_interval_s: float = LOAD_REPORT_INTERVAL_S
     activation_repeat_s: float = ACTIVATION_REPEAT_S
 
@@ -126,6 +132,7 @@ class ControlLink:
             limits=settings.queue_limits,
             metrics=metrics,
             load=queue_load,
+            awaited_activation=AwaitedActivation(activation_requester.set_traceparent),
         )
         self._table_watcher = TableWatcher(
             client,
@@ -156,6 +163,8 @@ class ControlLink:
     @property
     def activated_below_tokens(self) -> float:
         """Requests of fewer tokens than this need no missing function."""
+        if self.ready and not self._settings.queues_requests:
+            return math.inf
         return self._local_fallback.activated_below_tokens if self.ready else 0.0
 
     def missing_for(self, n_tokens: int) -> Sequence[str]:
@@ -170,9 +179,11 @@ class ControlLink:
         """Return whether a request of `n_tokens` tokens need not be queued."""
         return self._activator.is_activated_for(n_tokens)
 
-    async def wait_for_activation(self, n_tokens: int, *, size_bytes: int) -> float:
+    async def wait_for_activation(
+        self, n_tokens: int, *, size_bytes: int, span: Span = NO_SPAN
+    ) -> float:
         """Queue a request; see `Activator.wait_for_activation`."""
-        return await self._activator.wait_for_activation(n_tokens, size_bytes=size_bytes)
+        return await self._activator.wait_for_activation(n_tokens, size_bytes=size_bytes, span=span)
 
     def reject_queued(self) -> None:
         """Reject the queued requests, because the server shuts down."""

@@ -10,7 +10,7 @@ answers is computed locally from the store.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,6 +35,7 @@ from faasmoe_router.dispatch.load import LoadMeter
 from faasmoe_router.dispatch.local_functions import map_function
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.native_dispatch import NativeDispatch
+from faasmoe_router.dispatch.overflow import OverflowFunctions
 from faasmoe_router.dispatch.routing import RoutingIndex
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,8 @@ class Dispatcher:
             faster, "functions" colocates none. Applies to reduced mode with a model on the host.
         mailbox: whether sandboxes of this machine are called over mailboxes where possible. Applies
             as `placement` does, and where the kernel library is present.
+        computes_overflow: whether functions without an address are computed in this process at
+            once, because memory is limited, rather than waited for.
 
     Attributes:
         native: the native path of layers; None if there is none.
@@ -101,6 +104,7 @@ class Dispatcher:
         device_transfer: BufferedTransfer | None = None,
         placement: Literal["auto", "functions"] = "functions",
         mailbox: bool = True,
+        computes_overflow: bool = False,
     ) -> None:
         self._store = store
         self._store_dtype: torch.dtype = getattr(torch, store.manifest.model.dtype)
@@ -118,6 +122,7 @@ class Dispatcher:
             colocated = (
                 ColocatedFunctions(store, socket_dir) if mode is OutputMode.REDUCED else None
             )
+        overflow = OverflowFunctions(store) if computes_overflow else None
         self._executor = LayerExecutor(
             store,
             routing,
@@ -127,17 +132,23 @@ class Dispatcher:
             timeouts=timeouts,
             resilience=resilience,
             colocated=colocated,
+            overflow=overflow,
         )
         self.native: NativeDispatch | None = None
         is_reduced_on_host = mode is OutputMode.REDUCED and device_transfer is None
         if mailbox and socket_dir is not None and is_reduced_on_host:
             self.native = self._create_native(
-                colocated, socket_dir, token=token, timeouts=timeouts or DispatchTimeouts()
+                colocated,
+                overflow,
+                socket_dir,
+                token=token,
+                timeouts=timeouts or DispatchTimeouts(),
             )
 
     def _create_native(
         self,
         colocated: ColocatedFunctions | None,
+        overflow: OverflowFunctions | None,
         socket_dir: Path,
         *,
         token: str,
@@ -156,6 +167,7 @@ class Dispatcher:
             metrics=self._metrics,
             absences=self._executor.absences,
             colocated=colocated,
+            overflow=overflow,
             socket_dir=socket_dir,
             token=token,
             call_timeout_s=timeouts.call_timeout_s,
@@ -365,6 +377,10 @@ class Dispatcher:
         """
         for spec in specs:
             map_function(spec, self._store)
+
+    def show_calls_late(self, read_tokens: Callable[[], float], *, min_tokens: int) -> None:
+        """Show calls in metrics by windows of tokens; see `WindowedCollector.show_late`."""
+        self._metrics.windows.show_late(read_tokens, min_tokens=min_tokens)
 
     def release_memory(self) -> None:
         """Free memory that is kept for the next calls, when idle; safe from any thread."""

@@ -2,7 +2,8 @@
 
 No fault of a sandbox or the network leaves this module as an error. In order, a group is
 
-1. computed in this process if its function is colocated (colocation.py),
+1. computed in this process if its function is colocated (colocation.py), or has no address while
+   memory is limited (overflow.py),
 2. called at the function's addresses, with retries and hedges (fanout.py, retry_policy.py),
 3. held back and retried while its function is being activated, its sandbox is starting or an
    ejected replica may be replaced (cold_start.py),
@@ -31,6 +32,7 @@ from faasmoe_router.dispatch.layer_batch import LayerBatch
 from faasmoe_router.dispatch.load import LoadMeter
 from faasmoe_router.dispatch.local_functions import LocalFunctions
 from faasmoe_router.dispatch.metrics import DispatchMetrics
+from faasmoe_router.dispatch.overflow import OverflowFunctions
 from faasmoe_router.dispatch.retry_policy import RateLimitedLogger, RetryHedgePolicy
 from faasmoe_router.dispatch.routing import RoutingIndex
 from faasmoe_router.errors import StoreCorrupted
@@ -48,6 +50,8 @@ class LayerExecutor:
         timeouts: bounds of a layer's calls.
         resilience: how failed and slow calls are handled.
         colocated: functions that may be computed in this process; None for none.
+        overflow: computes the functions without an address, so that no call waits for one; None
+            where calls wait.
 
     Attributes:
         routing: the current routing; one read of it is consistent.
@@ -66,6 +70,7 @@ class LayerExecutor:
         timeouts: DispatchTimeouts | None = None,
         resilience: ResilienceSettings | None = None,
         colocated: ColocatedFunctions | None = None,
+        overflow: OverflowFunctions | None = None,
     ) -> None:
         self.routing = routing
         self.load = LoadMeter()
@@ -73,6 +78,7 @@ class LayerExecutor:
         self._metrics = metrics
         self._local_functions = LocalFunctions(store)
         self._colocated = colocated
+        self._overflow = overflow
         self._round_robin_indices: dict[int, int] = defaultdict(int)  # by layer
         self.health = EndpointHealth(
             resilience or ResilienceSettings(), metrics, may_be_starting=activation is not None
@@ -98,6 +104,8 @@ class LayerExecutor:
         self.load.forward_passes += 1
         if self._colocated is not None:
             self._colocated.start_pass(self.routing, n_rows)
+        if self._overflow is not None:
+            self._overflow.start_pass(self.routing)
 
     def execute(
         self,
@@ -125,7 +133,9 @@ class LayerExecutor:
         deadline_s = started_s + self._layer_timeout_s
         entries = {i: functions[group.function_index] for i, group in enumerate(batch.groups)}
         colocated = self._select_colocated(batch, layer, functions)
-        remote = {i: entry for i, entry in entries.items() if i not in colocated}
+        overflow = self._select_overflow(entries)
+        local = {*colocated, *overflow}
+        remote = {i: entry for i, entry in entries.items() if i not in local}
         with InFlightTracker(self.load, batch, entries) as in_flight:
             round_robin_index = self._round_robin_indices[layer]
             self._round_robin_indices[layer] += 1
@@ -135,8 +145,9 @@ class LayerExecutor:
                 if while_waiting is not None:
                     while_waiting()
                 corrupted.extend(self._compute_colocated(batch, colocated, entries, in_flight))
+                self._compute_overflow(batch, overflow, entries, in_flight)
 
-            has_work = while_waiting is not None or bool(colocated)
+            has_work = while_waiting is not None or bool(local)
             failures = self._call_functions(
                 batch,
                 remote,
@@ -167,6 +178,25 @@ class LayerExecutor:
         if self._colocated is None:
             return ()
         return self._colocated.select_positions(layer, batch.groups, functions)
+
+    def _select_overflow(self, entries: Mapping[int, FunctionEndpoints]) -> Collection[int]:
+        """Return the positions whose function has no place in limited memory."""
+        if self._overflow is None:
+            return ()
+        return [i for i, entry in entries.items() if not entry.addresses]
+
+    def _compute_overflow(
+        self,
+        batch: LayerBatch,
+        positions: Collection[int],
+        entries: Mapping[int, FunctionEndpoints],
+        in_flight: InFlightTracker,
+    ) -> None:
+        for i in positions:
+            assert self._overflow is not None
+            batch.compute_locally(i, self._overflow, entries[i].spec)
+            self._metrics.colocated.inc()
+            in_flight.finish(i)
 
     def _compute_colocated(
         self,
@@ -255,6 +285,8 @@ class LayerExecutor:
         self._fanout.retain(routing.addresses())
         if self._colocated is not None:
             self._colocated.release_unassigned(routing)
+        if self._overflow is not None:
+            self._overflow.release(routing)
         if self._activation_waiter is not None:
             self._activation_waiter.routing_changed.set()
 
@@ -276,6 +308,8 @@ class LayerExecutor:
         self.health.close()
         if self._colocated is not None:
             self._colocated.close()
+        if self._overflow is not None:
+            self._overflow.close()
 
 
 class InFlightTracker:

@@ -48,6 +48,7 @@ from faasmoe_router.dispatch.load import LoadTotals
 from faasmoe_router.dispatch.mailbox_connector import N_SLOTS, MailboxConnector, MailboxSizes
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.native_routes import FunctionNumbers, Suspensions, build_routes
+from faasmoe_router.dispatch.overflow import OverflowFunctions, Selection
 from faasmoe_router.dispatch.retry_policy import RateLimitedLogger
 from faasmoe_router.dispatch.routing import RoutingIndex
 from faasmoe_router.dispatch.transport import CallError, CallTimeout
@@ -94,6 +95,7 @@ class NativeDispatch:
         metrics: the dispatcher's metrics.
         absences: the functions that calls found missing; None if calls never wait.
         colocated: functions that may be computed in this process; None for none.
+        overflow: computes functions without an address; None where calls wait for them.
         socket_dir: folder of the Unix sockets of sandboxes on this machine.
         token: bearer token of the sandboxes.
         call_timeout_s: longest time of a call.
@@ -113,6 +115,7 @@ class NativeDispatch:
         metrics: DispatchMetrics,
         absences: AbsenceTracker | None,
         colocated: ColocatedFunctions | None,
+        overflow: OverflowFunctions | None,
         socket_dir: Path,
         token: str,
         call_timeout_s: float,
@@ -131,6 +134,9 @@ class NativeDispatch:
         self._metrics = metrics
         self._absences = absences
         self._colocated = colocated
+        self._overflow = overflow
+        self._local_selections: tuple[Selection, Selection] = ({}, {})
+        self._local_selection: Selection = {}
         self._call_timeout_s = call_timeout_s
         self._routing = routing
         self._numbers = FunctionNumbers()
@@ -159,8 +165,7 @@ class NativeDispatch:
         self._settle()  # what layers left that took the general path after `begin`
         self._suspensions.expire(time.monotonic())
         self._pass_layers = self._totals.layers
-        if self._colocated is not None:
-            self._locals.update(self._colocated.selection())
+        self._locals.update(self._select_local())
         self._publish_routes(self._routing)
         self._configure()
 
@@ -238,9 +243,9 @@ class NativeDispatch:
         return totals
 
     def release_unmapped(self) -> None:
-        """Release the functions of this process that colocation no longer maps."""
-        if self._colocated is not None:
-            self._locals.retain(self._colocated.mapped)
+        """Release the functions that this process no longer maps."""
+        parts = (self._colocated, self._overflow)
+        self._locals.retain({spec for part in parts if part is not None for spec in part.mapped})
 
     def release_memory(self) -> None:
         """Free what mailboxes keep for their next calls; safe from any thread."""
@@ -249,6 +254,17 @@ class NativeDispatch:
     def close(self) -> None:
         """Close all mailboxes."""
         self.connector.close()
+
+    def _select_local(self) -> Selection:
+        """Return what this process computes; the mapping is replaced when that changes."""
+        colocated = {} if self._colocated is None else self._colocated.selection()
+        overflow = {} if self._overflow is None else self._overflow.selection()
+        before = self._local_selections
+        if not (colocated is before[0] and overflow is before[1]):
+            self._local_selections = (colocated, overflow)
+            if colocated or overflow or self._local_selection:
+                self._local_selection = {**colocated, **overflow}
+        return self._local_selection
 
     def _publish_routes(self, routing: RoutingIndex) -> None:
         mailboxes = self.connector.mailboxes()

@@ -276,4 +276,5 @@ def _engine_config(arguments: Namespace) -> VllmConfig:
 def _link(config: RouterConfig, store: Store, registry: JoinedRegistry) -> ControlLink | None:
     if config.control_url is None:
         return None
-    return create_front_link(RoutingView(store), config, config.control_url, registry)
+    view = RoutingView(store)
+    return create_front_link(view, config, config.control_url, registry, store=store)

@@ -1,6 +1,7 @@
 """Ratios, agreement and tables of the comparison with other servers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from benchmarks.peers.comparison import (
@@ -13,7 +14,7 @@ from benchmarks.peers.comparison import (
     visit_order,
 )
 from benchmarks.peers.servers import cpu_used_s
-from benchmarks.peers.tables import ratio_table, server_table
+from benchmarks.peers.tables import overview_table, ratio_table, server_table
 from benchmarks.peers.visit import BatchFigures, Visit
 
 TOKENS = (("a", "b"), ("c", "d"))
@@ -97,3 +98,19 @@ def test_tables_show_a_spread_only_for_several_rounds() -> None:
     assert "0.25" in ratio_table(ratio_figures(once))
     assert ".." not in server_table(once)
     assert "1.5 (1.0..2.0)" in server_table(_visits([1.0, 2.0], [4.0, 4.0]))
+
+
+def test_overview_has_idle_and_loaded_figures_memory_and_the_day() -> None:
+    visits = _visits([2.0], [4.0])
+    (cell, (run,)) = next(iter(visits.items()))
+    visits[cell] = [replace(run, rest_pss_bytes=1 << 19)]
+    day = {
+        "model": {"name": "demo"},
+        "servers": {"zero": [{"gb_s_per_token": 0.25}], "llama.cpp": [{"gb_s_per_token": None}]},
+    }
+    head, ours, theirs = overview_table(visits, day).splitlines()
+    assert "TOK/S AT 1" in head
+    assert "(demo)" in head
+    assert ours.split() == ["qwen", "bf16", "FaaSMoE", "2.0", "16.0", "100", "1", "0", "0.250"]
+    assert theirs.split() == ["qwen", "bf16", "llama.cpp", "4.0", "32.0", "50", "1"]
+    assert "0.250" not in overview_table(visits, None)

@@ -1,7 +1,9 @@
 """The command line of the comparison with other servers."""
 
+import argparse
+
 import pytest
-from benchmarks.peers.__main__ import parse_arguments
+from benchmarks.peers.command import FOR_USERS, add_options, complete, parse_arguments
 
 
 def test_quick_is_one_round_of_fewer_figures() -> None:
@@ -18,6 +20,11 @@ def test_given_options_win_over_quick() -> None:
     assert arguments.servers == ("faasmoe", "llama", "vllm")
 
 
+def test_our_vllm_engine_comes_with_vllm_itself() -> None:
+    arguments = parse_arguments(["--servers", "faasmoe", "--vllm-engine"])
+    assert arguments.servers == ("faasmoe", "vllm", "faasmoe-vllm")
+
+
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [
@@ -32,3 +39,12 @@ def test_unknown_values_are_named(
     with pytest.raises(SystemExit):
         parse_arguments([option, value])
     assert expected in capsys.readouterr().err
+
+
+def test_users_get_one_checkpoint_idle_and_with_six_tenants() -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser, FOR_USERS)
+    found = complete(parser.parse_args([]), FOR_USERS)
+    assert (found.models, found.precisions, found.concurrency) == (("qwen",), ("int8",), (1, 6))
+    assert found.rest > 0
+    assert parse_arguments([]).rest == 0

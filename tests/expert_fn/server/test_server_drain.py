@@ -19,6 +19,7 @@ from sandbox_processes import SandboxProcess, StartSandbox
 
 from faasmoe_contracts.routing_table import FunctionSpec
 from faasmoe_contracts.store import Store
+from faasmoe_expert.config import SandboxConfig
 
 READY = b"GET /readyz HTTP/1.1\r\nhost: test\r\n\r\n"
 DRAIN_S = 60.0  # longer than any test: the drain ends when the last client disconnects
@@ -103,12 +104,12 @@ def test_exits_immediately_without_clients(draining_sandbox: SandboxProcess) -> 
     assert time.monotonic() - start_s < DRAIN_S / 2
 
 
-@pytest.mark.parametrize("settings", [{}, {"drain_s": 0}])
+@pytest.mark.parametrize("drain_s", [SandboxConfig().drain_s, 0])
 def test_connected_clients_do_not_delay_exit_beyond_the_drain(
-    sandbox: StartSandbox, settings: dict[str, float]
+    sandbox: StartSandbox, drain_s: float
 ) -> None:
     """By default the sandbox exits within the 5 s grace period of the zygote."""
-    with sandbox(**settings) as sandbox_server, connect(sandbox_server) as idle:
+    with sandbox(drain_s=drain_s) as sandbox_server, connect(sandbox_server) as idle:
         sandbox_server.process.send_signal(signal.SIGTERM)
         assert sandbox_server.process.wait(5.0) == 0
         assert idle.recv(1) == b""

@@ -58,11 +58,10 @@ def reference_weights(parts: Mapping[str, Tensor], entry: TensorQuantization) ->
     scale_row = part * (scales.shape[-2] // entry.parts) + row_in_part // entry.group_rows
     group = column // (entry.group or columns)
     if entry.scheme in ("int8", "int4"):
-        middle = 8.0 if entry.scheme == "int4" else 0.0
-        if not entry.symmetric:  # int8 codes are stored less 128
-            middle = parts["_zero_point"].float()[..., group]
-            middle = middle if entry.scheme == "int4" else middle - 128
-        values = values - middle
+        unsigned = values + 128 if entry.scheme == "int8" else values
+        middle = 128.0 if entry.scheme == "int8" else 8.0
+        zeros = middle if entry.symmetric else parts["_zero_point"].float()[..., group]
+        values = unsigned - zeros
     factors = 2.0 ** (scales.float() - 127) if entry.scale_dtype == "e8m0" else scales.float()
     per_weight = factors[..., scale_row, :][..., group]  # [..., N, K]
     if entry.scheme == "nvfp4":

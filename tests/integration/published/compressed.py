@@ -18,6 +18,7 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from published.checkpoints import Parts, Write, linears
+from published.floats import groups_of
 from torch import Tensor
 
 
@@ -79,8 +80,9 @@ def _ranges(weight: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor]:
         return weight.amin(), weight.amax()
     if args.strategy == "block":
         rows, columns = args.block_structure
-        blocks = weight.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))  # [n, R, k, C]
+        n, k = weight.shape[0] // rows, weight.shape[1] // columns
+        blocks = weight.view(n, rows, k, columns)
         return blocks.amin((1, 3)), blocks.amax((1, 3))  # [n, k]
     size = args.group_size or weight.shape[1]
-    groups = weight.unflatten(1, (-1, size if size > 0 else weight.shape[1]))  # [N, G, n]
+    groups = groups_of(weight, size)  # [N, G, n]
     return groups.amin(-1), groups.amax(-1)  # [N, G]

@@ -21,7 +21,7 @@ NVFP4_BLOCK = {-1: 16}
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    linear = nn.Linear(*reversed(weight.shape), bias=False)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight
     return linear
 

@@ -111,6 +111,7 @@ class FakeRouters:
     Attributes:
         running: indices of those that run.
         n_started: starts so far.
+        n_wakes: starts for a request so far, as functions are told of.
         healthy: lets them answer.
         failure: raises what they fail with.
     """
@@ -118,6 +119,7 @@ class FakeRouters:
     def __init__(self) -> None:
         self.running: set[int] = set()
         self.n_started = 0
+        self.n_wakes = 0
         self.healthy = asyncio.Event()
         self.healthy.set()
         self.failure: asyncio.Future[Never] = asyncio.get_running_loop().create_future()
@@ -149,8 +151,12 @@ class FakeRouters:
         def slot(index: int) -> RouterSlot:
             return RouterSlot(index, lambda: self.start(index), wait_until_healthy, may_run=may_run)
 
+        async def count_wake() -> None:
+            self.n_wakes += 1
+
         slots = [slot(index) for index in range(spec.max_replicas)]
-        return ScaledRouters("a", RouterScaler(spec, 4, 0.5), slots, links)
+        scaler = RouterScaler(spec, 4, 0.5)
+        return ScaledRouters("a", scaler, slots, links, on_wake=count_wake)
 
 
 class FakeGateway:
@@ -205,7 +211,7 @@ def test_demand_over_the_socket_starts_the_router_again(socket: Path) -> None:
             gateway = await FakeGateway.connect(socket)
             gateway.report(1)
             await until(lambda: fake.running == {0})
-            assert fake.n_started == 2
+            assert (fake.n_started, fake.n_wakes) == (2, 1)
             await gateway.close()  # the gateway has died, and its requests with it
             await until(lambda: not fake.running)
             assert not failure.done()

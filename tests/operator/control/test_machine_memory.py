@@ -14,19 +14,18 @@ from fake_platform import (
     eventually,
     fast_clock,
     make_model,
-    reporting_load,
     routable_functions,
     running_controller,
 )
 
-from faasmoe_contracts.control_messages import FunctionLoad, LoadReport
 from faasmoe_operator.control.controller import Controller
 from faasmoe_operator.control.machine_memory import MemoryPool
 from faasmoe_operator.control.sandbox_pool import SandboxPool
+from faasmoe_operator.plan.fleet import MemoryClaim, MemoryHolder
 from faasmoe_operator.plan.router_memory import RouterMemory
 from faasmoe_operator.scaling import ScalingSettings
 
-KEPT = ScalingSettings(initial_scale=0, window_s=600, scale_to_zero_grace_period_s=600)
+KEPT = ScalingSettings(initial_scale=0, window_s=3600, scale_to_zero_grace_period_s=3600)
 """Functions that stay until somebody else needs their memory."""
 IDLE_S = 2.5 / CLOCK_SPEED
 
@@ -85,22 +84,6 @@ def test_least_recently_used_function_of_another_model_makes_room() -> None:
     asyncio.run(work())
 
 
-def test_function_in_use_is_not_evicted() -> None:
-    async def work() -> None:
-        async with running_machine(limit=1) as machine:
-            await activate(machine.a, "a0")
-            load = LoadReport("router", functions={"a0": FunctionLoad(1.0, calls=1, rows=1)})
-            async with reporting_load(machine.a, load):
-                machine.b.activate(["b0"])
-                for _ in range(20):
-                    await asyncio.sleep(IDLE_S / 10)
-                    assert has(machine.a, "a0")
-            await activate(machine.b, "b0")
-            await eventually(lambda: has(machine.a) and has(machine.b, "b0"))
-
-    asyncio.run(work())
-
-
 def test_routers_and_functions_make_room_for_each_other() -> None:
     def router(name: str, *, is_running: bool, last_used: float) -> RouterMemory:
         return RouterMemory(name, 1, last_used, is_running, is_wanted=True)
@@ -122,3 +105,59 @@ def test_routers_and_functions_make_room_for_each_other() -> None:
             await eventually(lambda: has(machine.a, "a0", "a1"))
 
     asyncio.run(work())
+
+
+class Member:
+    """A controller of which a test says what it holds.
+
+    Attributes:
+        holders: what it holds.
+        evicted: what it was told to detach.
+        n_reconciles: how often it was told to plan anew.
+    """
+
+    def __init__(self, *holders: MemoryHolder) -> None:
+        self.holders = list(holders)
+        self.evicted: list[MemoryHolder] = []
+        self.n_reconciles = 0
+
+    def memory_holders(self) -> list[MemoryHolder]:
+        return self.holders
+
+    def evict(self, holder: MemoryHolder) -> None:
+        self.evicted.append(holder)
+
+    def request_reconcile(self) -> None:
+        self.n_reconciles += 1
+
+
+def test_functions_of_a_model_are_idle_while_its_routers_are() -> None:
+    now = 100.0
+    memory = MemoryPool(10, clock=lambda: now)
+    used = MemoryHolder(("s", "f"), 1, now)
+    memory.join("a", Member(used))
+    router = RouterMemory("a/0", 1, now, is_running=True, is_wanted=True)
+    memory.update_routers([router])
+    assert memory.view("b").others[-1] == used
+    memory.update_routers([replace(router, last_used=now - 0.3)])
+    idle = replace(used, is_idle=True, last_used=now - 0.3)
+    assert memory.view("b").others[-1] == idle
+    assert memory.view("a").others == (replace(router, last_used=now - 0.3).holder(now),)
+
+
+def test_claims_are_seen_by_others_and_told_when_memory_is_free() -> None:
+    memory = MemoryPool(10, clock=lambda: 0.0)
+    first = Member(MemoryHolder(("s", "f"), 8, 0.0))
+    second = Member()
+    memory.join("a", first)
+    memory.join("b", second)
+    claim = MemoryClaim("g", 8, 1.0)
+    memory.settle("b", [claim], first.holders)
+    assert first.evicted == first.holders
+    assert memory.view("a").claims == (claim,)
+    assert memory.view("b").claims == ()
+    memory.settle("a", [], [])
+    assert second.n_reconciles == 0
+    first.holders = []
+    memory.settle("a", [], [])
+    assert second.n_reconciles == 1

@@ -70,7 +70,7 @@ def test_least_recently_used_function_makes_room_for_a_router() -> None:
 
 
 def test_router_waits_while_all_memory_is_in_use() -> None:
-    got = plan(running("a", last_used=NOW), running("c", last_used=NOW - 1), wanted("b"))
+    got = plan(running("a", last_used=NOW), running("c", last_used=NOW - 0.2), wanted("b"))
     assert got.may_run == {"a", "c"}
     assert got.evicted == ()
 
@@ -123,7 +123,7 @@ def test_what_starts_fits_and_nothing_in_use_is_evicted(
     if started:
         assert held + sum(r.size_bytes for r in started) <= LIMIT
     ended = [r for r in found if r.is_running and r.is_wanted and r.name not in got.may_run]
-    assert all(r.last_used <= NOW - 2 for r in ended)
+    assert all(r.last_used <= NOW - 0.25 for r in ended)
     assert all(f.last_used <= NOW - 2 for f in got.evicted)
     assert all(r.is_wanted for r in found if r.name in got.may_run)
 
@@ -175,6 +175,15 @@ def test_function_leaves_memory_to_what_was_used_more_recently() -> None:
     )
     assert got.actions == ()
     assert got.waiting_for_memory == ("f",)
+
+
+def test_function_that_is_known_to_be_idle_makes_room_at_once() -> None:
+    just_used = function("other", last_used=NOW - 0.5, size=80)
+    machine = MachineMemory(LIMIT, (just_used,))
+    assert plan_model([demand("f")], sandbox(), machine=machine).evicted_elsewhere == ()
+    idle = replace(just_used, is_idle=True)
+    got = plan_model([demand("f")], sandbox(), machine=MachineMemory(LIMIT, (idle,)))
+    assert got.evicted_elsewhere == (idle,)
 
 
 def test_function_larger_than_the_machine_cannot_be_placed() -> None:

@@ -101,7 +101,11 @@ def router(store: Store, model_tokenizer: ModelTokenizer, control: FakeControl) 
 
     @contextmanager
     def run(
-        *, call_queue_timeout_s: float = 2.0, repeat_s: float = 0.2, **limits: Any
+        *,
+        call_queue_timeout_s: float = 2.0,
+        repeat_s: float = 0.2,
+        computes_overflow: bool = False,
+        **limits: Any,
     ) -> Iterator[ElasticRouter]:
         registry = new_registry()
         metrics = ControlLinkMetrics(registry)
@@ -113,6 +117,7 @@ def router(store: Store, model_tokenizer: ModelTokenizer, control: FakeControl) 
             queue_limits=ActivationQueueLimits(**limits),
             report_interval_s=0.1,
             activation_repeat_s=repeat_s,
+            queues_requests=not computes_overflow,
         )
         activation_requester = ActivationRequester(
             client, router_name="router", metrics=metrics, repeat_s=settings.activation_repeat_s
@@ -127,6 +132,7 @@ def router(store: Store, model_tokenizer: ModelTokenizer, control: FakeControl) 
                 timeout_s=call_queue_timeout_s,
                 retry_interval_s=0.02,
             ),
+            computes_overflow=computes_overflow,
         )
         link = ControlLink(
             client, activation_requester, dispatcher, settings=settings, metrics=metrics

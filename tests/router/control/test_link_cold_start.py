@@ -138,6 +138,25 @@ def test_requests_are_rejected_when_half_of_the_model_is_not_activated(
         assert r.metric("local_fallback_functions") == r.metric("local_computations_total") == 0
 
 
+def test_half_of_the_model_is_computed_in_the_router_where_memory_is_limited(
+    router: Any,
+    control: FakeControl,
+    warm: Addresses,
+    text_of: Callable[[int], str],
+    until: Until,
+) -> None:
+    n_half = len(warm) // 2
+    control.set_addresses({name: warm[name] for name in list(warm)[n_half:]})
+    with router(computes_overflow=True) as r:
+        until(lambda: r.metric("control_connected") == 1)
+        answer = r.complete(max_tokens=40)
+        assert answer.json()["choices"][0]["text"] == text_of(40)
+        assert HEADER not in answer.headers
+        assert r.metric("colocated_computations_total") > 0
+        assert r.metric("local_computations_total") == 0
+        assert not control.activation_requests
+
+
 def test_a_full_activation_queue_rejects_with_status_429(
     router: Any, control: FakeControl, warm: Addresses, until: Until
 ) -> None:

@@ -297,8 +297,8 @@ class ExpertsSpec(ApiModel):
     memory: ByteQuantity | None = Field(
         None,
         description="Memory limit of the functions in all sandboxes together, for a device that "
-        "cannot hold the whole model; least recently used functions are evicted. No limit if "
-        "omitted.",
+        "cannot hold the whole model; least recently used functions are evicted, and routers "
+        "compute those that find no place. No limit if omitted.",
     )
     scaling: ScalingSpec = Field(default_factory=lambda: ScalingSpec.model_validate({}))
     template: PodTemplateSpec = Field(

@@ -13,12 +13,17 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from aiohttp import web
 
-from faasmoe_operator.control.api.requests import RequestRejected, parse_router_report
+from faasmoe_operator.control.api.requests import (
+    RequestRejected,
+    invalid_field,
+    parse_model_name,
+    parse_router_report,
+)
 from faasmoe_operator.control.api.routes import CONTROLLER, ROUTE_NAMES, ModelRoutes
 from faasmoe_operator.control.api.status import render_models_metrics, update_gauges
 from faasmoe_operator.control.controller import Controller
 from faasmoe_operator.control.machine_memory import MemoryPool
-from faasmoe_operator.control.models_file import LOCAL_NAMESPACE, ROUTERS_PATH
+from faasmoe_operator.control.models_file import LOCAL_NAMESPACE, ROUTERS_PATH, WARM_PATH
 
 MAX_BODY_BYTES = 1 << 20
 METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -81,11 +86,11 @@ def make_models_app(
 def make_machine_app(
     controllers: Mapping[str, Controller], *, token: str, memory: MemoryPool | None
 ) -> web.Application:
-    """Return the API of all models of a machine, with /routers, /metrics and /healthz.
+    """Return the API of all models of a machine, with /routers, /warm, /metrics and /healthz.
 
     Args:
         controllers: the running controllers by model, at each request.
-        token: bearer token that the models and /routers require.
+        token: bearer token that the models, /routers and /warm require.
         memory: the memory that they share with routers; None for no limit.
     """
 
@@ -104,6 +109,14 @@ def make_machine_app(
         may_run = names if memory is None else sorted(memory.update_routers(reported))
         return web.json_response({"may_run": may_run})
 
+    async def warm(request: web.Request) -> web.Response:
+        _authorize(request, token)
+        controller = controllers.get(parse_model_name(await request.read()))
+        if controller is None:
+            raise invalid_field("model", "an unknown model", "a model of this machine")
+        controller.warm_up()
+        return web.Response(status=202)
+
     def lookup(namespace: str, name: str) -> tuple[Controller, str] | None:
         controller = controllers.get(name) if namespace == LOCAL_NAMESPACE else None
         return None if controller is None else (controller, token)
@@ -112,6 +125,7 @@ def make_machine_app(
         web.get("/metrics", metrics),
         web.get("/healthz", healthz),
         web.post(ROUTERS_PATH, routers),
+        web.post(WARM_PATH, warm),
     ]
     return make_models_app(lookup, extra_routes=extra_routes)
 

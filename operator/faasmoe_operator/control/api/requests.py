@@ -6,19 +6,21 @@ The messages and their bounds are those of `faasmoe_contracts`; here they become
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Container, Iterable
 from typing import TypeVar
 
 from aiohttp import web
 
 from faasmoe_contracts.control_messages import ActivationRequest, LoadReport
-from faasmoe_contracts.json_reader import ContractError, parse_json
+from faasmoe_contracts.json_reader import ContractError, ObjectReader, parse_json
 from faasmoe_contracts.router_demand import RouterReport
 from faasmoe_contracts.text import short_repr
 from faasmoe_contracts.usage import UsageReport
 from faasmoe_operator.plan.router_memory import RouterMemory
 
 Message = TypeVar("Message")
+_MODEL_NAME = re.compile(r"[^\n]{1,256}")
 
 
 class RequestRejected(Exception):
@@ -91,6 +93,16 @@ def parse_router_report(content: bytes, *, now: float) -> list[RouterMemory]:
         )
         for report in reports
     ]
+
+
+def parse_model_name(content: bytes) -> str:
+    """Return the name of a model; raises RequestRejected."""
+
+    def read(value: object) -> str:
+        reader = ObjectReader(value, known=("model",))
+        return reader.text("model", pattern=_MODEL_NAME, expected="the name of a model")
+
+    return _parse(read, content)
 
 
 def parse_activation_request(content: bytes, *, known: Container[str]) -> tuple[str, ...]:

@@ -190,8 +190,10 @@ def router_metrics_port(ctx: ModelContext) -> int:
 
 def _environment(ctx: ModelContext) -> list[Object]:
     defaults = {**OFFLINE_ENV, "OMP_WAIT_POLICY": "PASSIVE"}
+    tracing = ctx.spec.tracing
     return merge_env_vars(
         env_vars(defaults),
+        env_vars({} if tracing is None else tracing.variables),
         [cpu_limit_env_var("OMP_NUM_THREADS", ROUTER_CONTAINER)],
         router_env_overrides(ctx),
         _settings(ctx),
@@ -222,6 +224,7 @@ def _settings(ctx: ModelContext) -> list[Object]:
             "METRICS_PORT": router_metrics_port(ctx),
             "KEEP_ALIVE": router.keep_alive_seconds,
             "KV_CACHE_BYTES": router.kv_cache_bytes,
+            "EXPERTS_MEMORY_BYTES": ctx.spec.experts.memory_bytes,
             "GENERATION_CONFIG": router.generation_config,
             "TENANTS_FILE": f"{TENANTS_MOUNT_PATH}/{TENANTS_FILE_NAME}"
             if ctx.spec.tenants

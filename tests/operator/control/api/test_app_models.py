@@ -285,3 +285,22 @@ def test_invalid_reports_of_routers_are_refused(body: object, field: str) -> Non
             assert (status, answer["error"]["field"]) == (422, field)
 
     asyncio.run(check())
+
+
+def test_functions_start_with_the_router_of_their_model() -> None:
+    async def check() -> None:
+        async with running_machine_api(None) as running:
+            post: dict[str, Any] = {"token": "secret", "method": "POST"}
+            status, _ = await running.request("/warm", body={"model": "tiny"}, **post)
+            assert status == 202
+            path = "/models/local/tiny/v1/status"
+            async with asyncio.timeout(30):
+                ready = 0
+                while not ready:
+                    _, body = await running.request(path, token="secret")
+                    ready = sum(function["ready"] for function in body["functions"])
+            for body in ({"model": "other"}, {}, {"model": 1}):
+                assert (await running.request("/warm", body=body, **post))[0] == 422
+            assert (await running.request("/warm", method="POST", body={"model": "tiny"}))[0] == 401
+
+    asyncio.run(check())
