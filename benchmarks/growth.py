@@ -305,8 +305,10 @@ def main() -> int:
         return 0
     from benchmarks.evaluation.plots import growth_plot
 
-    (out / "growth.png").write_bytes(growth_plot(figures["rows"]))
-    print(f"plot: {out / 'growth.png'}")
+    for suffix, image in growth_plot(figures["rows"]).items():
+        path = out / f"growth.{suffix}"
+        path.write_bytes(image)
+        print(f"plot: {path}")
     return 0
 
 
