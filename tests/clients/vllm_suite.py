@@ -34,7 +34,7 @@ from vllm_exclusions import FILES, NOT_APPLICABLE, NOT_SUPPORTED
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 600
-REQUEST_TIMEOUT_S = 300
+REQUEST_TIMEOUT_S = 900
 MAX_NEW_TOKENS = 320
 SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}  # as SmolLM2's authors advise
 MOEMODEL = """

@@ -967,8 +967,9 @@ or with plain HTTP where the client has no method, and names the test modules of
 - A stream without an event for 15 s, such as one that waits in a queue, sends a comment line.
 - When a client disconnects, its request is cancelled.
 - Every GET endpoint answers HEAD. Bodies may be compressed (`Content-Encoding: gzip`, `deflate` or
-  `zstd` with windows up to 8 MiB); other encodings are refused with 415. Pages of the origins in
-  `router.corsOrigins`, or `faasmoe up --cors-origin`, may call the API; a preflight needs no key.
+  `zstd` with windows up to 8 MiB); others, and `zstd` at the gateway of several models, are refused
+  with 415. Pages of the origins in `router.corsOrigins`, or `faasmoe up --cors-origin`, may call
+  the API; a preflight needs no key.
 - `faasmoe up --api-key` requires a key; for limits per key, use [tenants](tenants.md).
 - Log-probabilities are those of the unmodified distribution (log-softmax of the model's scores), as
   in OpenAI and vLLM: before temperature, biases, penalties and grammars.
