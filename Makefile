@@ -17,7 +17,7 @@ PARALLEL ?= -n 2 --dist loadfile
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-vllm-engine test-alerts test-publishers test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-call bench-cuda bench-day bench-elastic bench-fairness bench-gateway bench-growth bench-limited bench-many-models bench-paper bench-peers bench-prepare bench-reconcile bench-simulate bench-start bench-zero attack chaos soak trace-chat clean
+.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-vllm-engine test-alerts test-publishers test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-call bench-cuda bench-day bench-elastic bench-fairness bench-gateway bench-growth bench-limited bench-many-models bench-paper bench-peers bench-prepare bench-reconcile bench-seen bench-simulate bench-start bench-zero attack chaos soak trace-chat clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -118,8 +118,8 @@ test-cluster: $(STAMP) ## Run the operator's tests against the API server of KUB
 GPU_BIN = $(or $(GPU_PYTHON),$(BIN)/python)
 GPU_ENV = PYTHONPATH=operator:router:expert_fn:kernels
 
-test-alerts: $(STAMP) ## Play outages against the alert rules with promtool (Debian's package prometheus)
-	REQUIRE_PROMTOOL=1 $(BIN)/python -m pytest tests/chart/test_alert_rules.py
+test-alerts: $(STAMP) ## Play outages against the alert rules, run the dashboard's queries (Debian's package prometheus)
+	REQUIRE_PROMTOOL=1 $(BIN)/python -m pytest tests/chart/test_alert_rules.py tests/chart/test_dashboard_queries.py
 
 test-gpu: $(if $(GPU_PYTHON),,$(STAMP)) ## Run the tests that need a CUDA device; they are skipped without one
 	$(GPU_ENV) $(GPU_BIN) -m pytest -m gpu -W default tests/gpu
@@ -187,6 +187,10 @@ bench-peers: $(STAMP) ## Compare with llama.cpp's server (QUICK=1, ARGS=); write
 bench-zero: $(STAMP) ## Measure memory at whole zero and the first token from there (ARGS=); writes benchmarks/out/zero.json
 	$(BIN)/faasmoe demo-model $(DEMO)-model
 	$(BIN)/python -m benchmarks.zero $(ARGS)
+
+bench-seen: $(STAMP) ## Measure what tracing and the live page cost (ARGS=); writes benchmarks/out/seen.json
+	$(BIN)/faasmoe demo-model $(DEMO)-model
+	$(BIN)/python -m benchmarks.seen $(ARGS)
 
 bench-many-models: $(STAMP) ## Serve 20 models with memory for three to six tenants (ARGS=); writes benchmarks/out/many_models.json
 	$(BIN)/faasmoe demo-model $(DEMO)-model

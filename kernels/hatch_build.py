@@ -107,11 +107,22 @@ def build(
             (*flags, *unit_flags, *extra_flags, "-c", str(source), "-o", object_path)
             for (source, unit_flags), object_path in zip(sources, objects, strict=True)
         ]
-        list(pool.map(_run, commands))
+        for done, _ in enumerate(pool.map(_run, commands), start=1):
+            _show_progress(done, len(commands))
         linked = target.with_suffix(f".{os.getpid()}.tmp")
         kind = ("-shared",) if shared else ()
         _run((compiler, *kind, "-pthread", *extra_flags, *objects, "-o", str(linked)))
         linked.replace(target)
+
+
+def _show_progress(done: int, total: int) -> None:
+    """Show on a terminal how many sources are compiled; a log gets nothing."""
+    if sys.stderr.isatty():
+        end = "\n" if done == total else ""
+        bar = "#" * (20 * done // total)
+        print(
+            f"\rcompiling kernels [{bar:<20}] {done}/{total}", end=end, file=sys.stderr, flush=True
+        )
 
 
 def _run(command: Sequence[str]) -> None:

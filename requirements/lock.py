@@ -24,9 +24,9 @@ ROOT = FOLDER.parent
 TORCH = "torch==2.13.0"
 LOCKS: dict[str, Sequence[str]] = {
     "build": ("hatchling>=1.27",),
-    "operator": (".[operator]",),
+    "operator": (".[operator,tracing]",),
     "expert": (".[expert]", TORCH),
-    "router": (".[router]", TORCH),
+    "router": (".[router,tracing]", TORCH),
     "ci": (".[all,bench]", "--group", "dev", "hatchling>=1.27", TORCH),
     "torch-cpu": (TORCH, "--no-deps"),
     "torch-cuda": (TORCH,),

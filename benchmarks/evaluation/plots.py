@@ -1,4 +1,4 @@
-"""PNG plots of the results; the only module that needs matplotlib."""
+"""Plots of the results as PNG and SVG; the only module that needs matplotlib."""
 
 from __future__ import annotations
 
@@ -11,18 +11,37 @@ import matplotlib
 
 matplotlib.use("Agg")  # works without a display
 
+from benchmarks.evaluation.results import ratios
+from benchmarks.evaluation.strategies import FULL_MODEL_SHARED
 from benchmarks.evaluation.table import Results, strategies
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 DPI = 130
 FIGURE_SIZE = (9.0, 4.2)
+FORMATS = ("png", "svg")
+RATIO_LABELS = {
+    "tokens_per_s": "tokens/s",
+    "ttft_p50_s": "first token",
+    "tpot_p50_s": "time per token",
+    "cpu_s_per_token": "CPU s per token",
+    "gb_s_per_token": "GB s per token",
+}
 Draw = Callable[[Axes], None]
+Image = dict[str, bytes]
+"""One plot by format."""
 
 
-def comparison_plots(results: Results) -> dict[str, bytes]:
-    """Return the plots of a comparison by name."""
+def comparison_plots(results: Results) -> dict[str, Image]:
+    """Return the plots of a comparison by name; that of ratios only if there is a baseline."""
+    has_baseline = FULL_MODEL_SHARED in results and len(strategies(results)) > 1
     return {
+        **(
+            {"ratios": _render_figure(lambda axes: ratios_to_baseline(axes, results))}
+            if has_baseline
+            else {}
+        ),
         "memory": _render_figure(lambda axes: memory_over_time(axes, results)),
         "ttft": _render_figure(
             lambda axes: latency_distribution(axes, results, "ttfts_s", "time to first token, s")
@@ -33,7 +52,7 @@ def comparison_plots(results: Results) -> dict[str, bytes]:
     }
 
 
-def sweep_plots(sweep: Results) -> dict[str, bytes]:
+def sweep_plots(sweep: Results) -> dict[str, Image]:
     """Return the plots of a sweep over function sizes by name, as in the paper's figure 5."""
     figures = {
         "cpu": ("cpu_s_per_token", "CPU s per token"),
@@ -76,6 +95,23 @@ def memory_over_time(axes: Axes, results: Results) -> None:
     axes.legend(fontsize="small")
 
 
+def ratios_to_baseline(axes: Axes, results: Results) -> None:
+    """Plot each strategy's figures over those of one shared full model, as bars."""
+    measured = {name: results[name] for name in strategies(results)}
+    by_strategy = ratios(measured, baseline=FULL_MODEL_SHARED)
+    names = [name for name in strategies(results) if name != FULL_MODEL_SHARED]
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        found = [by_strategy[name].get(key, 0.0) for key in RATIO_LABELS]
+        places = [index + width * (number - (len(names) - 1) / 2) for index in range(len(found))]
+        bars = axes.bar(places, found, width, label=results[name]["title"])
+        axes.bar_label(bars, fmt="%.2f", fontsize="x-small")
+    axes.axhline(1.0, color="grey", linestyle=":")
+    axes.set_xticks(range(len(RATIO_LABELS)), labels=RATIO_LABELS.values())
+    axes.set(ylabel=f"over {results[FULL_MODEL_SHARED]['title']}")
+    axes.legend(fontsize="small")
+
+
 def latency_distribution(axes: Axes, results: Results, key: str, label: str) -> None:
     """Plot the cumulative distribution of a latency over the requests of all runs."""
     for name in strategies(results):
@@ -102,13 +138,20 @@ def figure_by_size(axes: Axes, sweep: Results, key: str, label: str) -> None:
     axes.legend(fontsize="small")
 
 
-def _render_figure(draw: Draw) -> bytes:
+def _render_figure(draw: Draw) -> Image:
     figure, axes = plt.subplots(figsize=FIGURE_SIZE, layout="constrained")
     try:
         draw(axes)
         axes.grid(visible=True, alpha=0.3)
-        image = io.BytesIO()
-        figure.savefig(image, dpi=DPI, format="png")
-        return image.getvalue()
+        return {name: _save(figure, name) for name in FORMATS}
     finally:
         plt.close(figure)
+
+
+def _save(figure: Figure, format_: str) -> bytes:
+    """Return a figure as a file; an SVG says no date, so that equal figures are equal files."""
+    image = io.BytesIO()
+    metadata = {"Date": None} if format_ == "svg" else None
+    with plt.rc_context({"svg.hashsalt": "faasmoe"}):  # the same ids each time
+        figure.savefig(image, dpi=DPI, format=format_, metadata=metadata)
+    return image.getvalue()

@@ -118,7 +118,7 @@ def router_environment(
     if table is not None:
         del environment["FAASMOE_CONTROL_URL"]
         environment["FAASMOE_TABLE"] = str(table)
-    return environment
+    return {**environment, "FAASMOE_METRICS_MIN_TOKENS": "1"}  # calls are counted exactly
 
 
 def unix_socket_environment(launcher_pid: int) -> dict[str, str]:

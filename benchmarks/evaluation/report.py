@@ -1,4 +1,4 @@
-"""`faasmoe bench report`, and the Markdown, PNG and HTML files of every benchmark.
+"""`faasmoe bench report`, and the Markdown, PNG, SVG and HTML files of every benchmark.
 
 All of them derive from the JSON figures, so a report can be rendered again without measuring. The
 HTML page embeds its plots and needs no other file.
@@ -105,7 +105,7 @@ def write(name: str, results: Mapping[str, Any], *, folder: Path) -> None:
 
 
 def render(name: str, results: Mapping[str, Any], *, folder: Path) -> None:
-    """Print the table and write NAME.md, NAME-PLOT.png and NAME.html to a folder.
+    """Print the table and write NAME.md, NAME-PLOT.png, NAME-PLOT.svg and NAME.html to a folder.
 
     Without matplotlib, plots and HTML page are skipped.
     """
@@ -119,8 +119,9 @@ def render(name: str, results: Mapping[str, Any], *, folder: Path) -> None:
         print(NEEDS_MATPLOTLIB, flush=True)
         return
     images = plots.sweep_plots(results) if is_sweep else plots.comparison_plots(results)
-    for plot, image in images.items():
-        (folder / f"{name}-{plot}.png").write_bytes(image)
-    (folder / f"{name}.html").write_text(
-        render_html_page(f"FaaSMoE: {name}", text, images), encoding="utf-8"
-    )
+    for plot, formats in images.items():
+        for suffix, image in formats.items():
+            (folder / f"{name}-{plot}.{suffix}").write_bytes(image)
+    pngs = {plot: formats["png"] for plot, formats in images.items()}
+    page = render_html_page(f"FaaSMoE: {name}", text, pngs)
+    (folder / f"{name}.html").write_text(page, encoding="utf-8")

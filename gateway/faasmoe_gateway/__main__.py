@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import sys
 import time
 
@@ -28,6 +29,7 @@ from faasmoe_gateway.lease_client import LeaseClient
 from faasmoe_gateway.relay import PROBE_HOLD_S, RouterAddress
 from faasmoe_gateway.server import Server, inherited_listeners
 from faasmoe_gateway.tenant_directory import TenantDirectory
+from faasmoe_tracing import Tracer, create_tracer
 
 EXIT_FAILED = 1
 EXIT_BAD_CONFIG = 2
@@ -44,8 +46,9 @@ def main() -> int:
     except (GatewayConfigError, ParentDeathError, ValueError) as error:
         print(f"faasmoe_gateway: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
+    tracer = create_tracer(os.environ, service="faasmoe-gateway")
     try:
-        app = _make_app(config)
+        app = _make_app(config, tracer)
     except (ContractError, OSError) as error:
         print(f"faasmoe_gateway: FAASMOE_GATEWAY_FILE: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
@@ -64,10 +67,11 @@ def main() -> int:
     )
     gc.freeze()
     server.run(sockets=listeners)
+    tracer.close()
     return 0 if server.started else EXIT_FAILED
 
 
-def _make_app(config: GatewayConfig) -> GatewayApp | Front:
+def _make_app(config: GatewayConfig, tracer: Tracer) -> GatewayApp | Front:
     """Return the app of one router or of several models; raises ContractError or OSError."""
     page = None
     if config.page_socket is not None:
@@ -75,7 +79,7 @@ def _make_app(config: GatewayConfig) -> GatewayApp | Front:
     if config.gateway_file is None:
         assert config.router_socket is not None
         router = RouterAddress(config.router_socket, config.front_token, config.hold_timeout_s)
-        return GatewayApp(router, page=page)
+        return GatewayApp(router, page=page, tracer=tracer)
     file = GatewayFile.loads(config.gateway_file.read_bytes())
     usage = None if config.state_dir is None else usage_file(config.state_dir, config.index)
     share = 1.0 if config.lease_socket is None else 0.0
@@ -95,6 +99,7 @@ def _make_app(config: GatewayConfig) -> GatewayApp | Front:
         front_token=config.front_token,
         hold_timeout_s=config.hold_timeout_s,
         demand=DemandReporter(config.demand_socket),
+        tracer=tracer,
         leases=leases,
         page=page,
     )

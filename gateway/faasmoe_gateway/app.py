@@ -18,7 +18,9 @@ from faasmoe_gateway.relay import (
     WaitingRequests,
     is_page_path,
 )
+from faasmoe_gateway.request_span import begin_request_span, recording_status
 from faasmoe_gateway.sender_turns import TURNS_PER_SENDER, SenderTurns
+from faasmoe_tracing import NO_TRACER, Span, Tracer
 
 
 class GatewayApp:
@@ -29,6 +31,7 @@ class GatewayApp:
         page: where the live page is; None for none.
         turns: how many requests of a sender are handed on at once.
         budget: bounds what all requests hold.
+        tracer: traces requests.
     """
 
     def __init__(
@@ -37,9 +40,11 @@ class GatewayApp:
         budget: HoldBudget | None = None,
         *,
         page: RouterAddress | None = None,
+        tracer: Tracer = NO_TRACER,
         turns: SenderTurns | None = None,
     ) -> None:
         self._router = router
+        self._tracer = tracer
         self._page = page
         self._budget = budget or HoldBudget()
         self._waiting = WaitingRequests()
@@ -53,7 +58,12 @@ class GatewayApp:
         if scope["type"] == "lifespan":
             await _run_lifespan(receive, send)
             return
+        with begin_request_span(self._tracer, scope) as span:
+            await self._handle(scope, receive, recording_status(send, span), span)
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send, span: Span) -> None:
         request = HeldRequest(scope, receive, self._budget)
+        request.hand_on(span.traceparent)
         is_messages = scope["raw_path"].endswith(MESSAGES_PATH)
         client = ClientResponse(send, is_messages=is_messages)
         key = shown_key(scope)
@@ -63,6 +73,7 @@ class GatewayApp:
             self._upstream(scope["raw_path"]),
             self._waiting,
             take_turn=partial(self._turns.take, self._credentials.sender(key)),
+            span=span,
         )
         task = asyncio.create_task(relay.run())
         self._running.add(task)

@@ -43,9 +43,11 @@ from faasmoe_gateway.request_body import (
     body_too_large,
     read_work,
 )
+from faasmoe_gateway.request_span import begin_request_span, recording_status
 from faasmoe_gateway.router_choice import affinity_key
 from faasmoe_gateway.sender_turns import TURNS_PER_SENDER, SenderTurns
 from faasmoe_gateway.tenant_directory import REFRESH_INTERVAL_S, TenantDirectory
+from faasmoe_tracing import NO_TRACER, Span, Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +116,7 @@ class Front:
         leases: renews leases of limits; None if this is the only gateway.
         page: where the live page is; None for none.
         budget: bounds what all requests hold.
+        tracer: traces requests.
         clock: returns monotonic seconds.
         wall_clock: returns seconds since the epoch.
     """
@@ -129,6 +132,7 @@ class Front:
         leases: LeaseClient | None = None,
         page: RouterAddress | None = None,
         budget: HoldBudget | None = None,
+        tracer: Tracer = NO_TRACER,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -138,6 +142,7 @@ class Front:
         self._leases = leases
         self._page = page
         self._budget = budget or HoldBudget()
+        self._tracer = tracer
         self._clock = clock
         self._wall_clock = wall_clock
         self._created_s = int(wall_clock())
@@ -164,25 +169,26 @@ class Front:
             await send_json(send, b'{"status":"ok"}')
             return
         request = HeldRequest(scope, receive, self._budget)
-        try:
-            if self._page is not None and is_page_path(scope["raw_path"]):
-                client = ClientResponse(send, is_messages=False)
-                relay = Relay(
-                    request,
-                    client,
-                    self._page,
-                    WaitingRequests(),
-                    take_turn=partial(self._turns.take, ""),
-                )
-                await self._run(relay, request, client)
-            else:
-                await self._handle(scope, request, send)
-        except Refusal as refusal:
-            await refusal.send(send, scope["path"])
-        except ClientGone:
-            return
-        finally:
-            request.release()
+        with begin_request_span(self._tracer, scope) as span:
+            request.hand_on(span.traceparent)
+            send = recording_status(send, span)
+            try:
+                if self._page is not None and is_page_path(scope["raw_path"]):
+                    await self._relay_page(self._page, request, send)
+                else:
+                    await self._handle(scope, request, send, span)
+            except Refusal as refusal:
+                await refusal.send(send, scope["path"])
+            except ClientGone:
+                return
+            finally:
+                request.release()
+
+    async def _relay_page(self, page: RouterAddress, request: HeldRequest, send: Send) -> None:
+        client = ClientResponse(send, is_messages=False)
+        take_turn = partial(self._turns.take, "")
+        relay = Relay(request, client, page, WaitingRequests(), take_turn=take_turn)
+        await self._run(relay, request, client)
 
     def abort_running(self) -> None:
         """End every response with an error, because the server is shutting down."""
@@ -195,8 +201,9 @@ class Front:
             if model in routers:
                 route.set_running(routers[model])
 
-    async def _handle(self, scope: Scope, request: HeldRequest, send: Send) -> None:
-        tenant, path = self._authenticate(scope)
+    async def _handle(self, scope: Scope, request: HeldRequest, send: Send, span: Span) -> None:
+        with span.child("auth"):
+            tenant, path = self._authenticate(scope)
         if tenant is not None and KNOWN_CLIENT_EXTENSION in scope.get("extensions", {}):
             scope["extensions"][KNOWN_CLIENT_EXTENSION]()
         if scope["method"] in ("GET", "HEAD"):
@@ -206,13 +213,14 @@ class Front:
         headers: dict[str, str] = {}
         if account is not None:
             limiter = account.limiter
-            await self._take(lambda: limiter.count_request(self._clock()))
-            headers = account.check_budgets(self._wall_clock())
+            with span.child("limit"):
+                await self._take(lambda: limiter.count_request(self._clock()))
+                headers = account.check_budgets(self._wall_clock())
         call = await self._read_call(scope, request, path, tenant, account)
         request.address(path, tenant="" if tenant is None else tenant.name)
         client = ClientResponse(send, is_messages=path.endswith("/v1/messages"))
         client.headers = headers
-        await self._relay(call, request, client)
+        await self._relay(call, request, client, span)
 
     def _authenticate(self, scope: Scope) -> tuple[TenantEntry | None, str]:
         """Return the tenant and the path without its name; raises Refusal."""
@@ -301,14 +309,19 @@ class Front:
             raise model_not_found(name)
         return Call(path, tenant, account, *names[name], work)
 
-    async def _relay(self, call: Call, request: HeldRequest, client: ClientResponse) -> None:
+    async def _relay(
+        self, call: Call, request: HeldRequest, client: ClientResponse, span: Span
+    ) -> None:
         hold = Hold([])
         generates = call.path in GENERATING_PATHS
         if call.account is not None and generates:
             limiter = call.account.limiter
-            hold = await self._take(
-                lambda: limiter.hold(call.max_input_tokens, call.max_output_tokens, self._clock())
-            )
+            with span.child("limit"):
+                hold = await self._take(
+                    lambda: limiter.hold(
+                        call.max_input_tokens, call.max_output_tokens, self._clock()
+                    )
+                )
             client.headers |= limiter.headers(self._clock())
         n_tokens = call.max_input_tokens + call.max_output_tokens
         route = self._routes[call.model.name]
@@ -328,6 +341,7 @@ class Front:
                 take_turn=partial(self._turns.take, sender),
                 rechoose=reserved.move,
                 on_head=on_head,
+                span=span,
             )
             try:
                 await self._run(relay, request, client)

@@ -21,6 +21,7 @@ from faasmoe_contracts.stream_records import (
     format_journal_header,
     format_origin_header,
 )
+from faasmoe_tracing import TRACEPARENT
 
 MAX_HELD_BODY_BYTES = 16 << 20
 MAX_HELD_JOURNAL_BYTES = 16 << 20
@@ -111,6 +112,13 @@ class HeldRequest:
     def can_repeat(self) -> bool:
         """Whether it can be sent again."""
         return self._is_held
+
+    def hand_on(self, traceparent: str) -> None:
+        """Set the span that the router's is a child of; empty leaves what the client has sent."""
+        if traceparent:
+            name = TRACEPARENT.encode()
+            self._headers = [h for h in self._headers if h[0] != name]
+            self._headers.append((name, traceparent.encode()))
 
     def address(self, path: str, *, tenant: str) -> None:
         """Set what a router gets instead of the client's path and key.

@@ -31,6 +31,7 @@ from faasmoe_gateway.errors import error_body, send_error
 from faasmoe_gateway.held_request import HeldRequest
 from faasmoe_gateway.sender_turns import Turn
 from faasmoe_gateway.upstream import ResponseHead, RouterAway, RouterConnection, RouterLost
+from faasmoe_tracing import NO_SPAN, Span
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +181,7 @@ class Relay:
         take_turn: waits for the sender's turn to be handed on.
         rechoose: returns where to go on if the router does not listen; None for there always.
         on_head: called after the head of each response.
+        span: the request's span.
 
     Attributes:
         meter: counts its tokens.
@@ -195,8 +197,10 @@ class Relay:
         take_turn: Callable[[], Awaitable[Turn]],
         rechoose: Callable[[], RouterAddress] | None = None,
         on_head: Callable[[], None] = lambda: None,
+        span: Span = NO_SPAN,
     ) -> None:
         self.meter = TokenMeter()
+        self._span = span
         self._take_turn = take_turn
         self._rechoose = rechoose
         self._on_head = on_head
@@ -285,17 +289,23 @@ class Relay:
             raise RequestFailed("The server is being restarted.")
         self._waiting.n += 1
         try:
-            while True:
-                try:
-                    return await self._open(is_work=is_work, has_body=has_body)
-                except RouterAway:
-                    if time.monotonic() > end_s:
-                        raise RequestFailed("The server is being restarted.") from None
-                    if self._rechoose is not None:
-                        self._router = self._rechoose()
-                await asyncio.sleep(RETRY_S)
+            with self._span.child("queue"):
+                return await self._connect_until(end_s, is_work=is_work, has_body=has_body)
         finally:
             self._waiting.n -= 1
+
+    async def _connect_until(
+        self, end_s: float, *, is_work: bool, has_body: bool
+    ) -> RouterConnection:
+        while True:
+            try:
+                return await self._open(is_work=is_work, has_body=has_body)
+            except RouterAway:
+                if time.monotonic() > end_s:
+                    raise RequestFailed("The server is being restarted.") from None
+                if self._rechoose is not None:
+                    self._router = self._rechoose()
+            await asyncio.sleep(RETRY_S)
 
     async def _open(self, *, is_work: bool, has_body: bool) -> RouterConnection:
         """Connect in the sender's turn; probes need none. Raises RouterAway."""

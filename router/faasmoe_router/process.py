@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,7 @@ from faasmoe_router.metrics import EngineMetrics, new_registry
 from faasmoe_router.model_loader import ModelLoadError, load_router_model
 from faasmoe_router.tenants.usage import FunctionCost, FunctionCostMeter
 from faasmoe_router.version import system_fingerprint
+from faasmoe_tracing import create_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class RouterProcess:
         device = _resolve_device(config.device)
         host_buffers = transfer_for(device)
         registry = new_registry()
+        self._tracer = create_tracer(os.environ, service="faasmoe-router")
         tenant_registry = read_tenants(config)
         store = open_store(config.store)
         self._dispatcher, link = create_dispatcher(store, config, registry, host_buffers)
@@ -90,6 +93,9 @@ class RouterProcess:
             request_timeout_s=config.request_timeout_s,
             compute=config.compute,
         )
+        self._dispatcher.show_calls_late(
+            lambda: self._engine.metrics.n_computed_tokens, min_tokens=config.metrics_min_tokens
+        )
         if link is not None:
             link.is_busy = lambda: self._engine.is_busy
         tenants = None
@@ -114,6 +120,7 @@ class RouterProcess:
             cors_origins=config.cors_origins,
             sampling_defaults=_sampling_defaults(config),
             front_token=config.front_token,
+            tracer=self._tracer,
             metrics_server=None
             if config.metrics_port is None
             else MetricsServer(registry, host=config.host, port=config.metrics_port),
@@ -153,6 +160,7 @@ class RouterProcess:
             self._server.run(sockets=self._listeners)
         finally:
             self._dispatcher.close()
+            self._tracer.close()
         return self._server.started and not self._has_given_up
 
     @property

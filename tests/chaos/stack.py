@@ -240,7 +240,8 @@ class _ProcessStarter:
             zygote.SOCKET_DIR_VARIABLE: str(self.private_dir / PROXY_SOCKET_DIR),
             zygote.VERIFIED_DIR_VARIABLE: str(self.private_dir / "router-verified"),
         }
-        environment, log = {**settings, **socket_variables}, self.logs.sink("router")
+        exact = {"FAASMOE_METRICS_MIN_TOKENS": "1"}  # calls are counted exactly
+        environment, log = {**settings, **socket_variables, **exact}, self.logs.sink("router")
         router_zygote = await self.stack.enter_async_context(
             router.new_zygote(environment, log=self.logs.sink("router-zygote"))
         )

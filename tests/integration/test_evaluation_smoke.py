@@ -66,7 +66,7 @@ def test_compares_functions_with_shared_full_model(cache: Path, tmp_path: Path) 
     assert 0 < ours["calls_per_token"] <= FUNCTIONS
     assert ours["wire_bytes_per_token"] > 0
     assert found["about"]["machine"]["cores"] > 0
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png", ".html"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png", ".svg", ".html"}
 
 
 @pytest.mark.slow

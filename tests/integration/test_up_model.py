@@ -5,6 +5,7 @@ The hub is on loopback; the code that downloads is huggingface_hub's own.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -109,8 +110,9 @@ def test_a_folder_is_served_and_its_store_used_again(user: User, tmp_path: Path)
 
 def test_a_hub_id_is_downloaded_and_served(user: User, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    options = ("--quantization", "int8", "--experts-per-function", "1")
-    with running_up(HUB_ID, log, *options, variables=user.variables) as up:
+    options = ("--quantization", "int8", "--experts-per-function", "1", "--dtype", "float32")
+    host = ("--host", "127.0.0.1")
+    with running_up(HUB_ID, log, *options, *host, variables=user.variables) as up:
         assert first_text(up, HUB_ID)
         assert len(up.status()["functions"]) == 8  # 2 layers of 4 experts
     output = log.read_text()
@@ -121,7 +123,9 @@ def test_a_hub_id_is_downloaded_and_served(user: User, tmp_path: Path) -> None:
     shown = user.run("plan", HUB_ID, *options)
     assert "experts int8" in shown.stdout, shown.stderr
     assert f"hf://{HUB_ID}" in shown.stdout
-    assert COMMIT in (store / "manifest.json").read_text()
+    manifest = json.loads((store / "manifest.json").read_text())
+    assert manifest["model"]["dtype"] == "float32"
+    assert COMMIT in json.dumps(manifest)
 
 
 def test_prepare_of_the_same_model_is_what_up_serves(user: User, tmp_path: Path) -> None:

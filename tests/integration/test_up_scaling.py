@@ -15,7 +15,7 @@ from tiny_chat import save_tiny_chat_model
 from tiny_system import moemodel_yaml
 
 TIMEOUT_S = 180.0
-ROUTER_BYTES = 100 << 20  # of a tiny model, about
+ONE_ROUTER_BYTES = 160_000_000  # a tiny model's has 110 MB
 
 
 def write_model(folder: Path, name: str, **scaling: Any) -> Path:
@@ -47,9 +47,8 @@ def routers(up: FaasmoeUp) -> list[psutil.Process]:
 def test_models_take_turns_within_the_memory_limit(tmp_path: Path) -> None:
     for name in ("first", "second"):
         write_model(tmp_path, name, idleSeconds=3600)
-    limit = f"{ROUTER_BYTES * 2}"
-    models = tmp_path / "models"
-    with running_up(models, tmp_path / "up.log", "--memory", limit) as up:
+    options = ("--memory", str(ONE_ROUTER_BYTES))
+    with running_up(tmp_path / "models", tmp_path / "up.log", *options) as up:
         texts: Mapping[str, set[str]] = {"first": set(), "second": set()}
         for _ in range(2):
             for name, seen in texts.items():

@@ -1,9 +1,9 @@
 """Runs in vLLM's environment: generates with vLLM's own experts or with functions, prints JSON.
 
 `python generate.py REQUEST` with a JSON object: `checkpoint` or `store`, `tables` (routing tables
-to use in turn, with a store), `prompts` (token ids), `max_tokens`. The last line of the output is
-a list with, for each table, the outputs of the prompts: token ids and log-probabilities, and those
-of the prompt's own tokens.
+to use in turn, with a store), `prompts` (token ids), `max_tokens`, `compile`. The last line of the
+output is a list with, for each table, the outputs of the prompts: token ids and log-probabilities,
+and those of the prompt's own tokens. With a store, it is followed by the dispatcher's metrics.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def detach(tables: list[RoutingTable], sandbox_process: SandboxProcess) -> None:
 
 
 def generate_with_functions(
-    store: Store, tables: list[RoutingTable], folder: Path
+    store: Store, tables: list[RoutingTable], folder: Path, *, is_compiled: bool = False
 ) -> list[list[dict[str, Any]]]:
     """Return vLLM's outputs for each table; no function is computed in its own process."""
     file = folder / "table.json"
@@ -68,6 +68,7 @@ def generate_with_functions(
         "tables": [table.to_json() for table in tables],
         "prompts": PROMPTS,
         "max_tokens": MAX_TOKENS,
+        "compile": is_compiled,
     }
     variables = {"STORE": str(store.path), "TABLE": str(file), "TOKEN": TOKEN}
     results, metrics = run_vllm(
@@ -118,6 +119,19 @@ def test_logprobs_equal_those_of_the_routers_own_engine_with_the_same_functions(
         expected = prompt_logprobs(store, table)
         for ours, own in zip(got, expected, strict=True):
             assert ours["prompt_logprobs"] == pytest.approx(own, abs=2e-2)
+    detach(tables, sandbox_process)
+
+
+def test_compiled_code_generates_the_same(sandbox_process: SandboxProcess, tmp_path: Path) -> None:
+    checkpoint = save_checkpoint("qwen2_moe", tmp_path / "checkpoint")
+    store = prepare(str(checkpoint), tmp_path / "store")
+    request = {"checkpoint": str(checkpoint), "prompts": PROMPTS, "max_tokens": MAX_TOKENS}
+    (expected,) = run_vllm(request)
+    tables = attached_tables(store, sandbox_process)
+    (got,) = generate_with_functions(store, tables[-1:], tmp_path, is_compiled=True)
+    for ours, own in zip(got, expected, strict=True):
+        assert ours["tokens"] == own["tokens"]
+        assert ours["logprobs"] == pytest.approx(own["logprobs"], abs=TOLERANCE)
     detach(tables, sandbox_process)
 
 

@@ -11,7 +11,7 @@ import pytest
 from faasmoe_up import FaasmoeUp, running_up, wait_until
 from metric_samples import parse_sample
 from vllm_checkpoints import save_chat_checkpoint
-from vllm_runs import NEEDS_VLLM
+from vllm_runs import NEEDS_VLLM, VLLM_PYTHON
 
 pytestmark = [*NEEDS_VLLM, pytest.mark.timeout(900)]
 
@@ -24,8 +24,8 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
     folder = tmp_path_factory.mktemp("up")
     checkpoint = save_chat_checkpoint(folder / "checkpoint")
     for name, key in KEYS.items():
-        (folder / f"{name}.keys").write_text(f"{key}\n")
-        (folder / f"{name}.keys").chmod(0o600)
+        (folder / name).mkdir()
+        (folder / name / "key").write_text(key)
     model = {
         "apiVersion": "faasmoe.dev/v1alpha1",
         "kind": "MoEModel",
@@ -47,11 +47,11 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
                 {
                     "name": "acme",
                     "modelAlias": "acme-chat",
-                    "apiKeysPath": str(folder / "acme.keys"),
+                    "apiKeysPath": str(folder / "acme"),
                 },
                 {
                     "name": "globex",
-                    "apiKeysPath": str(folder / "globex.keys"),
+                    "apiKeysPath": str(folder / "globex"),
                     "limits": {"maxOutputTokens": 3, "requestsPerMinute": 600},
                 },
             ],
@@ -59,7 +59,8 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
     }
     file = folder / "model.yaml"
     file.write_text(json.dumps(model))
-    with running_up(file, folder / "log") as running:
+    variables = {"FAASMOE_VLLM_PYTHON": VLLM_PYTHON}
+    with running_up(file, folder / "log", variables=variables) as running:
         yield running
 
 

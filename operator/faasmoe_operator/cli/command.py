@@ -15,8 +15,11 @@ from faasmoe_contracts.store import StoreError
 from faasmoe_operator.api.v1alpha1 import MoEModelError
 from faasmoe_operator.cli import (
     bench,
+    chat,
     checkpoint,
     crd,
+    doctor,
+    explain,
     plan,
     shared_up,
     simulate,
@@ -27,6 +30,10 @@ from faasmoe_operator.cli import (
 from faasmoe_operator.errors import CommandError, FaasmoeError
 
 EXIT_INTERRUPTED = 130
+COMMANDS = (
+    *(shared_up, chat, top, explain, doctor, tenants, plan, simulate, checkpoint, bench, crd),
+    version,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,12 +60,15 @@ def build_parser() -> argparse.ArgumentParser:
         "  faasmoe up ORG/NAME        serve a model of the hub on this machine\n"
         "  faasmoe up ./checkpoint    serve a folder, or a GGUF file\n"
         "  faasmoe up -f model.yaml   serve a MoEModel file, with every setting there is\n"
-        "  faasmoe top                watch a running model\n\n"
+        "  faasmoe chat               chat with a running model\n"
+        "  faasmoe top                watch a running model\n"
+        "  faasmoe explain            say why it is not ready, or slow\n"
+        "  faasmoe doctor             check this machine\n\n"
         "Run `faasmoe COMMAND --help` for the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (shared_up, top, tenants, plan, simulate, checkpoint, bench, crd, version):
+    for module in COMMANDS:
         module.add_commands(commands)
     return parser
 

@@ -86,6 +86,7 @@ def environment(
     port: ReservedControlPort,
     secrets: StackSecrets,
     page_variables: Mapping[str, str] | None = None,
+    trace_variables: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Return the complete environment of the control process.
 
@@ -95,9 +96,11 @@ def environment(
         port: port of the control API.
         secrets: token and function key.
         page_variables: settings of the live page; None serves none.
+        trace_variables: variables by which it traces.
     """
     return {
         **os.environ,
+        **(trace_variables or {}),
         "FAASMOE_MODEL_FILE": str(file.resolve()),
         "FAASMOE_ZYGOTE_SOCKET": str(zygote_socket),
         "FAASMOE_CONTROL_HOST": HOST,
@@ -116,6 +119,7 @@ def shared_environment(
     gateway_file: Path,
     lease_socket: Path | None = None,
     page_variables: Mapping[str, str] | None = None,
+    trace_variables: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Return the complete environment of the control process of several models.
 
@@ -126,9 +130,11 @@ def shared_environment(
         gateway_file: the tenants.
         lease_socket: where gateways lease tokens of limits; None if there is only one.
         page_variables: settings of the live page; None serves none.
+        trace_variables: variables by which it traces.
     """
     return {
         **os.environ,
+        **(trace_variables or {}),
         "FAASMOE_MODELS_FILE": str(models_file),
         "FAASMOE_GATEWAY_FILE": str(gateway_file),
         "FAASMOE_LEASE_SOCKET": "" if lease_socket is None else str(lease_socket),

@@ -22,6 +22,7 @@ def environment(
     listen_fd: int,
     page_socket: Path | None = None,
     keep_alive_s: float | None = None,
+    trace_variables: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Return the complete environment of the gateway of one router.
 
@@ -32,6 +33,7 @@ def environment(
         page_socket: Unix socket of the live page; None for none.
         listen_fd: descriptor of a socket that listens on `endpoint`.
         keep_alive_s: how long unused connections are kept; None for the spec's, or the default.
+        trace_variables: variables by which it traces.
     """
     if keep_alive_s is None:
         keep_alive_s = deployment.model.spec.router.keep_alive_seconds
@@ -44,7 +46,8 @@ def environment(
             "PAGE_SOCKET": page_socket,
             "FRONT_TOKEN": router.front_token,
             "KEEP_ALIVE": keep_alive_s,
-        }
+        },
+        trace_variables,
     )
 
 
@@ -61,6 +64,7 @@ def shared_environment(
     page_socket: Path | None,
     lease_socket: Path | None,
     index: int,
+    trace_variables: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Return the complete environment of a gateway of several models.
 
@@ -76,6 +80,7 @@ def shared_environment(
         page_socket: Unix socket of the live page; None for none.
         lease_socket: where it leases tokens of limits; None if it is the only gateway.
         index: its number, from 0.
+        trace_variables: variables by which it traces.
     """
     return _variables(
         {
@@ -91,13 +96,17 @@ def shared_environment(
             "PAGE_SOCKET": page_socket,
             "CORS_ORIGINS": ",".join(cors_origins) or None,
             "KEEP_ALIVE": keep_alive_s,
-        }
+        },
+        trace_variables,
     )
 
 
-def _variables(settings: Mapping[str, object]) -> dict[str, str]:
+def _variables(
+    settings: Mapping[str, object], trace_variables: Mapping[str, str] | None
+) -> dict[str, str]:
     return {
         **DEFAULT_ENVIRONMENT,
         **os.environ,
+        **(trace_variables or {}),
         **{f"FAASMOE_{name}": str(value) for name, value in settings.items() if value is not None},
     }

@@ -182,14 +182,24 @@ def _pods(kubectl: Kubectl, name: str) -> list[Object]:
     return pods
 
 
-def _explain(kubectl: Kubectl, arguments: argparse.Namespace) -> str:
-    model, pods = kubectl.get("moemodel", arguments.name), _pods(kubectl, arguments.name)
-    names = {arguments.name, *(pod["metadata"]["name"] for pod in pods)}
+def explain(kubectl: Kubectl, name: str) -> str:
+    """Return why a MoEModel is not ready; raises CommandError."""
+    model, pods = kubectl.get("moemodel", name), _pods(kubectl, name)
+    names = {name, *(pod["metadata"]["name"] for pod in pods)}
     return render_explanation(model, pods, _events(kubectl, names))
 
 
+def _explain(kubectl: Kubectl, arguments: argparse.Namespace) -> str:
+    return explain(kubectl, arguments.name)
+
+
+def top(kubectl: Kubectl, name: str) -> str:
+    """Return routers, functions and sandboxes of a MoEModel; raises CommandError."""
+    return render_top(kubectl.get("moemodel", name), _pods(kubectl, name))
+
+
 def _top(kubectl: Kubectl, arguments: argparse.Namespace) -> str:
-    return render_top(kubectl.get("moemodel", arguments.name), _pods(kubectl, arguments.name))
+    return top(kubectl, arguments.name)
 
 
 def _usage(kubectl: Kubectl, arguments: argparse.Namespace) -> str:
@@ -197,21 +207,34 @@ def _usage(kubectl: Kubectl, arguments: argparse.Namespace) -> str:
     return render_usage(config_map.get("data", {}).get("accounts.json", ""))
 
 
+@contextmanager
+def forwarded_api(kubectl: Kubectl, name: str, tenant: str) -> Iterator[tuple[str, str]]:
+    """Forward a MoEModel's API to this machine.
+
+    Args:
+        kubectl: reaches the cluster.
+        name: name of the MoEModel.
+        tenant: whose Service; empty for the model's own.
+
+    Yields:
+        Its base URL with /v1, and the model's name in requests.
+    """
+    spec = kubectl.get("moemodel", name).get("spec", {})
+    served = spec.get("router", {}).get("servedModelName") or name
+    service, path = (f"{name}-tenant-{tenant}", f"/{tenant}/v1") if tenant else (name, "/v1")
+    with kubectl.forward(service, 80) as url:
+        yield f"{url}{path}", served
+
+
 def _chat(kubectl: Kubectl, arguments: argparse.Namespace) -> str:
-    model = kubectl.get("moemodel", arguments.name)
-    spec, tenant = model.get("spec", {}), arguments.tenant
-    served = spec.get("router", {}).get("servedModelName") or arguments.name
-    service, path = arguments.name, "/v1"
-    if tenant:
-        service, path = f"{arguments.name}-tenant-{tenant}", f"/{tenant}/v1"
     message = {"role": "user", "content": arguments.message}
-    body = {"model": served, "messages": [message], "max_tokens": arguments.max_tokens}
     headers = {"Content-Type": "application/json"}
     if arguments.key:
         headers["Authorization"] = f"Bearer {arguments.key}"
-    with kubectl.forward(service, 80) as url:
+    with forwarded_api(kubectl, arguments.name, arguments.tenant) as (url, served):
+        body = {"model": served, "messages": [message], "max_tokens": arguments.max_tokens}
         request = urllib.request.Request(
-            f"{url}{path}/chat/completions", json.dumps(body).encode(), headers
+            f"{url}/chat/completions", json.dumps(body).encode(), headers
         )
         try:
             with urllib.request.urlopen(request, timeout=CHAT_TIMEOUT_S) as response:

@@ -15,7 +15,7 @@ import secrets
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Never
 
@@ -98,6 +98,7 @@ class StackSpec:
         keep_alive_s: how long unused connections of clients are kept; None for the default.
         has_gateway: whether clients talk to a gateway.
         live_page: the page that it forwards to; None for none.
+        trace_variables: environment variables by which the processes trace.
         shared: what it shares with other models; None if it is the only one.
     """
 
@@ -110,6 +111,7 @@ class StackSpec:
     keep_alive_s: float | None = None
     has_gateway: bool = False
     live_page: LivePageOptions | None = None
+    trace_variables: Mapping[str, str] = field(default_factory=dict)
     shared: SharedControl | None = None
 
     @classmethod
@@ -124,6 +126,7 @@ class StackSpec:
         keep_alive_s: float | None = None,
         has_gateway: bool = False,
         live_page: LivePageOptions | None = None,
+        trace_variables: Mapping[str, str] | None = None,
     ) -> StackSpec:
         """Return a configuration with newly generated secrets."""
         secret_values = StackSecrets(secrets.token_urlsafe(32), secrets.token_hex(32))
@@ -137,6 +140,7 @@ class StackSpec:
             keep_alive_s,
             has_gateway,
             live_page,
+            trace_variables or {},
         )
 
     @classmethod
@@ -147,6 +151,7 @@ class StackSpec:
         *,
         folder: Path,
         shared: SharedControl,
+        trace_variables: Mapping[str, str],
     ) -> StackSpec:
         """Return the configuration of one of several models."""
         keys = StackSecrets(shared.token, secrets.token_hex(32))
@@ -159,6 +164,7 @@ class StackSpec:
             shared.port,
             keys,
             has_gateway=True,
+            trace_variables=trace_variables,
             shared=shared,
         )
 
@@ -178,7 +184,24 @@ class StackSpec:
     def instance(self) -> LocalInstance:
         """The entry by which other commands find this instance."""
         name, file = self.deployment.model.metadata.name, self.deployment.file.resolve()
-        return LocalInstance(name, str(file), os.getpid(), self.control_url, self.secrets.token)
+        return LocalInstance(
+            name,
+            str(file),
+            os.getpid(),
+            self.control_url,
+            self.secrets.token,
+            url=self.endpoint.url,
+            served_name=self.deployment.served_model_name,
+            metrics_url=self._metrics_url,
+        )
+
+    @property
+    def _metrics_url(self) -> str:
+        """URL of the router's metrics; empty behind a gateway of several models."""
+        port = self.deployment.model.spec.router.metrics_port
+        if port is not None:
+            return f"{replace(self.endpoint, port=port).url}/metrics"
+        return "" if self.shared is not None else f"{self.endpoint.url}/metrics"
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +312,7 @@ def supervised_control(spec: StackSpec, log: Callable[[str], None]) -> Supervise
             page_variables=(
                 spec.live_page.control_variables(spec.folder) if spec.live_page else None
             ),
+            trace_variables=spec.trace_variables,
         ),
         log=log,
         grace_s=control.GRACE_S,
@@ -335,6 +359,7 @@ def router_environment(
         listen_fd=None if listener is None else listener.fileno(),
         keep_alive_s=spec.keep_alive_s,
         behind=behind,
+        trace_variables=spec.trace_variables,
     )
     return {**environment, **zygote.shared_dir_variables(spec.sandbox_folder)}
 
@@ -389,6 +414,7 @@ def _supervised_gateway(
             page_socket=spec.folder / live_page.SOCKET_NAME if spec.live_page else None,
             listen_fd=listener.fileno(),
             keep_alive_s=spec.keep_alive_s,
+            trace_variables=spec.trace_variables,
         ),
         log=logs.sink("gateway"),
         grace_s=gateway.GRACE_S,

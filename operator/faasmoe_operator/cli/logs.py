@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Self, TextIO
@@ -86,6 +86,34 @@ def byte_progress(label: str, *, total_bytes: int) -> Iterator[Callable[[int], o
             yield bar.update
     else:
         yield _LineProgress(label, total_bytes).advance
+
+
+@contextmanager
+def step_progress(label: str, steps: Sequence[str]) -> Iterator[Callable[[str], object]]:
+    """Show on a terminal which of several steps are done, in any order; a log gets nothing.
+
+    Args:
+        label: what the steps are of.
+        steps: their names.
+
+    Yields:
+        A function that is called with the name of each step that is done.
+    """
+    if not sys.stderr.isatty():
+        yield lambda step: None
+        return
+    from tqdm import tqdm
+
+    pending = list(steps)
+    with tqdm(total=len(steps), desc=label, unit="step", leave=False) as bar:
+        bar.set_postfix_str(f"waiting for {', '.join(pending)}")
+
+        def done(step: str) -> None:
+            pending.remove(step)
+            bar.set_postfix_str(f"waiting for {', '.join(pending)}" if pending else "")
+            bar.update()
+
+        yield done
 
 
 class _LineProgress:

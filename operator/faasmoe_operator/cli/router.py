@@ -108,6 +108,7 @@ def environment(
     listen_fd: int | None = None,
     keep_alive_s: float | None = None,
     behind: RouterSocket | None = None,
+    trace_variables: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Return the complete environment of the router.
 
@@ -123,6 +124,7 @@ def environment(
         listen_fd: descriptor of a socket that listens on `endpoint`; None lets the router open one.
         keep_alive_s: how long unused connections are kept; None for the spec's, or the default.
         behind: where it listens behind a gateway; None without one.
+        trace_variables: variables by which it traces.
     """
     router = deployment.model.spec.router
     index = 0 if behind is None else behind.index
@@ -160,6 +162,7 @@ def environment(
     return {
         **DEFAULT_ENVIRONMENT,
         **os.environ,
+        **(trace_variables or {}),
         **{variable.name: variable.value for variable in router.env},
         **{f"FAASMOE_{name}": str(value) for name, value in settings.items() if value is not None},
     }

@@ -250,7 +250,8 @@ class ScaledRouters:
                 self._changed.notify()
                 tasks += [failure, asyncio.create_task(self._probe(slot, child))]
                 await self._until_ended(slot, tasks)
-                print_progress(f"{name} ends: no requests")
+                why = "no requests" if slot.may_run else "others need its memory"
+                print_progress(f"{name} ends: {why}")
             slot.child, slot.is_ready = None, False
             self._changed.notify()
 

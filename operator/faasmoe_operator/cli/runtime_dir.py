@@ -33,6 +33,9 @@ class LocalInstance:
         pid: process id of `faasmoe up`.
         control_url: base URL of the control API.
         token: bearer token of the control API.
+        url: base URL of the OpenAI API, without /v1; empty if it was written by an older version.
+        served_name: the model's name in requests.
+        metrics_url: URL of its router's metrics; empty if they cannot be reached.
     """
 
     name: str
@@ -40,6 +43,9 @@ class LocalInstance:
     pid: int
     control_url: str
     token: str
+    url: str = ""
+    served_name: str = ""
+    metrics_url: str = ""
 
     @property
     def is_alive(self) -> bool:

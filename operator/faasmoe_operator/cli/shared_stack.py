@@ -59,7 +59,7 @@ GATEWAY_FILE_NAME = "gateway.json"
 MODELS_FILE_NAME = "models.json"
 DEMAND_SOCKET_NAME = "demand.sock"
 LEASE_SOCKET_NAME = "leases.sock"
-ROUTER_PROCESS_BYTES = 200_000_000  # beside its weights
+ROUTER_PROCESS_BYTES = 150_000_000  # beside its weights
 DEFAULT_MODEL_LEN = 8192  # of a router whose model has a longer context
 
 
@@ -127,6 +127,11 @@ class SharedSpec:
             for name, spec in self.specs.items()
         )
         return ModelsFile(tuple(models), self.memory_bytes)
+
+    @property
+    def trace_variables(self) -> Mapping[str, str]:
+        """Variables by which the gateway traces: those of the first model that does."""
+        return next((s.trace_variables for s in self.specs.values() if s.trace_variables), {})
 
     @property
     def cors_origins(self) -> tuple[str, ...]:
@@ -292,6 +297,7 @@ def _supervised_gateway(
             page_socket=spec.folder / live_page.SOCKET_NAME if spec.live_page else None,
             lease_socket=spec.lease_socket,
             index=index,
+            trace_variables=spec.trace_variables,
         ),
         log=logs.sink(f"gateway{suffix}"),
         grace_s=gateway.GRACE_S,
@@ -378,6 +384,7 @@ def _shared_contexts(spec: SharedSpec, logs: LogSinks) -> dict[str, SupervisedCo
             page_variables=(
                 spec.live_page.control_variables(spec.folder) if spec.live_page else None
             ),
+            trace_variables=spec.trace_variables,
         ),
         log=logs.sink("control"),
         grace_s=control.GRACE_S,

@@ -21,7 +21,7 @@ from faasmoe_operator.aio import gather_limited
 from faasmoe_operator.api.v1alpha1 import MoEModel
 from faasmoe_operator.api.v1alpha1.documents import load_documents
 from faasmoe_operator.api.v1alpha1.validation import process_platform_warnings
-from faasmoe_operator.cli import control, live_page, model_arguments, router, up
+from faasmoe_operator.cli import control, live_page, model_arguments, router, tracing, up
 from faasmoe_operator.cli.deployment import Deployment
 from faasmoe_operator.cli.formatting import format_bytes, format_table
 from faasmoe_operator.cli.live_page import LivePageOptions
@@ -78,6 +78,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError("--api-key: there are tenants, which have keys", exit_status=2)
     for warning in deployment.warnings():
         print_progress(warning)
+    trace_variables = {
+        name: tracing.tracing_variables(arguments, local.model.spec.tracing)
+        for name, local in deployment.models.items()
+    }
     page = live_page.live_page_options(arguments)
     endpoint = router.Endpoint(arguments.host, arguments.port)
     endpoint.check_free()
@@ -97,6 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
                     page=page,
                     n_gateways=arguments.gateways,
                     skip_verify=arguments.skip_verify,
+                    trace_variables=trace_variables,
                 )
             )
         )
@@ -142,6 +147,7 @@ async def _prepare_and_serve(
     page: LivePageOptions | None,
     n_gateways: int,
     skip_verify: bool,
+    trace_variables: Mapping[str, Mapping[str, str]],
 ) -> int:
     stores, unverified = {}, []
     for name, local in deployment.models.items():
@@ -156,7 +162,7 @@ async def _prepare_and_serve(
     merge_usage(deployment.state_path)
     with private_runtime_dir() as folder, closing(control.ReservedControlPort.reserve()) as port:
         shared = SharedControl(folder, port, secrets.token_urlsafe(32))
-        with _model_specs(deployment, endpoint, shared) as specs:
+        with _model_specs(deployment, endpoint, shared, trace_variables) as specs:
             spec = SharedSpec(
                 with_api_keys(deployment, access, folder),
                 specs,
@@ -195,7 +201,10 @@ def merge_usage(folder: Path) -> None:
 
 @contextmanager
 def _model_specs(
-    deployment: Deployment, endpoint: router.Endpoint, shared: SharedControl
+    deployment: Deployment,
+    endpoint: router.Endpoint,
+    shared: SharedControl,
+    trace_variables: Mapping[str, Mapping[str, str]],
 ) -> Iterator[Mapping[str, StackSpec]]:
     """Give each model its own folder and secret, and an entry by which other commands find it."""
     with ExitStack() as stack:
@@ -203,7 +212,11 @@ def _model_specs(
         for name, local in deployment.models.items():
             folder = stack.enter_context(private_runtime_dir())
             specs[name] = StackSpec.of_several(
-                router_model(local), endpoint, folder=folder, shared=shared
+                router_model(local),
+                endpoint,
+                folder=folder,
+                shared=shared,
+                trace_variables=trace_variables[name],
             )
             register_instance(specs[name].instance, folder)
         yield specs

@@ -1,7 +1,8 @@
 """`faasmoe top`: polls the status of a running model and prints it as a table.
 
 It reads only GET /v1/status of the control API, so it works against any control process. Without
---url it finds the local instance through `runtime_dir`.
+--url it finds the local instances through `runtime_dir`; a model of a cluster is shown as kubectl
+sees it.
 """
 
 from __future__ import annotations
@@ -11,15 +12,14 @@ import asyncio
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+from faasmoe_operator.cli import kubectl_plugin, running_models
 from faasmoe_operator.cli.control import fetch_status
 from faasmoe_operator.cli.formatting import format_bytes, format_table
-from faasmoe_operator.cli.runtime_dir import LocalInstance, list_instances
+from faasmoe_operator.cli.runtime_dir import list_instances
 from faasmoe_operator.cli.signals import run_until_signal
-from faasmoe_operator.errors import CommandError
 
 FUNCTION_HEADER = (
     "FUNCTION",
@@ -110,16 +110,17 @@ def add_commands(commands: Any) -> None:
         "top",
         help="show the functions and sandboxes of a running model",
         description="Show state, replicas, load and memory of the functions of a running model.\n"
-        "Finds the running `faasmoe up` of this user; --url selects another control API.",
+        "Shows all models that this user's `faasmoe up` serve, or MODEL alone; with -n a\n"
+        "MoEModel of a cluster; --url selects another control API.",
         epilog="Examples:\n"
         "  faasmoe top\n"
+        "  faasmoe top qwen-moe\n"
+        "  faasmoe top qwen-moe -n models      # a MoEModel of the cluster\n"
         "  faasmoe top --once -f model.yaml\n"
         f"  {TOKEN_VARIABLE}=SECRET faasmoe top --url http://127.0.0.1:8080",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "-f", "--file", type=Path, help="MoEModel file, to choose among several running models"
-    )
+    running_models.add_model(parser)
     parser.add_argument(
         "--url", help=f"base URL of a control API; set {TOKEN_VARIABLE} to its token"
     )
@@ -142,36 +143,41 @@ def add_commands(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the status once, or repeatedly until a signal arrives."""
-    url, token = _control_address(arguments)
-    return asyncio.run(run_until_signal(_refresh_until_cancelled(url, token, arguments)))
+    cluster = running_models.cluster_of(arguments)
+    if cluster is not None:
+
+        async def screen() -> str:
+            return await asyncio.to_thread(kubectl_plugin.top, cluster, arguments.model)
+
+    else:
+        addresses = _control_addresses(arguments)
+
+        async def screen() -> str:
+            statuses = [await fetch_status(url, token=token) for url, token in addresses]
+            return "\n\n".join(render_status(s, max_lines=arguments.lines) for s in statuses)
+
+    return asyncio.run(run_until_signal(_refresh_until_cancelled(screen, arguments)))
 
 
-async def _refresh_until_cancelled(url: str, token: str, arguments: argparse.Namespace) -> int:
+async def _refresh_until_cancelled(
+    screen: Callable[[], Awaitable[str]], arguments: argparse.Namespace
+) -> int:
     clear_screen = "" if arguments.once or not sys.stdout.isatty() else CLEAR
     while True:
-        screen = render_status(await fetch_status(url, token=token), max_lines=arguments.lines)
-        print(f"{clear_screen}{screen}", flush=True)
+        print(f"{clear_screen}{await screen()}", flush=True)
         if arguments.once:
             return 0
         await asyncio.sleep(arguments.interval)
 
 
-def _control_address(arguments: argparse.Namespace) -> tuple[str, str]:
+def _control_addresses(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """Return URL and token of each control API to show."""
     if arguments.url is not None:
-        return arguments.url.rstrip("/"), os.environ.get(TOKEN_VARIABLE, "")
-    instances = [i for i in list_instances() if _serves_file(i, arguments.file)]
-    if not instances:
-        raise CommandError("faasmoe up: no instance is running")
-    if len(instances) > 1:
-        names = ", ".join(f"{instance.name} ({instance.file})" for instance in instances)
-        raise CommandError(
-            f"faasmoe up: several instances are running: {names}; choose one with --file"
-        )
-    return instances[0].control_url, instances[0].token
-
-
-def _serves_file(instance: LocalInstance, file: Path | None) -> bool:
-    return file is None or str(file.resolve()) == instance.file
+        return [(arguments.url.rstrip("/"), os.environ.get(TOKEN_VARIABLE, ""))]
+    instances = running_models.select_instances(
+        list_instances(), name=arguments.model, file=arguments.file
+    )
+    return [(instance.control_url, instance.token) for instance in instances]
 
 
 def _interval_seconds(text: str) -> float:

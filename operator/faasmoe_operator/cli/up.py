@@ -28,11 +28,23 @@ from faasmoe_operator.aio import gather_limited
 from faasmoe_operator.api.v1alpha1.field_types import quantity_to_bytes
 from faasmoe_operator.api.v1alpha1.patterns import CORS_ORIGIN, DESCRIPTIONS
 from faasmoe_operator.api.v1alpha1.validation import process_platform_warnings
-from faasmoe_operator.cli import child_process, control, live_page, model_arguments, router
+from faasmoe_operator.cli import (
+    child_process,
+    control,
+    live_page,
+    model_arguments,
+    router,
+    tracing,
+)
 from faasmoe_operator.cli.checkpoint import prepare_command
 from faasmoe_operator.cli.formatting import format_bytes, format_table
 from faasmoe_operator.cli.local_stack import ClientAccess, StackProcesses, StackSpec, running_stack
-from faasmoe_operator.cli.logs import LogSinks, byte_progress, print_progress
+from faasmoe_operator.cli.logs import (
+    LogSinks,
+    byte_progress,
+    print_progress,
+    step_progress,
+)
 from faasmoe_operator.cli.model_arguments import RequestedModel
 from faasmoe_operator.cli.runtime_dir import locked_state, private_runtime_dir, register_instance
 from faasmoe_operator.cli.signals import run_until_signal
@@ -46,6 +58,7 @@ CUDA = "cuda"
 MAX_GATEWAYS = 64
 PREPARE_GRACE_S = 10.0
 VERIFICATION_NICENESS = 10
+START_STEPS = CONTROL_STEP, ROUTER_STEP = ("control process", "router")
 PROCESS_HEADER = ("PROCESS", "PID", "MEMORY")
 
 
@@ -78,6 +91,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     functions = parser.add_argument_group("functions")
     model_arguments.add_granularity(functions)
     live_page.add_options(parser.add_argument_group("live page"))
+    tracing.add_options(parser.add_argument_group("traces"))
     _add_process_options(parser.add_argument_group("processes"))
     parser.set_defaults(run=run)
     return parser
@@ -208,6 +222,7 @@ def run(arguments: argparse.Namespace) -> int:
     access = ClientAccess(tuple(arguments.api_key), tuple(arguments.cors_origin))
     access.check(deployment)
     page = live_page.live_page_options(arguments)
+    trace_variables = tracing.tracing_variables(arguments, deployment.model.spec.tracing)
     endpoint = router.Endpoint(arguments.host, arguments.port)
     endpoint.check_free()
     if requested.cached is not None:
@@ -224,6 +239,7 @@ def run(arguments: argparse.Namespace) -> int:
                     keep_alive_s=arguments.keep_alive,
                     has_gateway=arguments.gateway,
                     page=page,
+                    trace_variables=trace_variables,
                 )
             )
         )
@@ -239,6 +255,7 @@ async def _prepare_and_serve(
     keep_alive_s: float | None,
     has_gateway: bool,
     page: live_page.LivePageOptions | None,
+    trace_variables: Mapping[str, str],
 ) -> int:
     deployment = requested.deployment
     await check_devices(deployment)
@@ -262,6 +279,7 @@ async def _prepare_and_serve(
             keep_alive_s=keep_alive_s,
             has_gateway=has_gateway,
             live_page=page,
+            trace_variables=trace_variables,
         )
         register_instance(spec.instance, folder)
         print_progress(f"CPU kernels: {describe_cpu_kernels()}")
@@ -416,8 +434,11 @@ async def _announce(
 
 
 async def _wait_until_healthy(spec: StackSpec, processes: StackProcesses) -> None:
-    await control.wait_until_healthy(spec.port.url)
-    await router.wait_until_healthy(spec.endpoint, progress=print_progress)
+    with step_progress("starting", START_STEPS) as done:
+        await control.wait_until_healthy(spec.port.url)
+        done(CONTROL_STEP)
+        await router.wait_until_healthy(spec.endpoint, progress=print_progress)
+        done(ROUTER_STEP)
     processes.router.has_started = True
 
 

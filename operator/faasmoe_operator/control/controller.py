@@ -18,6 +18,7 @@ from typing import Any
 from faasmoe_contracts.control_messages import LoadReport
 from faasmoe_contracts.usage import UsageReport
 from faasmoe_operator.aio import ChangeNotifier
+from faasmoe_operator.control.activation_trace import ActivationTrace
 from faasmoe_operator.control.autoscalers import FunctionAutoscalers, ReplicaChange
 from faasmoe_operator.control.executor import ActionExecutor, ExecutorContext
 from faasmoe_operator.control.fleet import Fleet
@@ -42,6 +43,7 @@ from faasmoe_operator.plan.fleet import (
 from faasmoe_operator.plan.memory_budget import function_holders
 from faasmoe_operator.plan.sandboxes import plan_sandboxes
 from faasmoe_operator.platforms.base import Platform
+from faasmoe_tracing import NO_TRACER, Tracer
 
 SUSPENDED_AFTER_S = 5.0  # without a tick or a load report although there is load
 UNKNOWN_CONCURRENCY = 0.001  # of an active function whose load is unknown: keeps one replica
@@ -96,6 +98,7 @@ class Controller:
         metrics: metrics of an earlier run, whose counters go on; None starts at zero.
         privacy: how much of single functions is shown on the live page.
         memory: the machine's memory, which the model shares with others; None for no limit.
+        tracer: traces activations.
         clock: monotonic time in seconds.
     """
 
@@ -111,6 +114,7 @@ class Controller:
         metrics: ControlPlaneMetrics | None = None,
         privacy: PrivacySettings | None = None,
         memory: SharedMemory | None = None,
+        tracer: Tracer = NO_TRACER,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         now = clock()
@@ -132,6 +136,7 @@ class Controller:
         self.autoscalers = FunctionAutoscalers(
             tuple(model.functions.values()), observed=None, now=now
         )
+        self._activation_trace = ActivationTrace(tracer, model.name)
         self._memory = memory
         self.revision = 0
         """Increases with everything that may have changed the state, as each reconcile pass."""
@@ -151,6 +156,7 @@ class Controller:
                 clock,
                 on_change=self._request_reconcile,
                 on_attached=self._work_due.set,
+                activation_trace=self._activation_trace,
                 drain_s=lambda: self.timing.drain_s if self.routing_table.n_watchers else 0.0,
             ),
         )
@@ -194,8 +200,13 @@ class Controller:
             await self._prober.stop()
             await self._executor.stop()
 
-    def activate(self, functions: Iterable[str]) -> None:
-        """Scale functions up from zero and start the attaches that are possible immediately."""
+    def activate(self, functions: Iterable[str], *, traceparent: str = "") -> None:
+        """Scale functions up from zero and start the attaches that are possible immediately.
+
+        Args:
+            functions: the functions.
+            traceparent: the span of a request that waits for them; empty if it is not traced.
+        """
         now = self.clock()
         self.metrics.activation_requests.inc()
         self._backfill_load(now)
@@ -206,10 +217,18 @@ class Controller:
             self.function_stats.start_activation(change.function, now=now)
         for function in self.model.functions.keys() & set(functions):
             self.function_stats.record_request(function, now=now)
+        self._trace_activation(functions, traceparent, now)
         # A function that is waiting for memory is desired already, but the request makes it recent.
         if changes or self._fleet_settings.is_memory_limited or self._memory is not None:
             self._ticker.notify()
             self.reconcile()
+
+    def _trace_activation(self, functions: tuple[str, ...], traceparent: str, now: float) -> None:
+        started_s = self.function_stats.activating_since(functions)
+        if started_s:
+            self._activation_trace.begin(
+                started_s, traceparent=traceparent, started_s=min(started_s.values()), now_s=now
+            )
 
     def warm_up(self) -> None:
         """Activate the functions that were used lately, as a router starts that will use them."""
@@ -246,6 +265,7 @@ class Controller:
     def reconcile(self) -> None:
         """Run one reconcile pass: plan, start the planned actions and publish the routing table."""
         now = self.clock()
+        self._activation_trace.record_plan(now)
         corrupted = self._executor.corrupted
         desired = {
             name: 0 if corrupted.is_backing_off(name, now) else self.autoscalers.desired(name)
@@ -330,6 +350,7 @@ class Controller:
         for function in self.function_stats.activating():
             if self.autoscalers.desired(function) == 0:
                 self.function_stats.finish_activation(function, now=now)
+                self._activation_trace.record_abandoned([function], now)
 
     def _backfill_load(self, now: float) -> None:
         """Record the last reported load for the seconds in which there was no tick."""
@@ -381,11 +402,9 @@ class Controller:
     def _record_activations(self, now: float) -> None:
         waiting = self.function_stats.activating()
         ready = self.fleet.ready_replicas() if waiting else {}
-        times = [
-            self.function_stats.finish_activation(name, now=now)
-            for name in waiting
-            if name in ready
-        ]
+        finished = [name for name in waiting if name in ready]
+        times = [self.function_stats.finish_activation(name, now=now) for name in finished]
+        self._activation_trace.record_ready(finished, now)
         self.activity.add_activations(times, now=now)
         for waited_s in times:
             self.metrics.activations.labels("ready").inc()

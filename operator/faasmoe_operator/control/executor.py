@@ -18,6 +18,7 @@ from typing import Any
 
 from faasmoe_contracts.backoff import Backoff, ExponentialBackoff
 from faasmoe_operator.aio import TaskSet
+from faasmoe_operator.control.activation_trace import ActivationTrace
 from faasmoe_operator.control.fleet import Fleet
 from faasmoe_operator.control.metrics import ControlPlaneMetrics
 from faasmoe_operator.control.model import ControlledModel
@@ -53,6 +54,7 @@ class ExecutorContext:
         clock: current time in seconds.
         on_change: called after a change that needs a reconcile pass.
         on_attached: called after an attach, so that the routing table is published.
+        activation_trace: follows attaches.
         drain_s: returns the seconds between the removal of an address from the routing table and
             the detach; 0 if no router watches the table.
     """
@@ -64,6 +66,7 @@ class ExecutorContext:
     clock: Callable[[], float]
     on_change: Callable[[], None]
     on_attached: Callable[[], None]
+    activation_trace: ActivationTrace
     drain_s: Callable[[], float]
 
 
@@ -227,6 +230,7 @@ class ActionExecutor:
             return
         started, message, code = self._context.clock(), "attach was cancelled", ""
         self._n_attaching += 1
+        self._context.activation_trace.record_attach(function, started)
         try:
             spec, store = self._context.model.functions[function].spec, self._context.model.store
             await self._context.sandbox_client.attach(record.sandbox.address, spec, store=store)
@@ -252,6 +256,7 @@ class ActionExecutor:
         self._create_backoff.reset()
         self.failures.record_success(LifecycleStep.SERVE)
         self._context.metrics.attach_seconds.observe(duration_s)
+        self._context.activation_trace.record_attached(function, duration_s)
         self._context.on_attached()
 
     def _on_corrupted(self, sandbox: str, function: str, *, message: str) -> None:

@@ -109,6 +109,11 @@ class FunctionStats:
         self._late_activations |= newly_late
         return sorted(newly_late)
 
+    def activating_since(self, functions: Iterable[str]) -> dict[str, float]:
+        """Return when the activation began, of those functions that are not ready yet."""
+        started_at = self._activation_started_at
+        return {name: started_at[name] for name in functions if name in started_at}
+
     def activating(self) -> list[str]:
         """Return the functions that are scaled up from zero and not ready yet."""
         return list(self._activation_started_at)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Collection, Mapping
 from contextlib import AsyncExitStack
@@ -41,6 +42,7 @@ from faasmoe_operator.control.state_files import (
 from faasmoe_operator.control.usage_ledger import UsageLedgerWriter
 from faasmoe_operator.platforms.base import ProcessSandboxTemplate
 from faasmoe_operator.platforms.process import ProcessPlatform
+from faasmoe_tracing import NO_TRACER, Tracer, create_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ class Machine:
         client: calls sandboxes.
         memory: memory that they share; None for no limit.
         privacy: how much of single functions is shown on the live page.
+        tracer: traces activations.
 
     Attributes:
         controllers: the running controllers by model; those that failed are missing.
@@ -101,12 +104,14 @@ class Machine:
         *,
         memory: MemoryPool | None,
         privacy: PrivacySettings,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self.controllers: dict[str, Controller] = {}
         self.memory = memory
         self._models = {model.name: model for model in models}
         self._client = client
         self._privacy = privacy
+        self._tracer = tracer
         self._metrics = {name: ControlPlaneMetrics() for name in self._models}
 
     async def start(self, pools: Mapping[Path, SandboxPool]) -> None:
@@ -171,6 +176,7 @@ class Machine:
             usage_ledger=usage_store.read(),
             metrics=self._metrics[model.name],
             privacy=self._privacy,
+            tracer=self._tracer,
             memory=None if self.memory is None else self.memory.shared_by(model.name),
         )
         await controller.start()
@@ -218,7 +224,9 @@ async def run_machine(config: MachineConfig, phases: StartPhases) -> None:
             pools[socket] = await stack.enter_async_context(pool)
         phases.end("connection")
         privacy = PrivacySettings(min_tokens=config.page_min_tokens)
-        machine = Machine(models, client, memory=memory, privacy=privacy)
+        tracer = create_tracer(os.environ, service="faasmoe-control")
+        stack.callback(tracer.close)
+        machine = Machine(models, client, memory=memory, privacy=privacy, tracer=tracer)
         await machine.start(pools)
         app = make_machine_app(machine.controllers, token=config.token, memory=memory)
         runner = await start_api(app, host=config.control_host, port=config.control_port)

@@ -1,4 +1,8 @@
-"""Prometheus metrics of the control process: aggregates only, no label names a function."""
+"""Prometheus metrics of the control process: aggregates only, no label names a function.
+
+Replicas follow calls, and calls the gates' choices, so those of a layer are what the live page may
+show: of windows of many tokens, once these have passed.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,11 @@ class ControlPlaneMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.functions = self._gauge("functions", "Functions by state.", "state")
+        self.layer_replicas = self._gauge(
+            "layer_replicas",
+            "Replicas of a layer's functions, shown late and over many tokens (docs/live-page.md).",
+            "layer",
+        )
         self.sandboxes = self._gauge("sandboxes", "Sandboxes by state.", "state")
         self.queue_depth = self._gauge("queue_depth", "Calls and requests queued in routers.")
         self.routing_table_watchers = self._gauge(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import Coroutine
 from pathlib import Path
@@ -31,6 +32,7 @@ from faasmoe_operator.control.state_files import (
 )
 from faasmoe_operator.control.usage_ledger import UsageLedgerWriter
 from faasmoe_operator.platforms.process import ProcessPlatform
+from faasmoe_tracing import create_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ async def run_controller(config: ControlConfig, phases: StartPhases) -> None:
     local_model = LocalModel.load(config.model_file)
     store = local_model.open_store()
     model = ControlledModel.from_local_model(local_model, key=config.function_key)
+    tracer = create_tracer(os.environ, service="faasmoe-control")
     popularity_file = PopularityFile(
         popularity_path(store.path), model_digest=store.manifest.digest
     )
@@ -80,6 +83,7 @@ async def run_controller(config: ControlConfig, phases: StartPhases) -> None:
             popularity=popularity_file.read(),
             usage_ledger=usage_store.read(),
             privacy=PrivacySettings(min_tokens=config.page_min_tokens),
+            tracer=tracer,
         )
         await controller.start()
         app = make_model_app(controller, token=config.token)
@@ -100,6 +104,7 @@ async def run_controller(config: ControlConfig, phases: StartPhases) -> None:
         finally:
             for runner in runners:
                 await runner.cleanup()
+            tracer.close()
 
 
 def _make_usage_ledger_writer(controller: Controller, store: FileUsageStore) -> UsageLedgerWriter:

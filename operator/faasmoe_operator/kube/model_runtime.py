@@ -37,6 +37,7 @@ from faasmoe_operator.kube.sandbox_template import SandboxPodTemplate
 from faasmoe_operator.kube.state_configmaps import ConfigMapUsageStore, PopularityConfigMap
 from faasmoe_operator.kube.types import POD, ModelKey, Object
 from faasmoe_operator.plan.fleet import SandboxState
+from faasmoe_tracing import NO_TRACER, Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class RuntimeDependencies:
         pod_timing: periods and deadlines of the platform.
         port: port on which sandboxes listen.
         clock: Unix time, in seconds.
+        tracer: traces activations.
     """
 
     api: KubeApi
@@ -100,6 +102,7 @@ class RuntimeDependencies:
     pod_timing: PodPlatformTiming = field(default_factory=PodPlatformTiming)
     port: int = SANDBOX_PORT
     clock: Callable[[], float] = time.time
+    tracer: Tracer = NO_TRACER
 
 
 class ModelRuntime:
@@ -228,6 +231,7 @@ class ModelRuntime:
                 else self._popularity,
                 usage_ledger=self._ledger,
                 metrics=self._metrics,
+                tracer=deps.tracer,
             )
             group.create_task(platform.run())
             await controller.start()

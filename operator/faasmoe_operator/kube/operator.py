@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -44,6 +45,7 @@ from faasmoe_operator.kube.server import HealthRoutes, Readiness, start_server
 from faasmoe_operator.kube.transport import KubeTransport, load_client_configuration
 from faasmoe_operator.kube.types import MOEMODEL, WATCHED_KINDS
 from faasmoe_operator.kube.work_queue import WorkerPool
+from faasmoe_tracing import create_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ class Operator:
         self._metrics = OperatorMetrics()
         self._readiness = Readiness()
         self._cache = ObjectCache()
+        self._tracer = create_tracer(os.environ, service="faasmoe-operator")
 
     async def run(self) -> None:
         """Reconcile MoEModels until cancelled; raises FaasmoeError."""
@@ -88,7 +91,7 @@ class Operator:
         async with KubeClient(kube_transport) as api:
             workers = WorkerPool(metrics=self._metrics, n_workers=self._config.workers)
             runtimes = RuntimeManager(
-                RuntimeDependencies(api, self._cache),
+                RuntimeDependencies(api, self._cache, tracer=self._tracer),
                 on_change=lambda key: workers.add(key, delay_s=STATUS_DEBOUNCE_S),
             )
             async with self._serve_http(runtimes), self._lead(api):
@@ -97,6 +100,7 @@ class Operator:
                 finally:
                     self._readiness.waiting_for = "nothing: shutting down"
                     await runtimes.stop()
+                    await asyncio.to_thread(self._tracer.close)
 
     async def _reconcile_models(
         self, api: KubeClient, runtimes: RuntimeManager, workers: WorkerPool
@@ -123,6 +127,7 @@ class Operator:
                 user_id=config.run_as_user,
             ),
             events=EventRecorder(api, instance=config.identity),
+            tracer=self._tracer,
         )
         self._cache.add_event_handler(ModelEnqueuer(workers).on_change)
         async with asyncio.TaskGroup() as group:

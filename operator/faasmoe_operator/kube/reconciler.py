@@ -43,6 +43,7 @@ from faasmoe_operator.kube.status import (
     status_write_at,
 )
 from faasmoe_operator.kube.types import MOEMODEL, POD, Kind, ModelKey, Object, kind_of
+from faasmoe_tracing import NO_TRACER, Span, Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ class Reconciler:
         runtimes: the runtimes of all models.
         context: what all models have in common.
         events: records Kubernetes events.
+        tracer: traces reconciles.
         clock: monotonic clock, in seconds.
         wall_clock: Unix time, in seconds.
     """
@@ -118,16 +120,28 @@ class Reconciler:
         context: OperatorContext,
         *,
         events: EventRecorder,
+        tracer: Tracer = NO_TRACER,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._api, self._cache, self._runtimes = api, cache, runtimes
         self._context, self._events = context, events
+        self._tracer = tracer
         self._clock, self._wall_clock = clock, wall_clock
         self._states: dict[ModelKey, _ModelState] = {}
 
     async def reconcile(self, key: ModelKey) -> ReconcileResult:
         """Reconcile one MoEModel; raises Unavailable if the API server does not respond."""
+        with self._tracer.span(
+            "reconcile",
+            attributes={"k8s.namespace.name": key.namespace, "faasmoe.model": key.name},
+        ) as span:
+            result = await self._reconcile(key, span)
+            if result.has_failures:
+                span.fail("apply_failed")
+            return result
+
+    async def _reconcile(self, key: ModelKey, span: Span) -> ReconcileResult:
         obj = self._cache.get(MOEMODEL, key.namespace, key.name)
         if obj is None or "deletionTimestamp" in obj["metadata"]:
             await self._runtimes.remove(key, delete_sandboxes=False)
@@ -140,7 +154,7 @@ class Reconciler:
             return await self._report_invalid_spec(obj, state, error)
         ctx = self._context.model_context(model, obj)
         try:
-            return await self._reconcile_model(key, obj, ctx, state)
+            return await self._reconcile_model(key, obj, ctx, state, span)
         except NamespaceTerminating:
             logger.info("%s: its namespace is being deleted", key)
             await self._runtimes.remove(key, delete_sandboxes=False)
@@ -156,13 +170,14 @@ class Reconciler:
         return state
 
     async def _reconcile_model(
-        self, key: ModelKey, obj: Object, ctx: ModelContext, state: _ModelState
+        self, key: ModelKey, obj: Object, ctx: ModelContext, state: _ModelState, span: Span
     ) -> ReconcileResult:
         status_model = obj.get("status", {}).get("model")
         observed = observe_model(self._cache, ctx, status_model=status_model)
         ctx = replace(ctx, summary=observed.store.summary)
         plan = state.planner.plan(ctx, observed, now=self._clock(), wall_clock_s=self._wall_clock())
-        failures = await self._apply_actions(plan.actions, state)
+        with span.child("apply", attributes={"faasmoe.actions": len(plan.actions)}):
+            failures = await self._apply_actions(plan.actions, state)
         runtime_failure = await self._ensure_runtime(key, ctx, observed)
         counts = self._runtimes.counts(key)
         router = router_status(
@@ -192,7 +207,8 @@ class Reconciler:
             counts=counts,
             previous=obj.get("status", {}),
         )
-        status_at = await self._write_status(obj, status, state)
+        with span.child("status"):
+            status_at = await self._write_status(obj, status, state)
         return self._result(observed, plan.requeue_at, status_at, has_failures=bool(failures))
 
     async def _apply_actions(

@@ -26,6 +26,7 @@ from faasmoe_router.api.streaming import run_until_disconnect
 from faasmoe_router.engine.generation import GenerationRequest
 from faasmoe_router.errors import ActivationQueueFull, EngineQueueFull, TenantQueueFull
 from faasmoe_router.tenants.service import Caller, RequestUsageRecorder
+from faasmoe_tracing import NO_SPAN, Span
 
 QueueSlot = Callable[..., AbstractContextManager[None]]
 TOKEN_OBJECT_BYTES = 36  # of a token ID in a prompt: a Python int, and the reference to it
@@ -70,7 +71,9 @@ class RequestActivator(AbstractAsyncContextManager["RequestActivator"], Protocol
     def is_activated_for(self, n_tokens: int) -> bool:
         """Return whether a request of `n_tokens` prompt tokens can start without queueing."""
 
-    async def wait_for_activation(self, n_tokens: int, *, size_bytes: int) -> float:
+    async def wait_for_activation(
+        self, n_tokens: int, *, size_bytes: int, span: Span = NO_SPAN
+    ) -> float:
         """Queue a request; return the seconds it waited, or raise RouterError to reject it."""
 
 
@@ -94,7 +97,9 @@ class AlwaysActivated:
         """Return True."""
         return True
 
-    async def wait_for_activation(self, n_tokens: int, *, size_bytes: int) -> float:
+    async def wait_for_activation(
+        self, n_tokens: int, *, size_bytes: int, span: Span = NO_SPAN
+    ) -> float:
         """Return 0 s immediately."""
         return 0.0
 
@@ -109,6 +114,7 @@ async def queue_until_activated(
     generation_requests: Sequence[GenerationRequest],
     *,
     queue_slot: QueueSlot = _unlimited_queue_slot,
+    span: Span = NO_SPAN,
 ) -> dict[str, str]:
     """Wait until the functions of a request are activated.
 
@@ -118,6 +124,7 @@ async def queue_until_activated(
         generation_requests: the sequences to generate; choices of one prompt count once. What
             their prompts take counts against the queue's byte limit.
         queue_slot: called with `size_bytes`; held while the request is queued.
+        span: traces the wait.
 
     Returns:
         Response headers: the cold-start header if the request was queued, else none.
@@ -130,9 +137,9 @@ async def queue_until_activated(
     if activator.is_activated_for(n_tokens):
         return {}
     size_bytes = TOKEN_OBJECT_BYTES * n_tokens
-    with queue_slot(size_bytes=size_bytes):
+    with queue_slot(size_bytes=size_bytes), span.child("hold") as hold:
         queued_s = await run_until_disconnect(
-            request, activator.wait_for_activation(n_tokens, size_bytes=size_bytes)
+            request, activator.wait_for_activation(n_tokens, size_bytes=size_bytes, span=hold)
         )
     return {COLD_START_HEADER: f"{queued_s:.3f}"} if queued_s else {}
 

@@ -40,6 +40,7 @@ from faasmoe_router.api.preparation import HeldBytes, PreparationQueue
 from faasmoe_router.api.preprocessing import Preprocessor
 from faasmoe_router.api.prompt_encoding import PromptEncoder
 from faasmoe_router.api.refusals import RefusalMetricsMiddleware, refusal_counter
+from faasmoe_router.api.request_span import TracingMiddleware
 from faasmoe_router.api.resumption import ResumptionMiddleware
 from faasmoe_router.api.tokenization import tokenization_routes
 from faasmoe_router.api.translated_routes import translated_routes
@@ -50,6 +51,7 @@ from faasmoe_router.engine.sampling_defaults import SamplingDefaults
 from faasmoe_router.errors import EngineUnavailable
 from faasmoe_router.tenants.service import NoTenants, TenantService
 from faasmoe_router.version import installed_version
+from faasmoe_tracing import NO_TRACER, Tracer
 
 _NOT_IMPLEMENTED_ENDPOINTS: Mapping[str, str] = {
     "/v1/embeddings": "This server's model generates text and does not support embeddings.",
@@ -69,6 +71,7 @@ def create_app(
     sampling_defaults: SamplingDefaults | None = None,
     metrics_server: MetricsServer | None = None,
     front_token: str = "",
+    tracer: Tracer = NO_TRACER,
 ) -> FastAPI:
     """Return the app, which starts the engine on startup and stops it on shutdown.
 
@@ -85,6 +88,7 @@ def create_app(
         sampling_defaults: values of parameters that a request does not set; None is OpenAI's.
         metrics_server: serves the metrics elsewhere; None serves them at /metrics.
         front_token: what a gateway shows that continues streams; empty without one.
+        tracer: traces requests.
     """
     activator = activator or AlwaysActivated()
     tenant_admission = tenancy or NoTenants()
@@ -104,6 +108,7 @@ def create_app(
         registry=registry,
         cors_origins=cors_origins,
         front_token=front_token,
+        tracer=tracer,
     )
     add_error_handlers(app)
     generator = ResponseGenerator(
@@ -164,6 +169,7 @@ def _add_middleware(
     registry: CollectorRegistry,
     cors_origins: Sequence[str],
     front_token: str,
+    tracer: Tracer,
 ) -> None:
     """Add all middleware; the last one added is the outermost."""
     app.add_middleware(ContentEncodingMiddleware, max_body_bytes=max_body_bytes)
@@ -172,6 +178,8 @@ def _add_middleware(
         app.add_middleware(TurnMiddleware)
         app.add_middleware(AuthMiddleware, authenticator=tenancy)
     app.add_middleware(RequestContextMiddleware, max_body_bytes=max_body_bytes)
+    if tracer.is_enabled:
+        app.add_middleware(TracingMiddleware, tracer=tracer)
     app.add_middleware(RefusalMetricsMiddleware, counter=refusal_counter(registry))
     app.add_middleware(ResumptionMiddleware, front_token=front_token)
     if cors_origins:

@@ -49,6 +49,7 @@ from faasmoe_router.api.protocol import (
     StreamOptions,
 )
 from faasmoe_router.api.rendering import PlainRendering, Rendering
+from faasmoe_router.api.request_span import begin_generation_span, ended_on_error, get_span
 from faasmoe_router.api.response_builder import RequestCounts, ResponseBuilder, ResponseMeta
 from faasmoe_router.api.resumption import (
     StreamJournal,
@@ -69,6 +70,7 @@ from faasmoe_router.engine.generation import CompletionOutput, Generation, Gener
 from faasmoe_router.engine.journal import JournalError
 from faasmoe_router.errors import EngineUnavailable
 from faasmoe_router.tenants.service import Caller, RequestUsageRecorder
+from faasmoe_tracing import Span
 
 ERROR_STATUSES = (400, 404, 413, 429, 500, 503)
 WARNING_HEADER = "X-FaaSMoE-Warning"
@@ -108,7 +110,9 @@ def completion_routes(
             generator.check_request(body, caller)
             requests, echoed_prompts = await run_until_disconnect(
                 request,
-                preprocessor.build_completion_requests(body, caller, origin=get_origin(request)),
+                preprocessor.build_completion_requests(
+                    body, caller, origin=get_origin(request), span=get_span(request)
+                ),
             )
             formatter = CompletionChoiceFormatter(
                 _logprob_token_bytes(engine, body),
@@ -223,7 +227,10 @@ class ChatService:
         async with self._bodies.converting(request, model, caller, convert) as (body, rendering):
             self._generator.check_request(body, caller)
             message_format, requests = await run_until_disconnect(
-                request, self._preprocessor.build_chat_requests(body, caller, origin=origin)
+                request,
+                self._preprocessor.build_chat_requests(
+                    body, caller, origin=origin, span=get_span(request)
+                ),
             )
             tool_config = message_format.tool_config
             formatter = ChatChoiceFormatter(
@@ -277,14 +284,23 @@ class ResponseGenerator:
         if has_front(request):
             headers = {**prepared.headers, INPUT_TOKENS_HEADER: str(n_prompt_tokens)}
             prepared = replace(prepared, headers=headers)
-        usage_recorder = self._tenant_admission.admit(
-            caller,
+        with get_span(request).child("limit"):
+            usage_recorder = self._tenant_admission.admit(
+                caller,
+                requests,
+                n_prompt=n_prompt_tokens,
+                request_id=get_origin(request).hex_id("usage"),
+                is_admitted=get_resumption(request) is not None,
+            )
+        span = begin_generation_span(
+            request,
+            body,
             requests,
-            n_prompt=n_prompt_tokens,
-            request_id=get_origin(request).hex_id("usage"),
-            is_admitted=get_resumption(request) is not None,
+            model=self._served_model.name,
+            tenant=caller.tenant,
+            n_prompt_tokens=n_prompt_tokens,
         )
-        start = asyncio.create_task(self._start(request, requests, usage_recorder))
+        start = asyncio.create_task(self._start(request, requests, usage_recorder, span))
         try:
             if body.stream and not (await asyncio.wait({start}, timeout=KEEPALIVE_S))[0]:
                 # From now on comments keep the connection; an error can only be an event.
@@ -303,13 +319,14 @@ class ResponseGenerator:
         request: Request,
         requests: Sequence[GenerationRequest],
         usage_recorder: RequestUsageRecorder,
+        span: Span,
     ) -> tuple[dict[str, str], Generation]:
         """Wait for activation and start the generation; return it and response headers."""
         caller, resumption = get_caller(request), get_resumption(request)
         queue_slot = partial(self._tenant_admission.queue_slot, caller)
-        with record_outcome_on_error(usage_recorder):
+        with record_outcome_on_error(usage_recorder), ended_on_error(span):
             headers = await queue_until_activated(
-                self._activator, request, requests, queue_slot=queue_slot
+                self._activator, request, requests, queue_slot=queue_slot, span=span
             )
             try:
                 generation = self._engine.generate(
@@ -317,6 +334,7 @@ class ResponseGenerator:
                     tenant=caller.tenant,
                     usage_recorder=usage_recorder,
                     journal=() if resumption is None else resumption.entries,
+                    span=span,
                 )
             except JournalError as error:
                 raise invalid_journal(error) from error

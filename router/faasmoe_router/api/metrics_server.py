@@ -13,10 +13,11 @@ from typing import Self
 from aiohttp import web
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 
 from faasmoe_router.api.middleware import get_caller
 from faasmoe_router.api.openapi import text_error_responses
+from faasmoe_router.metrics import render_metrics
 from faasmoe_router.tenants.metrics import OwnMetrics
 
 
@@ -26,10 +27,12 @@ def metrics_routes(registry: CollectorRegistry) -> APIRouter:
 
     @router.get("/metrics", response_class=PlainTextResponse, responses=text_error_responses(500))
     async def metrics(request: Request) -> Response:
-        """Return the metrics in Prometheus' text format; to a tenant, none of other tenants."""
+        """Return the metrics as text or OpenMetrics; to a tenant, none of other tenants."""
         tenant = get_caller(request).tenant
         visible = OwnMetrics(registry, tenant) if tenant else registry
-        return Response(generate_latest(visible), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        accept = request.headers.get("accept", "")
+        body, content_type = render_metrics(visible, accept=accept)
+        return Response(body, headers={"Content-Type": content_type})
 
     return router
 
@@ -66,6 +69,7 @@ class MetricsServer:
         if self._runner is not None:
             await self._runner.cleanup()
 
-    async def _respond(self, _: web.Request) -> web.Response:
-        headers = {"Content-Type": CONTENT_TYPE_LATEST}
-        return web.Response(body=generate_latest(self._registry), headers=headers)
+    async def _respond(self, request: web.Request) -> web.Response:
+        accept = request.headers.get("Accept", "")
+        body, content_type = render_metrics(self._registry, accept=accept)
+        return web.Response(body=body, headers={"Content-Type": content_type})

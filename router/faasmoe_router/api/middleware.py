@@ -35,6 +35,7 @@ from faasmoe_router.api.errors import (
     internal_error,
 )
 from faasmoe_router.api.openapi import UNAUTHENTICATED_PATHS
+from faasmoe_router.api.request_span import scope_span
 from faasmoe_router.api.resumption import get_front_tenant, is_resumed
 from faasmoe_router.errors import RateLimitExceeded
 from faasmoe_router.tenants.service import ANONYMOUS, Caller
@@ -154,11 +155,8 @@ class AuthMiddleware:
             await self._app(scope, receive, send)
             return
         tenant, path = _split_tenant_path(scope["path"])
-        if (verified := get_front_tenant(scope)) is not None:
-            caller = self._authenticator.caller(verified)
-        else:
-            key = _bearer_token(Headers(scope=scope))
-            caller = self._authenticator.authenticate(tenant, key)
+        with scope_span(scope).child("auth"):
+            caller = self._identify(scope, tenant)
         if caller is None:
             await error_response(path, _invalid_api_key())(scope, receive, send)
             return
@@ -174,6 +172,11 @@ class AuthMiddleware:
         state = {**scope.get("state", {}), "caller": caller}
         tenant_scope = {**scope, "path": path, "raw_path": path.encode(), "state": state}
         await self._app(tenant_scope, receive, send)
+
+    def _identify(self, scope: Scope, tenant: str | None) -> Caller | None:
+        if (verified := get_front_tenant(scope)) is not None:
+            return self._authenticator.caller(verified)
+        return self._authenticator.authenticate(tenant, _bearer_token(Headers(scope=scope)))
 
 
 def get_caller(request: Request) -> Caller:

@@ -33,6 +33,7 @@ from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import GenerationRequest
 from faasmoe_router.engine.sampling_defaults import SamplingDefaults
 from faasmoe_router.tenants.service import ANONYMOUS, Caller
+from faasmoe_tracing import NO_SPAN, Span
 
 
 class Preprocessor:
@@ -64,6 +65,7 @@ class Preprocessor:
         caller: Caller = ANONYMOUS,
         *,
         origin: Origin | None = None,
+        span: Span = NO_SPAN,
     ) -> tuple[MessageFormat, list[GenerationRequest]]:
         """Return how the message is parsed, and one request per choice; raises ApiError."""
         self._check_n_choices(body, caller, n_prompts=1)
@@ -78,6 +80,7 @@ class Preprocessor:
             template_options,
             caller,
             prompted_tools=tool_config.template_tools if tool_config and is_prompted else (),
+            span=span,
         )
         reasoning = resolve_reasoning(tokenizer, token_ids)
         requests = await self._request_builder.build(
@@ -112,6 +115,7 @@ class Preprocessor:
         caller: Caller = ANONYMOUS,
         *,
         origin: Origin | None = None,
+        span: Span = NO_SPAN,
     ) -> tuple[list[GenerationRequest], list[str] | None]:
         """Return one request per choice of each prompt, in that order, and the prompts' texts.
 
@@ -122,7 +126,10 @@ class Preprocessor:
         self._check_prompts(body)
         prompts = [
             await self._encoder.encode(
-                prompt, add_special_tokens=body.add_special_tokens is not False, caller=caller
+                prompt,
+                add_special_tokens=body.add_special_tokens is not False,
+                caller=caller,
+                span=span,
             )
             if isinstance(prompt, str)
             else prompt

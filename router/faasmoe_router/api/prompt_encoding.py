@@ -17,6 +17,7 @@ from faasmoe_router.engine.tokenizer import ChatTemplateOptions
 from faasmoe_router.errors import ChatTemplateError
 from faasmoe_router.tenants.service import ANONYMOUS, Caller
 from faasmoe_router.toolcalls.prompted import with_prompted_tools
+from faasmoe_tracing import NO_SPAN, Span
 
 # Work in units of bytes of text: of a token ID, of a message's rendering and of a tool's.
 ID_BYTES, MESSAGE_BYTES, TOOL_BYTES = 4, 64, 1024
@@ -35,11 +36,17 @@ class PromptEncoder:
         self._queue = queue
 
     async def encode(
-        self, text: str, *, add_special_tokens: bool = True, caller: Caller = ANONYMOUS
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        caller: Caller = ANONYMOUS,
+        span: Span = NO_SPAN,
     ) -> Sequence[int]:
         """Return the token IDs of a text, by default with the tokenizer's BOS token, if any."""
         encode = partial(self._engine.tokenizer.encode, text, add_special_tokens=add_special_tokens)
-        return await self._queue.run(caller, encode, size_bytes=len(text))
+        with span.child("tokenize"):
+            return await self._queue.run(caller, encode, size_bytes=len(text))
 
     async def decode(
         self,
@@ -63,6 +70,7 @@ class PromptEncoder:
         caller: Caller = ANONYMOUS,
         *,
         prompted_tools: Sequence[Mapping[str, Any]] = (),
+        span: Span = NO_SPAN,
     ) -> Sequence[int]:
         """Return the token IDs of a conversation, with the caller's system prompt if it has one.
 
@@ -74,7 +82,7 @@ class PromptEncoder:
         size_bytes = len(caller.system_prompt or "") + sum(map(_n_characters, messages))
         size_bytes += TOOL_BYTES * (len(template_options.tools) + len(prompted_tools))
         render_and_encode = partial(
-            self._encode_chat, messages, template_options, caller, prompted_tools
+            self._encode_chat, messages, template_options, caller, prompted_tools, span
         )
         return await self._queue.run(caller, render_and_encode, size_bytes=size_bytes)
 
@@ -84,6 +92,7 @@ class PromptEncoder:
         template_options: ChatTemplateOptions,
         caller: Caller,
         prompted_tools: Sequence[Mapping[str, Any]],
+        span: Span,
     ) -> Sequence[int]:
         template_messages = [
             m.to_template(f"messages[{index}]") for index, m in enumerate(messages)
@@ -96,7 +105,9 @@ class PromptEncoder:
         self.check_text_size(message_texts(template_messages), param="messages")
         self.check_text_size(map(dump_json, template_options.tools), param="tools")
         try:
-            return self._engine.tokenizer.encode_chat(template_messages, template_options)
+            return self._engine.tokenizer.encode_chat(
+                template_messages, template_options, span=span
+            )
         except ChatTemplateError as error:
             raise invalid_value("messages", str(error)) from error
 

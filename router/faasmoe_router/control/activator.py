@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from faasmoe_contracts.control_messages import ActivationRequest
+from faasmoe_router.control.awaited_activation import AwaitedActivation
 from faasmoe_router.control.client import ControlClient
 from faasmoe_router.control.metrics import ControlLinkMetrics
 from faasmoe_router.dispatch.load import LoadMeter
@@ -27,6 +28,7 @@ from faasmoe_router.errors import (
     ControlError,
     EngineUnavailable,
 )
+from faasmoe_tracing import NO_SPAN, Span
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +104,7 @@ class ActivationRequester:
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_failing = False
+        self._traceparent = ""
 
     def request(self, function_ids: Iterable[str]) -> None:
         """Request functions, unless they were requested recently."""
@@ -113,6 +116,10 @@ class ActivationRequester:
         loop, ids = self._loop, list(function_ids)
         if loop is not None and not loop.is_closed():
             loop.call_soon_threadsafe(self.request, ids)
+
+    def set_traceparent(self, traceparent: str) -> None:
+        """Send this span with further requests; empty for none."""
+        self._traceparent = traceparent
 
     def retain_missing(self, missing: Collection[str]) -> None:
         """Drop pending functions other than these: they have addresses."""
@@ -153,7 +160,7 @@ class ActivationRequester:
         request = ActivationRequest(self._router_name, tuple(function_ids), time.time())
         self._metrics.activation_requests.inc()
         try:
-            await self._client.request_activation(request)
+            await self._client.request_activation(request, traceparent=self._traceparent)
         except ControlError as error:
             if not self._is_failing:
                 logger.warning(
@@ -205,6 +212,7 @@ class Activator:
         metrics: metrics of the link.
         load: meter in which an awaited function counts as one call in flight, however many
             requests wait for it, since they will share one call.
+        awaited_activation: traces what requests wait for.
         clock: returns monotonic seconds.
     """
 
@@ -216,6 +224,7 @@ class Activator:
         limits: ActivationQueueLimits,
         metrics: ControlLinkMetrics,
         load: LoadMeter,
+        awaited_activation: AwaitedActivation | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._functions = functions
@@ -223,6 +232,7 @@ class Activator:
         self._limits = limits
         self._metrics = metrics
         self._load = load
+        self._awaited_activation = awaited_activation or AwaitedActivation()
         self._clock = clock
         self._queued: dict[asyncio.Future[None], int] = {}  # tokens of each request
         self._queued_bytes = 0
@@ -234,12 +244,15 @@ class Activator:
         """Return whether a request of `n_tokens` tokens needs no missing function."""
         return n_tokens < self._functions.activated_below_tokens
 
-    async def wait_for_activation(self, n_tokens: int, *, size_bytes: int) -> float:
+    async def wait_for_activation(
+        self, n_tokens: int, *, size_bytes: int, span: Span = NO_SPAN
+    ) -> float:
         """Wait until the functions of a request have addresses or local fallback covers them.
 
         Args:
             n_tokens: tokens of the request's prompt.
             size_bytes: size of the request's body.
+            span: the span of its wait.
 
         Returns:
             The time waited, in seconds; 0 if nothing was missing.
@@ -254,7 +267,7 @@ class Activator:
             return 0.0
         self._check_capacity(size_bytes)
         started_s = self._clock()
-        with self._queue_slot(n_tokens, size_bytes) as waiter:
+        with self._joined(span), self._queue_slot(n_tokens, size_bytes) as waiter:
             try:
                 async with asyncio.timeout(self._limits.timeout_s):
                     await waiter
@@ -305,6 +318,16 @@ class Activator:
                 f"{self._queued_bytes} bytes of requests are queued for activation; "
                 f"this request would exceed the limit of {limits.max_bytes} bytes"
             )
+
+    @contextmanager
+    def _joined(self, span: Span) -> Iterator[None]:
+        self._awaited_activation.join(span)
+        try:
+            yield
+        finally:
+            self._awaited_activation.leave(span)
+            if not self._queued:
+                self._awaited_activation.finish()
 
     @contextmanager
     def _queue_slot(self, n_tokens: int, size_bytes: int) -> Iterator[asyncio.Future[None]]:

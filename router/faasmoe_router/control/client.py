@@ -7,7 +7,7 @@ Retries nothing: each caller decides that for itself.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from faasmoe_contracts.json_reader import ContractError, parse_json
 from faasmoe_contracts.routing_table import RoutingTableError
 from faasmoe_contracts.usage import ClusterTotals, UsageReport
 from faasmoe_router.errors import ControlProtocolError, ControlRejected, ControlUnreachable
+from faasmoe_tracing import TRACEPARENT
 
 MAX_REASON_BYTES = 500
 MAX_RESPONSE_BYTES = 4 << 20
@@ -88,9 +89,17 @@ class ControlClient:
         """Send a load report; raises ControlUnreachable or ControlRejected."""
         await self._post("/v1/load", report.to_json())
 
-    async def request_activation(self, request: ActivationRequest) -> None:
-        """Ask for functions to be activated; raises ControlUnreachable or ControlRejected."""
-        await self._post("/v1/wake", request.to_json())
+    async def request_activation(
+        self, request: ActivationRequest, *, traceparent: str = ""
+    ) -> None:
+        """Ask for functions to be activated; raises ControlUnreachable or ControlRejected.
+
+        Args:
+            request: which functions.
+            traceparent: the span that waits for them; empty for none.
+        """
+        headers = {TRACEPARENT: traceparent} if traceparent else {}
+        await self._post("/v1/wake", request.to_json(), headers=headers)
 
     async def report_usage(self, report: UsageReport) -> ClusterTotals:
         """Report this router's totals and return those of all routers; raises ControlError."""
@@ -106,11 +115,13 @@ class ControlClient:
         if session is not None:
             await session.close()
 
-    async def _post(self, path: str, body: dict[str, Any]) -> bytes:
+    async def _post(
+        self, path: str, body: dict[str, Any], *, headers: Mapping[str, str] | None = None
+    ) -> bytes:
         try:
             async with (
                 asyncio.timeout(self._timeouts.request_s),
-                self._request("POST", path, json=body) as response,
+                self._request("POST", path, json=body, headers=headers) as response,
             ):
                 return await _read_content(path, response)
         except TimeoutError as error:

@@ -19,6 +19,7 @@ from faasmoe_router.control.activator import (
     ActivationRequester,
     Activator,
 )
+from faasmoe_router.control.awaited_activation import AwaitedActivation
 from faasmoe_router.control.client import ControlClient
 from faasmoe_router.control.load_reporter import LOAD_REPORT_INTERVAL_S, LoadReporter
 from faasmoe_router.control.local_fallback import LocalFallback
@@ -27,6 +28,7 @@ from faasmoe_router.control.table_watcher import TableWatcher
 from faasmoe_router.control.usage_reporter import UsageReporter, UsageSource
 from faasmoe_router.dispatch.load import LoadMeter
 from faasmoe_router.dispatch.routing import RoutingIndex
+from faasmoe_tracing import NO_SPAN, Span
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +132,7 @@ class ControlLink:
             limits=settings.queue_limits,
             metrics=metrics,
             load=queue_load,
+            awaited_activation=AwaitedActivation(activation_requester.set_traceparent),
         )
         self._table_watcher = TableWatcher(
             client,
@@ -176,9 +179,11 @@ class ControlLink:
         """Return whether a request of `n_tokens` tokens need not be queued."""
         return self._activator.is_activated_for(n_tokens)
 
-    async def wait_for_activation(self, n_tokens: int, *, size_bytes: int) -> float:
+    async def wait_for_activation(
+        self, n_tokens: int, *, size_bytes: int, span: Span = NO_SPAN
+    ) -> float:
         """Queue a request; see `Activator.wait_for_activation`."""
-        return await self._activator.wait_for_activation(n_tokens, size_bytes=size_bytes)
+        return await self._activator.wait_for_activation(n_tokens, size_bytes=size_bytes, span=span)
 
     def reject_queued(self) -> None:
         """Reject the queued requests, because the server shuts down."""

@@ -10,7 +10,7 @@ answers is computed locally from the store.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -377,6 +377,10 @@ class Dispatcher:
         """
         for spec in specs:
             map_function(spec, self._store)
+
+    def show_calls_late(self, read_tokens: Callable[[], float], *, min_tokens: int) -> None:
+        """Show calls in metrics by windows of tokens; see `WindowedCollector.show_late`."""
+        self._metrics.windows.show_late(read_tokens, min_tokens=min_tokens)
 
     def release_memory(self) -> None:
         """Free memory that is kept for the next calls, when idle; safe from any thread."""

@@ -175,14 +175,20 @@ def request_tenant(request_id: str) -> str:
 
 
 class ComputedTokenCounter:
-    """Counts computed tokens per tenant; one thread writes, any thread drains."""
+    """Counts computed tokens per tenant; one thread writes, any thread drains.
 
-    def __init__(self) -> None:
+    Args:
+        on_batch: called with the number of tokens of each batch.
+    """
+
+    def __init__(self, on_batch: Callable[[int], None] = lambda n_tokens: None) -> None:
+        self._on_batch = on_batch
         self._lock = threading.Lock()
         self._tokens: Counter[str] = Counter()
 
     def add_batch(self, batch: Sequence[tuple[str, int]]) -> None:
         """Add a batch: request ids and the number of tokens computed for each."""
+        self._on_batch(sum(n_tokens for _, n_tokens in batch))
         with self._lock:
             for request_id, n_tokens in batch:
                 self._tokens[request_tenant(request_id)] += n_tokens

@@ -33,6 +33,7 @@ from faasmoe_router.engine.supervisor import BatcherSupervisor
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.errors import EngineQueueFull, EngineUnavailable, QueueFull
 from faasmoe_router.metrics import EngineMetrics
+from faasmoe_tracing import NO_SPAN, Span
 from faasmoe_transformers.continuous_batching import ContinuousBatcher, eos_token_ids
 from faasmoe_transformers.native_step import ComputeMode
 
@@ -102,9 +103,10 @@ class Engine:
             metrics=metrics,
         )
         self._cache_salts: CacheSalts | None = None
-        self.computed_tokens = ComputedTokenCounter()
+        self.computed_tokens = ComputedTokenCounter(metrics.record_step)
         self._watch_task: asyncio.Task[None] | None = None
         metrics.observe_requests(self.request_counts)
+        metrics.observe_health(lambda: self.is_ready)
         self._n_pages = 0  # of the KV cache, which the first batcher allocates
         metrics.observe_kv_cache(self.kv_cache_usage)
 
@@ -163,6 +165,7 @@ class Engine:
         tenant: str = "",
         usage_recorder: UsageRecorder | None = None,
         journal: Sequence[JournalEntry] = (),
+        span: Span = NO_SPAN,
     ) -> Generation:
         """Queue sequences; the generation's indices are their positions in `requests`.
 
@@ -171,6 +174,7 @@ class Engine:
             tenant: the tenant they are scheduled for.
             usage_recorder: records their usage and outcome.
             journal: what another process has generated of them; it is put out again first.
+            span: traces them, and ends with them.
 
         Raises:
             JournalError: the journal is not one of these sequences.
@@ -187,7 +191,7 @@ class Engine:
                     f"{len(self._tracker)} requests are queued or running, "
                     f"at most {max_requests} may be"
                 )
-            return self._tracker.add_requests(requests, tenant, usage_recorder, journal)
+            return self._tracker.add_requests(requests, tenant, usage_recorder, journal, span)
         except QueueFull as error:
             error.retry_after_s = self._tracker.seconds_until_place(len(requests))
             raise

@@ -15,6 +15,7 @@ from faasmoe_router.engine.journal import Progress
 from faasmoe_router.engine.sampler import DrawParams, LogitBias, Penalties, SampledLogprob
 from faasmoe_router.engine.structured_output import CompiledGrammar
 from faasmoe_router.errors import GenerationFailed
+from faasmoe_tracing import NO_SPAN, Span
 
 FinishReason = Literal["stop", "length"]
 StopReason = str | int
@@ -212,6 +213,10 @@ class Generation:
         n_sequences: number of sequences.
         on_cancel: aborts the sequences that still run.
         usage_recorder: records usage and outcome; None records nothing.
+        span: traces it.
+
+    Attributes:
+        span: traces it; ended with it.
     """
 
     def __init__(
@@ -219,6 +224,7 @@ class Generation:
         n_sequences: int,
         on_cancel: Callable[[], None],
         usage_recorder: UsageRecorder | None = None,
+        span: Span = NO_SPAN,
     ) -> None:
         self._outputs: asyncio.Queue[tuple[int, CompletionOutput] | GenerationFailed] = (
             asyncio.Queue()
@@ -226,6 +232,9 @@ class Generation:
         self._n_running = n_sequences
         self._on_cancel = on_cancel
         self._usage_recorder = usage_recorder or NullUsageRecorder()
+        self._n_tokens = 0
+        self._finish_reasons: list[str] = []
+        self.span = span
 
     def mark_started(self) -> None:
         """Record that a sequence was submitted for computation."""
@@ -236,17 +245,25 @@ class Generation:
         self._usage_recorder.record_tokens(
             output.n_tokens, is_last=output.finish_reason is not None
         )
+        self._n_tokens += output.n_tokens
+        if output.finish_reason is not None:
+            self._finish_reasons.append(output.finish_reason)
         self._outputs.put_nowait((index, output))
 
     def fail(self, error: GenerationFailed) -> None:
         """End the stream with an error, which its reader receives."""
         self._usage_recorder.record_failure()
+        self.span.fail(type(error).__name__)
         self._outputs.put_nowait(error)
 
     def cancel(self) -> None:
         """Abort the sequences that still run and finalize the usage record; idempotent."""
         self._on_cancel()
         self._usage_recorder.finish()
+        if self.span.is_recorded:
+            self.span.set({"gen_ai.usage.output_tokens": self._n_tokens})
+            self.span.set({"gen_ai.response.finish_reasons": self._finish_reasons})
+        self.span.end()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, CompletionOutput]]:
         while self._n_running:

@@ -26,9 +26,12 @@ from faasmoe_router.engine.generation import (
 )
 from faasmoe_router.engine.journal import JournalEntry, JournalError, Progress
 from faasmoe_router.engine.output_processor import SequenceOutputProcessor
+from faasmoe_router.engine.sequence_spans import record_sequence
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.errors import GenerationFailed, NoTokenAllowed
 from faasmoe_router.metrics import EngineMetrics
+from faasmoe_router.sequence_times import SequenceCounts, SequenceTimes
+from faasmoe_tracing import NO_SPAN, Span
 from faasmoe_transformers.continuous_batching import BatchOutput, ContinuousBatcher
 
 logger = logging.getLogger(__name__)
@@ -74,12 +77,16 @@ class TrackedRequest:
         index: its index in the generation.
         tokens: tokens generated so far, by any batcher.
         arrival_s: monotonic time of its arrival.
+        started_s: monotonic time at which a batcher got it first; None before.
+        first_token_s: monotonic time of its first token; None before.
+        n_cached: tokens of its prompt found in the prefix cache.
         last_token_s: monotonic time of its last token, or of its arrival.
     """
 
     __slots__ = (
         *("_epoch", "_n_crashes", "_n_resumed_tokens", "_output_processor"),
-        *("arrival_s", "generation", "index", "last_token_s", "request", "tokens"),
+        *("arrival_s", "first_token_s", "generation", "index", "last_token_s", "n_cached"),
+        *("request", "started_s", "tokens"),
     )
 
     def __init__(
@@ -90,6 +97,9 @@ class TrackedRequest:
         self.index = index
         self.tokens: list[int] = []
         self.arrival_s = now_s
+        self.started_s: float | None = None
+        self.first_token_s: float | None = None
+        self.n_cached = 0
         self.last_token_s = now_s
         self._output_processor: SequenceOutputProcessor | None = None  # until it first runs
         self._epoch: object = None  # of the batcher that has it
@@ -187,6 +197,18 @@ class TrackedRequest:
         self.tokens += new_tokens
         return self._output_processor.process_tokens(new_tokens)
 
+    def times(self, now_s: float) -> SequenceTimes:
+        """Return when things happened to it, the last token now."""
+        started_s = self.arrival_s if self.started_s is None else self.started_s
+        first_token_s = now_s if self.first_token_s is None else self.first_token_s
+        return SequenceTimes(self.arrival_s, started_s, first_token_s, now_s)
+
+    @property
+    def counts(self) -> SequenceCounts:
+        """Its tokens."""
+        n_prompt = len(self.request.prompt_token_ids)
+        return SequenceCounts(n_prompt, self.n_cached, len(self.tokens))
+
 
 class RequestTracker:
     """The sequences that wait or run. Used on the engine's event loop only.
@@ -234,6 +256,7 @@ class RequestTracker:
         tenant: str,
         usage_recorder: UsageRecorder | None,
         journal: Sequence[JournalEntry] = (),
+        span: Span = NO_SPAN,
     ) -> Generation:
         """Queue a tenant's sequences and start those that may run.
 
@@ -242,6 +265,7 @@ class RequestTracker:
             tenant: the tenant.
             usage_recorder: records their usage and outcome.
             journal: what another process has generated of them, which is put out again first.
+            span: traces them.
 
         Raises:
             JournalError: the journal is not one of these sequences.
@@ -252,8 +276,9 @@ class RequestTracker:
             make_request_id(tenant, next(self._sequence_numbers), request.cache_salt)
             for request in requests
         ]
-        generation = Generation(len(requests), lambda: self._abort(ids), usage_recorder)
+        generation = Generation(len(requests), lambda: self._abort(ids), usage_recorder, span)
         now_s = time.monotonic()
+        self._metrics.record_request(len(requests), now_s)
         sequences = {
             sequence_id: TrackedRequest(request, generation, index=index, now_s=now_s)
             for index, (sequence_id, request) in enumerate(zip(ids, requests, strict=True))
@@ -310,6 +335,7 @@ class RequestTracker:
             preempted_id = self._fair_queue.preempt()
             if preempted_id is None:
                 return
+            self._metrics.preemptions.inc()
             batcher.preempt_request(preempted_id)
 
     def _submit_or_resume(self, sequence_id: str, batcher: ContinuousBatcher) -> None:
@@ -318,6 +344,8 @@ class RequestTracker:
             batcher.resume_request(sequence_id)
             return
         tracked.generation.mark_started()
+        if tracked.started_s is None:
+            tracked.started_s = time.monotonic()
         tracked.submit(sequence_id, batcher, self._tokenizer, self._eos_token_ids)
 
     def _abort(self, sequence_ids: Sequence[str]) -> None:
@@ -404,18 +432,24 @@ class RequestTracker:
             self._fair_queue.remove(output.request_id)
         else:  # ended by a stop string, of which the batcher knows nothing
             self._remove(output.request_id)
-        self._metrics.e2e_latency_s.observe(now_s - tracked.arrival_s)
-        self._metrics.record_finished(str(delta.finish_reason))
+        assert delta.finish_reason is not None
+        times, counts = tracked.times(now_s), tracked.counts
+        span = tracked.generation.span
+        self._metrics.record_sequence(
+            times, counts, max_tokens=tracked.request.max_tokens, trace_id=span.trace_id
+        )
+        self._metrics.record_finished(delta.finish_reason)
+        record_sequence(span, times, counts, index=tracked.index, finish_reason=delta.finish_reason)
 
     def _record_latency(
         self, tracked: TrackedRequest, *, n_cached: int, now_s: float, is_first: bool
     ) -> None:
         if is_first:
             n_prompt = len(tracked.request.prompt_token_ids)
-            self._metrics.prompt_tokens.inc(n_prompt)
-            self._metrics.prefix_queries.inc(n_prompt)
-            self._metrics.prefix_hits.inc(n_cached)
-            self._metrics.time_to_first_token_s.observe(now_s - tracked.arrival_s)
+            self._metrics.record_prompt(n_prompt, n_cached)
+            tracked.first_token_s, tracked.n_cached = now_s, n_cached
+            trace_id = tracked.generation.span.trace_id
+            self._metrics.record_first_token(now_s - tracked.arrival_s, trace_id=trace_id)
         else:
             self._metrics.inter_token_latency_s.observe(now_s - tracked.last_token_s)
         tracked.last_token_s = now_s

@@ -18,6 +18,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from faasmoe_router.errors import ChatTemplateError, GrammarError, RouterConfigError
+from faasmoe_tracing import NO_SPAN, Span
 
 
 class Vocabulary:
@@ -155,8 +156,15 @@ class ModelTokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         options: ChatTemplateOptions = DEFAULT_CHAT_TEMPLATE_OPTIONS,
+        *,
+        span: Span = NO_SPAN,
     ) -> list[int]:
         """Return the tokens of a conversation, rendered by the chat template.
+
+        Args:
+            messages: the conversation.
+            options: what the template receives.
+            span: traces both steps.
 
         Raises:
             ChatTemplateError: the model has no chat template, or it rejects the messages.
@@ -164,17 +172,19 @@ class ModelTokenizer:
         if not self.has_chat_template:
             raise ChatTemplateError("the model has no chat template; use /v1/completions")
         try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages),
-                tools=list(options.tools) or None,
-                add_generation_prompt=options.add_generation_prompt,
-                continue_final_message=options.continue_final_message,
-                tokenize=False,
-                **options.template_kwargs,
-            )
+            with span.child("template"):
+                text = self._tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=list(options.tools) or None,
+                    add_generation_prompt=options.add_generation_prompt,
+                    continue_final_message=options.continue_final_message,
+                    tokenize=False,
+                    **options.template_kwargs,
+                )
             _check_roles(messages, text)
-            # Fails on lone surrogates.
-            return self.encode(text, add_special_tokens=options.add_special_tokens)
+            with span.child("tokenize"):
+                # Fails on lone surrogates.
+                return self.encode(text, add_special_tokens=options.add_special_tokens)
         except _TEMPLATE_ERRORS as error:
             raise ChatTemplateError(f"the chat template rejected the messages: {error}") from error
 

@@ -100,7 +100,7 @@ class OwnMetrics(Collector):
         """Yield the metrics."""
         for family in self._registry.collect():
             family.samples = [
-                sample
+                sample._replace(exemplar=None)  # it names a trace, perhaps another tenant's
                 for sample in family.samples
                 if sample.labels.get("tenant", self._tenant) == self._tenant
             ]

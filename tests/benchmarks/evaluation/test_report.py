@@ -5,7 +5,7 @@ from typing import Any
 
 import evaluation_results as figures
 import pytest
-from benchmarks.evaluation import report, sweep_table, table
+from benchmarks.evaluation import plots, report, sweep_table, table
 from benchmarks.evaluation.__main__ import main
 from benchmarks.evaluation.report import render_html_page
 
@@ -62,9 +62,21 @@ def test_report_is_rendered_from_figures(
     (tmp_path / "paper.json").write_text(json.dumps(comparison))
     assert main(["report", str(tmp_path / "paper.json")]) == 0
     assert (tmp_path / "paper.md").read_text().strip() in capsys.readouterr().out
-    for name in ("memory", "ttft", "tpot"):
+    for name in ("memory", "ttft", "tpot", "ratios"):
         assert (tmp_path / f"paper-{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "paper.html").read_text().count("data:image/png") == 3
+        assert "<svg" in (tmp_path / f"paper-{name}.svg").read_text()
+    assert (tmp_path / "paper.html").read_text().count("data:image/png") == 4
+
+
+def test_the_same_figures_give_the_same_svg(comparison: dict[str, Any]) -> None:
+    first, second = (plots.comparison_plots(comparison)["ratios"]["svg"] for _ in range(2))
+    assert first == second
+    assert b"<path" in first
+
+
+def test_no_plot_of_ratios_without_a_baseline() -> None:
+    alone = figures.make_comparison(functions_shared=(figures.make_run(),))
+    assert "ratios" not in plots.comparison_plots(alone)
 
 
 def test_sweep_report_has_plots_and_recommendation(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from benchmarks.peers.models import GEOMETRIES, function_counts, make_model, voc
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from faasmoe_operator.api.v1alpha1.router import RouterSpec
+
 
 def test_models_have_the_published_sizes() -> None:
     demo, qwen = GEOMETRIES["demo"], GEOMETRIES["qwen"]
@@ -92,3 +94,11 @@ def test_only_quantized_precisions_ask_for_quantization() -> None:
     experts, router = server.spec_fields("int8")
     assert experts["quantization"] == router["quantization"] == "int8"
     assert set(missing_spec_fields()) <= {"experts.quantization", "router.quantization"}
+
+
+def test_the_engine_vllm_is_asked_for_where_its_environment_is_given() -> None:
+    layout = {"functions_per_layer": 3, "sandboxes": 3}
+    _, own = FaasmoeServer(Path("/x"), 8, **layout).spec_fields("bf16")
+    _, vllm = FaasmoeServer(Path("/x"), 8, **layout, vllm_python=Path("/v")).spec_fields("bf16")
+    assert "engine" not in own
+    assert RouterSpec.model_validate(vllm).engine == "vllm"

@@ -20,6 +20,11 @@ def test_given_options_win_over_quick() -> None:
     assert arguments.servers == ("faasmoe", "llama", "vllm")
 
 
+def test_our_vllm_engine_comes_with_vllm_itself() -> None:
+    arguments = parse_arguments(["--servers", "faasmoe", "--vllm-engine"])
+    assert arguments.servers == ("faasmoe", "vllm", "faasmoe-vllm")
+
+
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [

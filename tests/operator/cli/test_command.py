@@ -13,7 +13,20 @@ WriteModel = Callable[..., Path]
 
 
 @pytest.mark.parametrize(
-    "command", ["up", "top", "plan", "prepare", "demo-model", "bench", "crd", "version"]
+    "command",
+    [
+        "up",
+        "top",
+        "chat",
+        "explain",
+        "doctor",
+        "plan",
+        "prepare",
+        "demo-model",
+        "bench",
+        "crd",
+        "version",
+    ],
 )
 def test_prints_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as finished:

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from faasmoe_operator.cli.logs import byte_progress, print_progress
+from faasmoe_operator.cli.logs import byte_progress, print_progress, step_progress
 
 
 class Terminal(io.StringIO):
@@ -35,3 +35,22 @@ def test_a_terminal_gets_a_bar_below_the_lines(monkeypatch: pytest.MonkeyPatch) 
     assert "verifying:   0%" in output
     assert "faasmoe: starting\n" in output
     assert output.endswith("\r")  # the bar is gone
+
+
+def test_a_terminal_sees_which_steps_are_pending(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "120")
+    with step_progress("starting", ("control", "router")) as done:
+        done("control")
+        done("router")
+    output = terminal.getvalue()
+    assert "waiting for control, router" in output
+    assert "waiting for router" in output
+    assert output.endswith("\r")  # the bar is gone
+
+
+def test_a_log_sees_no_bar_of_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    with step_progress("starting", ("control",)) as done:
+        done("control")
+    assert capsys.readouterr().err == ""

@@ -77,11 +77,11 @@ def test_top_reports_that_no_instance_is_running(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == "faasmoe: error: faasmoe up: no instance is running\n"
 
 
-def test_top_requires_file_to_choose_among_instances(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_of_one_model_requires_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     with private_runtime_dir() as one, private_runtime_dir() as other:
         register_instance(make_instance("one"), one)
         register_instance(make_instance("other"), other)
-        assert main(["top", "--once"]) == 1
-        assert "several instances are running: " in capsys.readouterr().err
-        assert main(["top", "--once", "-f", "/one.yaml"]) == 1
+        assert main(["explain"]) == 1
+        assert "several models are running, expected one of " in capsys.readouterr().err
+        assert main(["explain", "-f", "/one.yaml"]) == 1
         assert "control http://127.0.0.1:1: " in capsys.readouterr().err

@@ -411,7 +411,7 @@ def test_rejects_tenant_without_key_folder_before_starting_processes(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--memory", "1Ki"], "--memory: got 1.0 KiB, expected 193.7 MiB or more"),
+        (["--memory", "1Ki"], "--memory: got 1.0 KiB, expected 146.1 MiB or more"),
         (["--memory", "much"], "--memory: got 'much', expected a size such as 6Gi"),
         (["--gateways", "0"], "--gateways: got '0', expected 1 to 64"),
         (["--gateways", "2", "--max-model-len", "9"], "--max-model-len: got it with several"),

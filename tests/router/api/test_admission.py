@@ -9,6 +9,7 @@ from faasmoe_router.api.admission import (
     queue_until_activated,
 )
 from faasmoe_router.engine.generation import GenerationRequest
+from faasmoe_tracing import NO_SPAN, Span
 
 
 class FakeActivator(AlwaysActivated):
@@ -20,7 +21,9 @@ class FakeActivator(AlwaysActivated):
     def is_activated_for(self, n_tokens: int) -> bool:
         return n_tokens < 3
 
-    async def wait_for_activation(self, n_tokens: int, *, size_bytes: int) -> float:
+    async def wait_for_activation(
+        self, n_tokens: int, *, size_bytes: int, span: Span = NO_SPAN
+    ) -> float:
         self.queued.append((n_tokens, size_bytes))
         return 0.5
 

@@ -26,6 +26,7 @@ from faasmoe_operator.api.v1alpha1.tenants import (
     TenantSpec,
     validate_tenants,
 )
+from faasmoe_operator.api.v1alpha1.tracing import TracingSpec
 from faasmoe_operator.api.v1alpha1.validation import format_validation_errors, kubernetes_problems
 from faasmoe_operator.api.v1alpha1.yaml_documents import parse_documents, read_text
 from faasmoe_operator.errors import MoEModelError
@@ -70,6 +71,9 @@ class MoEModelSpec(ApiModel):
     )
     monitoring: MonitoringSpec = Field(
         default_factory=lambda: MonitoringSpec.model_validate({}), json_schema_extra=KUBERNETES_ONLY
+    )
+    tracing: TracingSpec | None = Field(
+        None, description="Where the model's traces go; omit for none."
     )
     suspend: bool = Field(
         False,

@@ -21,6 +21,7 @@ RELATIVE_PATH = r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$"
 ABSOLUTE_PATH = r"^(/[A-Za-z0-9._-]+)+$"
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$"
 CORS_ORIGIN = r"^(\*|https?://[A-Za-z0-9.:_-]+)$"
+HTTP_URL = r"^https?://[A-Za-z0-9.:_-]+(/[A-Za-z0-9._/-]*)?$"
 INDEX_RANGES = r"^[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*$"
 QUANTITY = (
     r"^([0-9]+(\.[0-9]*)?|\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]{1,2})?$"  # never negative
@@ -47,6 +48,7 @@ DESCRIPTIONS = {
     ABSOLUTE_PATH: "an absolute path such as /etc/ssl/mine: letters, digits, '-', '_', '.'",
     MODEL_NAME: "letters, digits, '.', '_', ':', '/' and '-', a letter or digit first",
     CORS_ORIGIN: "an origin such as https://chat.example.com, or *",
+    HTTP_URL: "a URL such as http://127.0.0.1:4318",
     INDEX_RANGES: 'indices such as "0-3,7"',
     QUANTITY: "a quantity such as 500m, 4 or 100Gi",
     SOURCE: "hf://ORG/NAME, hf://ORG/NAME:QUANT, pvc://CLAIM/PATH or file://PATH",

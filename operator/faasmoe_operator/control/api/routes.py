@@ -30,6 +30,7 @@ from faasmoe_operator.control.api.requests import (
 from faasmoe_operator.control.api.status import controller_status
 from faasmoe_operator.control.controller import Controller
 from faasmoe_operator.control.routing_table import RoutingTablePublisher
+from faasmoe_tracing import TRACEPARENT
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,8 @@ class ModelRoutes:
     async def _activate(self, request: web.Request) -> web.Response:
         controller = request[CONTROLLER]
         known = controller.model.functions
-        controller.activate(parse_activation_request(await request.read(), known=known))
+        functions = parse_activation_request(await request.read(), known=known)
+        controller.activate(functions, traceparent=request.headers.get(TRACEPARENT, ""))
         return web.Response(status=202)
 
     async def _status(self, request: web.Request) -> web.Response:

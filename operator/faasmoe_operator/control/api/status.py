@@ -38,6 +38,7 @@ async def controller_status(controller: Controller) -> dict[str, Any]:
         "sandboxes": [_sandbox_status(r, size) for r, size in zip(records, memory, strict=True)],
         "pool": {"size": controller.model.warm_pool, "ready": controller.fleet.n_generic()},
         "held": controller.load_reports.queued(now),
+        "failure": controller.failure,
         "decisions": _decision_counts(controller),
     }
 
@@ -50,6 +51,9 @@ def update_gauges(controller: Controller) -> None:
     metrics.functions.clear()
     for phase, count in phases.items():
         metrics.functions.labels(phase).set(count)
+    metrics.layer_replicas.clear()
+    for layer, count in controller.activity.window.layer_replicas().items():
+        metrics.layer_replicas.labels(layer).set(count)
     metrics.sandboxes.clear()
     for state, count in sandboxes.items():
         metrics.sandboxes.labels(state.value).set(count)

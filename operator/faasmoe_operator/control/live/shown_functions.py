@@ -91,6 +91,17 @@ class FunctionWindow:
             default=0,
         )
 
+    def layer_replicas(self) -> dict[int, int]:
+        """Return the replicas that are shown, by layer; 0 before anything is shown.
+
+        A function over several layers counts in each.
+        """
+        replicas = {layer: 0 for f in self.functions.values() for layer in f.spec.layers}
+        for name, function in self.shown.items():
+            for layer in self.functions[name].spec.layers:
+                replicas[layer] += function.replicas
+        return dict(sorted(replicas.items()))
+
     def show(
         self,
         replicas: Mapping[str, tuple[int, int]],

@@ -244,7 +244,7 @@ def serving_policies(ctx: ModelContext) -> list[Object]:
             router_name(ctx.name),
             Component.ROUTER,
             ingress=[from_clients, *_from_scrapers(ctx, router_metrics_port(ctx))],
-            egress=[_dns_egress(), to_sandboxes, to_control],
+            egress=[_dns_egress(), to_sandboxes, to_control, *_to_collector(ctx)],
         ),
         _policy(
             ctx,
@@ -254,6 +254,11 @@ def serving_policies(ctx: ModelContext) -> list[Object]:
             egress=[],
         ),
     ]
+
+
+def _to_collector(ctx: ModelContext) -> list[Object]:
+    """Return the rule for traces, which does not say where the collector is; none without any."""
+    return [] if ctx.spec.tracing is None else [{"ports": _ports(ctx.spec.tracing.port)}]
 
 
 def _from_scrapers(ctx: ModelContext, port: int) -> list[Object]:

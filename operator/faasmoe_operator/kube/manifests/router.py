@@ -190,8 +190,10 @@ def router_metrics_port(ctx: ModelContext) -> int:
 
 def _environment(ctx: ModelContext) -> list[Object]:
     defaults = {**OFFLINE_ENV, "OMP_WAIT_POLICY": "PASSIVE"}
+    tracing = ctx.spec.tracing
     return merge_env_vars(
         env_vars(defaults),
+        env_vars({} if tracing is None else tracing.variables),
         [cpu_limit_env_var("OMP_NUM_THREADS", ROUTER_CONTAINER)],
         router_env_overrides(ctx),
         _settings(ctx),
