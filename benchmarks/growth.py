@@ -305,8 +305,9 @@ def main() -> int:
         return 0
     from benchmarks.evaluation.plots import growth_plot
 
-    (out / "growth.png").write_bytes(growth_plot(figures["rows"]))
-    print(f"plot: {out / 'growth.png'}")
+    for suffix, image in growth_plot(figures["rows"]).items():
+        (out / f"growth.{suffix}").write_bytes(image)
+        print(f"plot: {out / f'growth.{suffix}'}")
     return 0
 
 

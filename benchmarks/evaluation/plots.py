@@ -66,7 +66,7 @@ def sweep_plots(sweep: Results) -> dict[str, Image]:
     }
 
 
-def growth_plot(rows: Mapping[str, Any]) -> bytes:
+def growth_plot(rows: Mapping[str, Any]) -> Image:
     """Return how each row grows, relative to its smallest size, beside linear growth."""
 
     def draw(axes: Axes) -> None:

@@ -40,4 +40,4 @@ def test_small_sizes_are_measured_printed_and_plotted(tmp_path: Path) -> None:
     figures = measure(largest=10, cache=tmp_path)
     assert all(set(row["values"]) for row in figures["rows"].values())
     assert "load reports added up" in format_growth(figures)
-    assert growth_plot(figures["rows"]).startswith(b"\x89PNG")
+    assert growth_plot(figures["rows"])["png"].startswith(b"\x89PNG")
