@@ -306,8 +306,9 @@ def main() -> int:
     from benchmarks.evaluation.plots import growth_plot
 
     for suffix, image in growth_plot(figures["rows"]).items():
-        (out / f"growth.{suffix}").write_bytes(image)
-        print(f"plot: {out / f'growth.{suffix}'}")
+        path = out / f"growth.{suffix}"
+        path.write_bytes(image)
+        print(f"plot: {path}")
     return 0
 
 

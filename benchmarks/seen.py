@@ -133,7 +133,8 @@ def turn_order(kinds: Sequence[str], number: int) -> list[str]:
 
 async def watch(client: httpx.AsyncClient, up: FaasmoeUp) -> None:
     """Watch the live page until cancelled."""
-    async with client.stream("GET", f"{up.base_url}/ui/events") as response:
+    url = f"{up.base_url}/ui/events?model={PAGE}"
+    async with client.stream("GET", url) as response:
         response.raise_for_status()
         async for _ in response.aiter_bytes():
             pass

@@ -127,11 +127,13 @@ NO_SPAN = Span()
 NO_TRACER = Tracer()
 
 
-def epoch_ns(at_s: float, *, now_s: float) -> int:
+def epoch_ns(at_s: float, *, now_s: float, now_ns: int | None = None) -> int:
     """Return a time as nanoseconds since the epoch.
 
     Args:
         at_s: the time, in seconds of any clock.
         now_s: that clock's current time.
+        now_ns: the same as nanoseconds since the epoch, for several times that belong together;
+            None reads the clock.
     """
-    return time.time_ns() - round((now_s - at_s) * 1e9)
+    return (time.time_ns() if now_ns is None else now_ns) - round((now_s - at_s) * 1e9)

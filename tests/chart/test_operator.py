@@ -232,3 +232,24 @@ def test_object_names(rendered: dict[str, list[Object]]) -> None:
         if obj.get("data") == {"hello": "world"}
     }
     assert extra == {"our-moe-more", "faasmoe-text"}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "port"),
+    [("http://otel.monitoring.svc:4318", 4318), ("https://otel.example.com/otlp", 443)],
+)
+def test_traces_reach_their_collector(helm: Helm, endpoint: str, port: int) -> None:
+    tracing = {"otlpEndpoint": endpoint, "samplingRatio": 0.5}
+    objects = helm.template({"tracing": tracing, "networkPolicy": {"enabled": True}})
+    (container,) = pod_template(objects)["spec"]["containers"]
+    env = {v["name"]: v.get("value") for v in container["env"]}
+    assert env["OTEL_EXPORTER_OTLP_ENDPOINT"] == endpoint
+    assert env["OTEL_TRACES_SAMPLER_ARG"] == "0.5"
+    egress = network_policy(objects)["egress"]
+    assert {"ports": [{"port": port, "protocol": "TCP"}]} in egress
+
+
+def test_nothing_is_traced_by_default(rendered: dict[str, list[Object]]) -> None:
+    for objects in rendered.values():
+        (container,) = pod_template(objects)["spec"]["containers"]
+        assert not [v for v in container["env"] if v["name"].startswith("OTEL_")]

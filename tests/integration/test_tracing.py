@@ -24,7 +24,7 @@ BODY = {
     "temperature": 0,
     "messages": [{"role": "user", "content": "the quick brown fox"}],
 }
-SLACK_S = 0.005  # two processes' clocks are one; a span's ends are read one after the other
+SLACK_S = 0.1  # processes read one clock, but may be suspended between two readings
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_cold_chat_is_one_tree_whose_times_add_up(up: FaasmoeUp, collector: Otlp
             assert child.end_ns <= parent.end_ns + SLACK_S * 1e9, (parent.name, child.name)
     assert sum(s.seconds for s in steps) == pytest.approx(activation.seconds, abs=SLACK_S)
     held_s = float(response.headers["X-FaaSMoE-Cold-Start"])
-    assert hold.seconds == pytest.approx(held_s, abs=0.05 + 0.5 * held_s)
+    assert hold.seconds >= held_s - SLACK_S
     assert hold.seconds + sum(s.seconds for s in computing) <= chat_span.seconds + SLACK_S
     assert computing[2].attributes["faasmoe.generated_tokens"] == 6
     attach = steps[2]

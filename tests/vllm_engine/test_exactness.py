@@ -70,7 +70,12 @@ def generate_with_functions(
         "max_tokens": MAX_TOKENS,
         "compile": is_compiled,
     }
-    variables = {"STORE": str(store.path), "TABLE": str(file), "TOKEN": TOKEN}
+    variables = {
+        "STORE": str(store.path),
+        "TABLE": str(file),
+        "TOKEN": TOKEN,
+        "METRICS_MIN_TOKENS": "1",
+    }
     results, metrics = run_vllm(
         request, **{f"FAASMOE_{name}": value for name, value in variables.items()}
     )

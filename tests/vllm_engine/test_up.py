@@ -59,7 +59,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
     }
     file = folder / "model.yaml"
     file.write_text(json.dumps(model))
-    variables = {"FAASMOE_VLLM_PYTHON": VLLM_PYTHON}
+    variables = {"FAASMOE_VLLM_PYTHON": VLLM_PYTHON, "FAASMOE_METRICS_MIN_TOKENS": "1"}
     with running_up(file, folder / "log", variables=variables) as running:
         yield running
 

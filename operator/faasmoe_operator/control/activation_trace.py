@@ -6,6 +6,7 @@ none, so that what a request needed is told no better than its length tells it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
@@ -115,9 +116,9 @@ class ActivationTrace:
             ("place", placed_s, attach_s, {}),
             ("attach", attach_s, now_s, attached),
         )
+        now_ns = time.time_ns()
         for name, start_s, end_s, attributes in steps:
-            child = current.span.child(
-                name, start_ns=epoch_ns(start_s, now_s=now_s), attributes=attributes
-            )
-            child.end(epoch_ns(end_s, now_s=now_s))
-        current.span.end()
+            start_ns = epoch_ns(start_s, now_s=now_s, now_ns=now_ns)
+            child = current.span.child(name, start_ns=start_ns, attributes=attributes)
+            child.end(epoch_ns(end_s, now_s=now_s, now_ns=now_ns))
+        current.span.end(now_ns)

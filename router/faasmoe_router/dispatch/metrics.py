@@ -38,8 +38,10 @@ class WindowedCollector(Collector):
 
         Args:
             read_tokens: returns the tokens computed so far.
-            min_tokens: tokens of a window.
+            min_tokens: tokens of a window; 1 shows everything at once, as before.
         """
+        if min_tokens == 1:
+            return
         self._read_tokens, self._min_tokens = read_tokens, min_tokens
         self._take()
 

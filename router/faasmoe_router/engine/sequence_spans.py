@@ -6,6 +6,8 @@ recorded costs nothing here. No span is of a single token, and none says anythin
 
 from __future__ import annotations
 
+import time
+
 from faasmoe_router.engine.generation import FinishReason
 from faasmoe_router.sequence_times import SequenceCounts, SequenceTimes
 from faasmoe_tracing import Attribute, Span, epoch_ns
@@ -45,10 +47,11 @@ def record_sequence(
             {"faasmoe.generated_tokens": counts.generated, "faasmoe.finish_reason": finish_reason},
         ),
     )
+    now_s, now_ns = times.last_token_s, time.time_ns()
     for name, start_s, end_s, attributes in steps:
         child = span.child(
             name,
-            start_ns=epoch_ns(start_s, now_s=times.last_token_s),
+            start_ns=epoch_ns(start_s, now_s=now_s, now_ns=now_ns),
             attributes={**attributes, "faasmoe.choice": index},
         )
-        child.end(epoch_ns(end_s, now_s=times.last_token_s))
+        child.end(epoch_ns(end_s, now_s=now_s, now_ns=now_ns))

@@ -20,6 +20,7 @@ ARCHITECTURES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "OlmoeForCausalLM": (),
     "Glm4MoeForCausalLM": (),
     "DeepseekV2ForCausalLM": (),
+    "DeepseekV3ForCausalLM": (),
     "GptOssForCausalLM": (),
     "MixtralForCausalLM": ((".mlp.", ".block_sparse_moe."),),
 }

@@ -62,6 +62,10 @@ class ExpertCalls:
         self._layer_of = _layers_by_number(self.store)
         self._sent: dict[int, SentLayer] = {}
         self._computed_s = float("-inf")
+        self._n_tokens = 0  # computed so far
+        self.dispatcher.show_calls_late(
+            lambda: self._n_tokens, min_tokens=config.metrics_min_tokens
+        )
         if link is not None:
             link.is_busy = lambda: time.monotonic() - self._computed_s < BUSY_S
             _run_link(link)
@@ -101,7 +105,7 @@ class ExpertCalls:
         while_waiting: Callable[[], None] | None,
     ) -> Tensor:
         """Return the weighted sum of each token's experts; see `Dispatcher.compute`."""
-        sent = self.dispatcher.send(layer, hidden, top_k_index, top_k_weight)
+        sent = self._send(layer, hidden, top_k_index, top_k_weight)
         if while_waiting is not None:
             while_waiting()  # not by the dispatcher, which would change the number of threads
         output = self.dispatcher.receive(sent)
@@ -110,7 +114,14 @@ class ExpertCalls:
 
     def send(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weight: Tensor) -> None:
         """Send the calls of a layer; a layer has one send before its receive."""
-        self._sent[layer] = self.dispatcher.send(layer, hidden, top_k_index, top_k_weight)
+        self._sent[layer] = self._send(layer, hidden, top_k_index, top_k_weight)
+
+    def _send(
+        self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weight: Tensor
+    ) -> SentLayer:
+        if layer == 0:
+            self._n_tokens += len(hidden)
+        return self.dispatcher.send(layer, hidden, top_k_index, top_k_weight)
 
     def receive(self, layer: int) -> Tensor:
         """Return the output of a layer that was sent."""

@@ -23,6 +23,7 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_contracts.store import Store
@@ -39,7 +40,7 @@ from faasmoe_router.data_plane import (
     open_store,
     read_tenants,
 )
-from faasmoe_router.errors import EngineUnavailable, RouterConfigError
+from faasmoe_router.errors import RouterConfigError
 from faasmoe_router.tenants.service import NoTenants, TenantService
 from faasmoe_router.tenants.usage import FunctionCost
 from faasmoe_router.version import system_fingerprint_of
@@ -50,10 +51,12 @@ from faasmoe_router.vllm_backend.fair_gate import FairGate
 from faasmoe_router.vllm_backend.metrics import JoinedRegistry
 from faasmoe_router.vllm_backend.routing_view import RoutingView
 from faasmoe_router.vllm_backend.tenant_middleware import TenantMiddleware
+from faasmoe_tracing import is_requested
 
 logger = logging.getLogger(__name__)
 
 WORKER_POLL_S = 1.0
+IDLE_RELEASE_S = 10.0
 ENGINE_WATCH_S = 0.2
 VLLM_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",  # nothing leaves the machine
@@ -76,6 +79,8 @@ class VllmRouterProcess:
 
     def __init__(self, config: RouterConfig, phases: StartPhases) -> None:
         os.environ.update({k: v for k, v in VLLM_ENVIRONMENT.items() if k not in os.environ})
+        if is_requested(os.environ):
+            logger.warning("No traces of this router: the engine vllm writes none")
         self._phases = phases
         self._has_given_up = False
         self._registry = JoinedRegistry()
@@ -164,7 +169,7 @@ class VllmRouterProcess:
             await stack.enter_async_context(self._running_engine())
             tasks = [
                 asyncio.create_task(self._watch_engine(), name="engine-watch"),
-                asyncio.create_task(self._poll_worker(), name="worker-poll"),
+                asyncio.create_task(self._poll_while_alive(), name="worker-poll"),
             ]
             try:
                 yield
@@ -213,17 +218,30 @@ class VllmRouterProcess:
                 self._server.should_exit = True
                 return
 
+    async def _poll_while_alive(self) -> None:
+        with contextlib.suppress(EngineDeadError):  # the watch ends the process
+            await self._poll_worker()
+
     async def _poll_worker(self) -> None:
-        """Fetch the worker's metrics, and the cost of its calls, while it computes."""
-        polled_s = 0.0
+        """Fetch the worker's metrics, and the cost of its calls, while it computes.
+
+        Once it has been idle for a while, it frees what it keeps for the next calls.
+        """
+        polled_s, is_released = time.monotonic(), True
         while True:
             await asyncio.sleep(WORKER_POLL_S)
             engine = self._state.engine
-            if engine is None or engine.errored or self._gate.last_active_s <= polled_s:
+            if engine is None or engine.errored:
                 continue
-            polled_s = time.monotonic()
-            with contextlib.suppress(EngineUnavailable):
+            active_s, now_s = self._gate.last_active_s, time.monotonic()
+            if active_s > polled_s:
+                polled_s, is_released = now_s, False
                 await self._read_worker(engine)
+            elif (
+                not is_released and now_s - active_s > IDLE_RELEASE_S and not self._gate.n_requests
+            ):
+                is_released = True
+                await engine.collective_rpc("faasmoe_release_memory")
 
     async def _read_worker(self, engine: TenantEngine) -> None:
         ((seconds, gb_seconds),) = await engine.collective_rpc("faasmoe_cost")

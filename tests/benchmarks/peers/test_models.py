@@ -1,8 +1,8 @@
 """The benchmark's models, GGUF files and settings."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -98,8 +98,7 @@ def test_only_quantized_precisions_ask_for_quantization() -> None:
 
 
 def test_the_engine_vllm_is_asked_for_where_its_environment_is_given() -> None:
-    layout: dict[str, Any] = {"functions_per_layer": 3, "sandboxes": 3}
-    _, own = FaasmoeServer(Path("/x"), 8, **layout).spec_fields("bf16")
-    _, vllm = FaasmoeServer(Path("/x"), 8, **layout, vllm_python=Path("/v")).spec_fields("bf16")
-    assert "engine" not in own
-    assert RouterSpec.model_validate(vllm).engine == "vllm"
+    own = FaasmoeServer(Path("/x"), 8, functions_per_layer=3, sandboxes=3)
+    assert "engine" not in own.spec_fields("bf16")[1]
+    _, router = replace(own, vllm_python=Path("/v")).spec_fields("bf16")
+    assert RouterSpec.model_validate(router).engine == "vllm"

@@ -50,8 +50,8 @@ def fp8_scaled(
     return linears(write)
 
 
-def mxfp8(*, suffix: str = "weight_scale_inv") -> Write:
-    """E4M3 with a power of two per 32 columns, as bytes."""
+def mxfp8(*, suffix: str = "weight_scale_inv", dtype: torch.dtype = torch.uint8) -> Write:
+    """E4M3 with a power of two per 32 columns, as uint8 or float8_e8m0fnu."""
 
     def write(layer: str, weight: Tensor) -> tuple[Parts, Tensor]:
         groups = groups_of(weight, 32)  # [N, G, 32]
@@ -60,7 +60,7 @@ def mxfp8(*, suffix: str = "weight_scale_inv") -> Write:
         codes = (groups / factors).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         parts = {
             f"{layer}.weight": codes.flatten(-2),
-            f"{layer}.{suffix}": (exponents + 127).to(torch.uint8),
+            f"{layer}.{suffix}": (exponents + 127).to(torch.uint8).view(dtype),
         }
         return parts, (codes.float() * factors).flatten(-2)
 

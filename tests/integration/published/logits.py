@@ -11,6 +11,7 @@ from test_golden import TOLERANCE, Sandboxes, logits_through_functions
 from torch import Tensor
 
 from faasmoe_contracts.store import Store
+from faasmoe_contracts.store.references import StoreMode
 from faasmoe_contracts.wire import OutputMode
 from faasmoe_router.checkpoint.prepare import prepare
 
@@ -21,10 +22,14 @@ def family_named(name: str) -> Family:
 
 
 def served_logits(
-    checkpoint: Published, family: Family, sandboxes: Sandboxes
+    checkpoint: Published,
+    family: Family,
+    sandboxes: Sandboxes,
+    *,
+    mode: StoreMode = StoreMode.COPY,
 ) -> tuple[Store, Tensor]:
     """Prepare a checkpoint; return its store and its logits [B, S, V] through functions."""
-    store = prepare(str(checkpoint.folder), checkpoint.folder.parent / "store")
+    store = prepare(str(checkpoint.folder), checkpoint.folder.parent / "store", mode=mode)
     logits = logits_through_functions(
         family, store, sandboxes, block=3, mode=OutputMode.REDUCED, dtype=torch.float32
     )

@@ -45,6 +45,12 @@ FORMATS: dict[str, tuple[str, Write, dict[str, Any], dict[str, Any]]] = {
         {"quant_method": "mxfp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"},
         {},
     ),
+    "mxfp8-e8m0": (
+        "qwen3_moe",
+        mxfp8(dtype=torch.float8_e8m0fnu),
+        {"quant_method": "mxfp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"},
+        {},
+    ),
     "fp4-experts": (
         "deepseek_v4",
         deepseek_v4(),
@@ -160,7 +166,7 @@ def test_says_what_becomes_of_the_codes_and_what_it_costs(
     assert all(line.endswith(f"{KEPT[name]}, as published") for line in layers)
 
 
-@pytest.mark.parametrize("name", ["fp8-qwen", "fp8-tensor", "mxfp4", "fp4-experts"])
+@pytest.mark.parametrize("name", ["fp8-qwen", "fp8-tensor", "mxfp8-e8m0", "mxfp4", "fp4-experts"])
 def test_by_reference_only_what_is_published_as_it_is_served_stays(
     name: str, tmp_path: Path
 ) -> None:

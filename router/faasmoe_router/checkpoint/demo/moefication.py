@@ -35,7 +35,10 @@ CALIBRATION_PROMPTS = (
 N_CALIBRATION_STEPS = ANSWER_TOKENS + len(CALIBRATION_PROMPTS)
 
 SHARED_FRACTION, NUM_EXPERTS, TOP_K = 0.5, 8, 4
-_GATE_SCALE = 0.05  # keeps the order of the logits but leaves the top-k weights close to 1/k
+# Keeps the order of the logits but leaves the top-k weights close to 1/k. With 0.02, 0.05, 0.2 and
+# 0.5 the KL from the dense model is 0.87, 0.88, 0.99 and 1.60, the most likely token the same for
+# 59, 61, 59 and 52 % of the answers to six prompts that are none of the calibration's.
+_GATE_SCALE = 0.05
 _DOWN_RIDGE = 0.3  # of the mean squared norm of a neuron; less follows the few prompts too closely
 _N_CLUSTER_ITERATIONS = 8
 # The sigmoid of such logits is 0.5 in float32. Zeros would do, but llama.cpp computes the sigmoid
