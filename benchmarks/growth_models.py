@@ -21,10 +21,9 @@ from benchmarks.zero import (
     START_TIMEOUT_S,
     ZERO_TIMEOUT_S,
     is_at_zero,
-    running_up,
-    wait_until,
     write_models,
 )
+from faasmoe_up import running_up, wait_until
 
 REST_S = 20.0
 

@@ -106,3 +106,14 @@ def test_sweep_recommends_a_size(cache: Path, tmp_path: Path) -> None:
     for by_name in found["sizes"].values():
         _check(by_name["functions-shared"])
     assert "recommended:" in (tmp_path / "sweep.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_S + 20)
+def test_half_of_the_experts_serve_the_same_texts(cache: Path, tmp_path: Path) -> None:
+    found = _bench("limited", cache=cache, out=tmp_path)
+    assert found["failed"] == found["failed_unlimited"] == 0
+    assert found["changed"] == 0
+    assert found["limit_bytes"] == found["experts_bytes"] // 2
+    (limited,) = found["limited"]
+    assert limited["colocated_per_token"] > 0  # what has no place is computed in the router

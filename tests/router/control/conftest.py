@@ -103,6 +103,7 @@ def router(store: Store, model_tokenizer: ModelTokenizer, control: FakeControl) 
     def run(
         *,
         call_queue_timeout_s: float = 2.0,
+        replacement_timeout_s: float = 0.0,
         repeat_s: float = 0.2,
         computes_overflow: bool = False,
         **limits: Any,
@@ -131,6 +132,7 @@ def router(store: Store, model_tokenizer: ModelTokenizer, control: FakeControl) 
                 activation_requester.request_threadsafe,
                 timeout_s=call_queue_timeout_s,
                 retry_interval_s=0.02,
+                replacement_timeout_s=replacement_timeout_s,
             ),
             computes_overflow=computes_overflow,
         )

@@ -306,7 +306,7 @@ def test_a_function_that_loses_its_address_is_requested_and_then_computed_locall
 ) -> None:
     control.set_addresses(warm)
     lost = list(warm)[:3]
-    with router(call_queue_timeout_s=0.3) as r:
+    with router(call_queue_timeout_s=0.3, replacement_timeout_s=0.3) as r:
         until(lambda: r.metric("control_connected") == 1)
         with stream(r, max_tokens=100) as response:
             lines = response.iter_lines()
@@ -332,7 +332,7 @@ def test_a_function_that_gets_a_new_address_is_called_again(
 ) -> None:
     control.set_addresses(warm)
     activate_with(control, warm)
-    with router(call_queue_timeout_s=20.0) as r:
+    with router(call_queue_timeout_s=20.0, replacement_timeout_s=20.0) as r:
         until(lambda: r.metric("control_connected") == 1)
         with stream(r, max_tokens=100) as response:
             lines = response.iter_lines()
