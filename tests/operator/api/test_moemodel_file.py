@@ -79,9 +79,9 @@ def test_granularity_can_be_auto() -> None:
             "granularity: fine", "spec.granularity: got 'fine', expected a mapping", id="not-auto"
         ),
         pytest.param(
-            "tracing: {}",
-            "spec.tracing: unknown field, expected one of model, store, granularity, router, "
-            "experts, tenants, networking, monitoring, suspend",
+            "billing: {}",
+            "spec.billing: unknown field, expected one of model, store, granularity, router, "
+            "experts, tenants, networking, monitoring, tracing, suspend",
             id="unknown",
         ),
         pytest.param("rooter: {}", "spec.rooter: unknown field, did you mean router?", id="typo"),
