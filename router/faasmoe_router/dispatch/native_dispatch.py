@@ -245,7 +245,9 @@ class NativeDispatch:
     def release_unmapped(self) -> None:
         """Release the functions that this process no longer maps."""
         parts = (self._colocated, self._overflow)
-        self._locals.retain({spec for part in parts if part is not None for spec in part.mapped})
+        mapped = {spec for part in parts if part is not None for spec in part.mapped}
+        if self._locals.retain(mapped):  # what was selected refers to their weights
+            self._local_selections, self._local_selection = ({}, {}), {}
 
     def release_memory(self) -> None:
         """Free what mailboxes keep for their next calls; safe from any thread."""
@@ -436,13 +438,14 @@ class LocalHandleTable:
             )
             self._selection = {}
 
-    def retain(self, specs: Collection[FunctionSpec]) -> None:
-        """Forget all other functions."""
+    def retain(self, specs: Collection[FunctionSpec]) -> bool:
+        """Forget all other functions; return whether there were any."""
         with self._lock:
             released = [s for s in self._entries if s not in specs]
             self._remove(released)
             if released:  # the selection refers to their weights
                 self._selection, self._handles = {}, {}
+            return bool(released)
 
     def _add(self, spec: FunctionSpec, function: ExpertFunction) -> None:
         layers = function.native_layers
