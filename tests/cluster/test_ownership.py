@@ -22,6 +22,7 @@ def test_restores_changed_and_deleted_objects(
     found = model_objects(api, namespace, "tiny")
     (deployment,) = found["deployments"]
 
+    expected_ports = api.get("services", namespace, "tiny")["spec"]["ports"]
     ports = [{"name": "http", "port": 1234, "protocol": "TCP", "targetPort": 8000}]
     api.patch("services", namespace, "tiny", {"spec": {"ports": ports}})
     api.patch("deployments", namespace, deployment, {"spec": {"replicas": 3}})
@@ -30,7 +31,7 @@ def test_restores_changed_and_deleted_objects(
 
     eventually(
         lambda: api.get("services", namespace, "tiny")["spec"]["ports"],
-        lambda ports: [port["port"] for port in ports] == [80],
+        lambda restored: restored == expected_ports,
     )
     eventually(
         lambda: api.get("deployments", namespace, deployment)["spec"]["replicas"],
