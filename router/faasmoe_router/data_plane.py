@@ -11,6 +11,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -85,20 +86,49 @@ def create_front_link(
         registry: receives the link's metrics.
         store: the prepared model.
     """
+    return _control_access(store, config, url, registry).link(view)
+
+
+@dataclass(frozen=True, slots=True)
+class _ControlAccess:
+    """What a link to the control plane consists of, apart from the dispatcher.
+
+    Attributes:
+        client: calls the control API.
+        requester: asks for activations.
+        settings: the link's settings.
+        metrics: the link's metrics.
+    """
+
+    client: ControlClient
+    requester: ActivationRequester
+    settings: LinkSettings
+    metrics: ControlLinkMetrics
+
+    def link(self, dispatcher: FunctionDispatcher) -> ControlLink:
+        """Return the link of a dispatcher."""
+        return ControlLink(
+            self.client, self.requester, dispatcher, settings=self.settings, metrics=self.metrics
+        )
+
+
+def _control_access(
+    store: Store, config: RouterConfig, url: str, registry: CollectorRegistry
+) -> _ControlAccess:
     metrics = ControlLinkMetrics(registry)
     client = ControlClient(url, token=config.token)
     computes_overflow = is_memory_limited(store, config.experts_memory_bytes)
-    settings = link_settings(config, queues_requests=not computes_overflow)
+    settings = _link_settings(config, queues_requests=not computes_overflow)
     requester = ActivationRequester(
         client,
         router_name=settings.router_name,
         metrics=metrics,
         repeat_s=settings.activation_repeat_s,
     )
-    return ControlLink(client, requester, view, settings=settings, metrics=metrics)
+    return _ControlAccess(client, requester, settings, metrics)
 
 
-def link_settings(config: RouterConfig, *, queues_requests: bool) -> LinkSettings:
+def _link_settings(config: RouterConfig, *, queues_requests: bool) -> LinkSettings:
     """Return the settings of a link, with a name of its own.
 
     Args:
@@ -151,34 +181,23 @@ def _create_link(
     registry: CollectorRegistry,
     host_buffers: BufferedTransfer | None,
 ) -> tuple[Dispatcher, ControlLink]:
-    metrics = ControlLinkMetrics(registry)
-    client = ControlClient(url, token=config.token)
-    computes_overflow = is_memory_limited(store, config.experts_memory_bytes)
-    settings = link_settings(config, queues_requests=not computes_overflow)
-    activation_requester = ActivationRequester(
-        client,
-        router_name=settings.router_name,
-        metrics=metrics,
-        repeat_s=settings.activation_repeat_s,
-    )
+    access = _control_access(store, config, url, registry)
     dispatcher = Dispatcher(
         store,
         None,
         token=config.token,
         metrics=DispatchMetrics(registry),
         activation=ActivationSettings(
-            activation_requester.request_threadsafe, timeout_s=config.call_queue_timeout_s
+            access.requester.request_threadsafe, timeout_s=config.call_queue_timeout_s
         ),
         timeouts=_call_timeouts(config),
         socket_dir=config.socket_dir,
         device_transfer=host_buffers,
         placement=config.placement,
         mailbox=config.mailbox == "on",
-        computes_overflow=computes_overflow,
+        computes_overflow=not access.settings.queues_requests,
     )
-    return dispatcher, ControlLink(
-        client, activation_requester, dispatcher, settings=settings, metrics=metrics
-    )
+    return dispatcher, access.link(dispatcher)
 
 
 def create_tenant_service(

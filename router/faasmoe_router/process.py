@@ -15,10 +15,9 @@ from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_contracts.store import Store
 from faasmoe_expert.config import SandboxConfigError as DeviceError
 from faasmoe_expert.device import resolve_device
-from faasmoe_gateway.connections import ConnectionLimits, descriptor_limited
-from faasmoe_gateway.server import Server, inherited_listeners
 from faasmoe_kernels import describe_cpu_kernels
 from faasmoe_router.api.app import create_app
+from faasmoe_router.api.http_server import create_http_server
 from faasmoe_router.api.metrics_server import MetricsServer
 from faasmoe_router.compute_dtype import select_compute_dtype
 from faasmoe_router.config import PREFIX, RouterConfig
@@ -126,24 +125,9 @@ class RouterProcess:
             else MetricsServer(registry, host=config.host, port=config.metrics_port),
         )
         self._phases = phases
-        self._server = Server(
-            app,
-            host=config.host,
-            port=config.port,
-            path=config.listen_path,
-            on_started=self._log_start,
-            on_drain_timeout=self._abort_running,
-            drain_timeout_s=config.drain_timeout_s,
-            connection_limits=ConnectionLimits(
-                max_connections=descriptor_limited(config.max_connections),
-                max_per_address=config.max_connections_per_address,
-                keep_alive_s=config.keep_alive_s,
-            ),
+        self._server, self._listeners = create_http_server(
+            app, config, on_started=self._log_start, on_drain_timeout=self._abort_running
         )
-        try:
-            self._listeners = inherited_listeners(config.listen_fd)
-        except ValueError as error:
-            raise RouterConfigError(str(error)) from error
         phases.end("api")
         logger.info(
             "%s is loaded on %s, for %s",

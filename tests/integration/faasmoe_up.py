@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -26,6 +27,7 @@ from metric_samples import parse_sample
 START_TIMEOUT_S = 240.0
 END_TIMEOUT_S = 60.0
 AT_ONCE = {"FAASMOE_METRICS_MIN_TOKENS": "1"}  # calls in metrics, for tests that count them
+_random = random.SystemRandom()  # tests seed the other one
 UP_COMMAND = (sys.executable, "-m", "faasmoe_operator.cli", "up")
 
 
@@ -129,8 +131,7 @@ def start_up(
         variables: further environment variables.
         timeout_s: how long the start may take.
     """
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     runtime = Path(tempfile.mkdtemp(prefix="up-"))  # tmp_path is too long for a Unix socket
     atexit.register(shutil.rmtree, runtime, ignore_errors=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FAASMOE_")}
@@ -155,6 +156,17 @@ def start_up(
         process.wait()
         raise
     return up
+
+
+def free_port() -> int:
+    """Return a free port that the kernel gives to no connection meanwhile: below its own range."""
+    while True:
+        port = _random.randrange(20_000, 32_000)
+        try:
+            with socket.create_server(("127.0.0.1", port)):
+                return port
+        except OSError:  # taken: the next one
+            continue
 
 
 @contextmanager

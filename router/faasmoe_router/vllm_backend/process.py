@@ -27,10 +27,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_contracts.store import Store
-from faasmoe_gateway.connections import ConnectionLimits, descriptor_limited
-from faasmoe_gateway.server import Server, inherited_listeners
 from faasmoe_router.api.admission import AlwaysActivated
 from faasmoe_router.api.errors import add_router_error_handler
+from faasmoe_router.api.http_server import create_http_server
 from faasmoe_router.api.metrics_server import MetricsServer
 from faasmoe_router.config import RouterConfig
 from faasmoe_router.control import ControlLink
@@ -130,24 +129,9 @@ class VllmRouterProcess:
             front_token=config.front_token,
             serves_metrics=metrics_server is None,
         )
-        self._server = Server(
-            app,
-            host=config.host,
-            port=config.port,
-            path=config.listen_path,
-            on_started=self._log_start,
-            on_drain_timeout=self._abort_running,
-            drain_timeout_s=config.drain_timeout_s,
-            connection_limits=ConnectionLimits(
-                max_connections=descriptor_limited(config.max_connections),
-                max_per_address=config.max_connections_per_address,
-                keep_alive_s=config.keep_alive_s,
-            ),
+        self._server, self._listeners = create_http_server(
+            app, config, on_started=self._log_start, on_drain_timeout=self._abort_running
         )
-        try:
-            self._listeners = inherited_listeners(config.listen_fd)
-        except ValueError as error:
-            raise RouterConfigError(str(error)) from error
         phases.end("api")
 
     @property
