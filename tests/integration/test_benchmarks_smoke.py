@@ -97,7 +97,7 @@ def test_quantisation_figures_of_functions_are_complete(tmp_path: Path) -> None:
     assert sizes == sorted(sizes, reverse=True)
     for found in functions.values():
         assert found["first_attach_ms"]["median"] > 0
-        assert found["memory_bytes"] > 0
+        assert found["memory_over_weights"] == found["memory_bytes"] / found["weight_bytes"]
     assert "MEMORY / WEIGHTS" in printed
 
 

@@ -7,12 +7,15 @@ module only keeps what they last said, and hands evictions to whom they concern.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from faasmoe_operator.plan.fleet import MachineMemory, MemoryClaim, MemoryHolder
 from faasmoe_operator.plan.router_memory import RouterMemory, plan_routers
+
+logger = logging.getLogger(__name__)
 
 
 class MemoryMember(Protocol):
@@ -65,6 +68,7 @@ class MemoryPool:
         self._routers: dict[str, RouterMemory] = {}
         self._router_claims: tuple[MemoryClaim, ...] = ()
         self._evicted_routers: set[str] = set()
+        self._larger_routers: set[str] = set()
         self._held_bytes = 0
 
     def join(self, model: str, member: MemoryMember) -> None:
@@ -100,7 +104,10 @@ class MemoryPool:
 
     def update_routers(self, routers: Iterable[RouterMemory]) -> frozenset[str]:
         """Take the state of all routers; return those that may go on or start."""
-        self._routers = {router.name: router for router in routers}
+        self._routers = {}
+        for router in routers:
+            self._routers[router.name] = router.within(self.limit_bytes)
+            self._warn_if_larger(router)
         running = {name for name, router in self._routers.items() if router.is_running}
         self._evicted_routers &= running
         observed = [
@@ -123,6 +130,16 @@ class MemoryPool:
         self._evict(plan.evicted)
         self._notify_if_free()
         return plan.may_run
+
+    def _warn_if_larger(self, router: RouterMemory) -> None:
+        if router.size_bytes > self.limit_bytes and router.name not in self._larger_routers:
+            self._larger_routers.add(router.name)
+            logger.warning(
+                "router %s takes %d bytes, the memory limit of all models is %d: it runs alone",
+                router.name,
+                router.size_bytes,
+                self.limit_bytes,
+            )
 
     def _evict(self, holders: Iterable[MemoryHolder]) -> None:
         for holder in holders:

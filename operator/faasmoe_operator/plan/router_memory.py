@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from faasmoe_operator.plan.fleet import EVICT_IDLE_S, MachineMemory, MemoryClaim, MemoryHolder
 from faasmoe_operator.plan.memory_budget import Candidate, MemoryAdmission, machine_limit
 
-MAX_SHARE = 0.9  # of the limit that a router counts with, so that a larger one runs alone
+MAX_SHARE = 0.9  # of a limit that a router counts for at most; the rest is for its functions
 ROUTER_IDLE_S = 0.25  # without a request; gateways know of each, so that is no guess
 
 
@@ -61,6 +61,10 @@ class RouterMemory:
         """What it waits for before it runs."""
         return MemoryClaim(self.name, self.size_bytes, self.last_used)
 
+    def within(self, limit_bytes: int) -> RouterMemory:
+        """Return it as it counts for a limit: one that is larger runs alone with its functions."""
+        return replace(self, size_bytes=min(self.size_bytes, int(MAX_SHARE * limit_bytes)))
+
 
 @dataclass(frozen=True, slots=True)
 class RouterPlan:
@@ -94,8 +98,7 @@ def plan_routers(
         claims: functions that wait for memory.
         now: current time, on the same clock as `last_used`.
     """
-    largest = int(MAX_SHARE * limit_bytes)
-    routers = [replace(r, size_bytes=min(r.size_bytes, largest)) for r in routers]
+    routers = [router.within(limit_bytes) for router in routers]
     running = [router for router in routers if router.is_running]
     holders = (*(r.holder(now) for r in running), *functions)
     limit = machine_limit(MachineMemory(limit_bytes, holders, tuple(claims)))

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
+import pytest
 from fake_platform import (
     CLOCK_SPEED,
     DEADLINE_S,
@@ -105,6 +106,22 @@ def test_routers_and_functions_make_room_for_each_other() -> None:
             await eventually(lambda: has(machine.a, "a0", "a1"))
 
     asyncio.run(work())
+
+
+def test_router_larger_than_the_limit_leaves_room_for_functions(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def work() -> None:
+        async with running_machine(limit=20) as machine:
+            large = RouterMemory("a/0", 25, fast_clock(), is_running=True, is_wanted=True)
+            for _ in range(2):
+                assert machine.memory.update_routers([large]) == {"a/0"}
+            await activate(machine.a, "a0", "a1")
+
+    asyncio.run(work())
+    assert [record.getMessage() for record in caplog.records if record.name.endswith("memory")] == [
+        "router a/0 takes 25 bytes, the memory limit of all models is 20: it runs alone"
+    ]
 
 
 class Member:
