@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -21,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from faasmoe_up import free_port
 from prometheus_client import CollectorRegistry
 
 from faasmoe_operator.control.metrics import ControlPlaneMetrics
@@ -122,8 +122,7 @@ def prometheus(exporters: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
         for name, (_, labels) in TARGETS.items()
     ]
     (folder / "prometheus.yml").write_text(yaml.safe_dump({"scrape_configs": jobs}))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     command = [
         program,
         f"--config.file={folder / 'prometheus.yml'}",
@@ -134,7 +133,7 @@ def prometheus(exporters: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
-        with httpx.Client(base_url=f"http://{address}", trust_env=False) as client:
+        with httpx.Client(base_url=f"http://{address}", timeout=60, trust_env=False) as client:
             wait_for_scrapes(client, process, folder / "log")
             yield client
     finally:

@@ -11,7 +11,7 @@ from sandbox_processes import SandboxProcess
 
 from faasmoe_contracts.wire import Dtype, OutputMode, encode_request
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 TOKEN = "a-token"
 TIMEOUT_S = 0.5  # FAASMOE_REQUEST_TIMEOUT_S of the sandbox
 HIDDEN = 32

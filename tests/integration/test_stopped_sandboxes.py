@@ -68,4 +68,4 @@ def test_router_computes_for_stopped_sandboxes(tmp_path: Path, mailbox: str) -> 
             print(f"mailbox {mailbox}, {len(sandboxes)} sandboxes stopped: {elapsed_s:.2f} s")
             assert text == expected
             assert elapsed_s < LIMIT_S
-            wait_until(lambda: have_returned(up), timeout_s=30, what="all sandboxes")
+            wait_until(lambda: have_returned(up), timeout_s=120, what="all sandboxes")

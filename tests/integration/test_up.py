@@ -145,7 +145,7 @@ def test_router_tries_to_run_hot_functions_in_process(
         return up.router_metric("colocated_computations_total") > 0
 
     wait_until(
-        has_colocated_computations, timeout_s=60, what="a hot function computed in the router"
+        has_colocated_computations, timeout_s=120, what="a hot function computed in the router"
     )
     assert up.router_metric("local_computations_total") == 0
 
@@ -158,4 +158,4 @@ def test_children_exit_when_launcher_is_killed(exact_demo_model: Path, tmp_path:
     assert len(processes) >= 5  # launcher, zygote, three sandboxes or more, router
     killed.process.kill()
     killed.process.wait()
-    wait_until(lambda: all_gone(processes), timeout_s=20, what="no process left")
+    wait_until(lambda: all_gone(processes), timeout_s=120, what="no process left")

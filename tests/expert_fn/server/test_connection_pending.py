@@ -10,7 +10,7 @@ from typing import Any
 from faasmoe_expert.server.connection import HttpConnection
 from faasmoe_expert.server.http import HttpRequest, HttpResponse
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 Scenario = Callable[["FakeServer"], Coroutine[Any, Any, None]]
 
 

@@ -27,7 +27,7 @@ from faasmoe_operator.platforms.zygote import run_zygote, zygote_environment
 
 FAKE_ZYGOTE = Path(__file__).parents[2] / "expert_fn" / "fake_zygote.py"
 EXITS_IMMEDIATELY, UNRESPONSIVE = 99, 98
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 TIMING = ProcessPlatformTiming(grace_s=0.3, probe_timeout_s=0.3, connect_timeout_s=DEADLINE_S)
 STORE = ModelStore(Path("/store"), "sha256:0")
 

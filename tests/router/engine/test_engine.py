@@ -33,7 +33,7 @@ from faasmoe_router.errors import (
 from faasmoe_transformers import scheduler
 from faasmoe_transformers.error_isolation import MAX_ISOLATED_FAILURES
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 GREEDY = DrawParams()
 Maker = Callable[..., Engine]
 Greedy = Callable[[tuple[int, ...], int], list[int]]

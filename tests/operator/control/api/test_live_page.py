@@ -49,7 +49,7 @@ async def page(key: str | None = None) -> AsyncIterator[tuple[Controller, aiohtt
 
 async def read_event(response: aiohttp.ClientResponse) -> dict[str, Any]:
     """Return the next event of a stream, comments skipped."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while True:
             line = await response.content.readline()
             assert line, "the stream ended"
