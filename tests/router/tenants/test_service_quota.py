@@ -204,7 +204,7 @@ def test_a_disconnected_client_releases_its_slot_and_its_tokens(
                 else:
                     with pytest.raises(httpx.ReadTimeout):
                         httpx.post(
-                            f"{router.url}/v1/completions", json=body, headers=headers, timeout=0.3
+                            f"{router.url}/v1/completions", json=body, headers=headers, timeout=1.0
                         )
         until(lambda: router.engine.sequence_counts("acme") == (0, 0))
         resume.set()
