@@ -12,8 +12,11 @@ STAMP  := $(VENV)/.kernels
 TORCH  ?= torch==2.13.0
 DEMO   := .faasmoe/demo
 
-# Two processes, each with whole files; PARALLEL= runs one process with live output.
-PARALLEL ?= -n 2 --dist loadfile
+# Two processes, each with whole files in the order of tests/conftest.py; PARALLEL= runs one process
+# with live output.
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
+
+test-main test-emulated test-random test-slow: export OPENBLAS_NUM_THREADS := 1
 
 export PYTHONUNBUFFERED := 1
 
