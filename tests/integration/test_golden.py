@@ -40,7 +40,7 @@ QUICK_FAMILIES = {
     "deepseek_v4": "computed by its module",
     "muse_spark": "computed by its module, with shared parameters",
 }
-"""A family for each way to compute experts; some cases of the others run only in `make test-slow`."""
+"""A family for each way to compute experts; of the others, some cases are slow."""
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
