@@ -24,7 +24,7 @@ BODY = {
     "temperature": 0,
     "messages": [{"role": "user", "content": "the quick brown fox"}],
 }
-SLACK_S = 0.1  # processes read one clock, but may be suspended between two readings
+SLACK_S = 1.0  # processes read one clock, but may be suspended between two readings
 
 
 @pytest.fixture(scope="module")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from raw_http import wait_until
+from raw_http import stopped, wait_until
 from sandbox_processes import PreparedStore, SandboxProcess, StartSandbox
 
 from faasmoe_contracts.routing_table import FunctionEndpoints, RoutingTable
@@ -151,22 +149,6 @@ def wait_for_mailboxes(dispatcher: Dispatcher, addresses: Sequence[str], socket_
 def with_addresses(table: RoutingTable, *addresses: str) -> RoutingTable:
     entries = tuple(FunctionEndpoints(e.spec, addresses) for e in table.functions)
     return replace(table, functions=entries)
-
-
-@contextmanager
-def stopped(process: SandboxProcess) -> Iterator[None]:
-    os.kill(process.process.pid, signal.SIGSTOP)
-    threads = Path(f"/proc/{process.process.pid}/task")
-    try:  # a thread stops when it is next scheduled, and may answer a call until then
-        wait_until(lambda: all(thread_state(thread) == "T" for thread in threads.iterdir()))
-        yield
-    finally:
-        os.kill(process.process.pid, signal.SIGCONT)
-
-
-def thread_state(thread: Path) -> str:
-    """Return the state of a thread of /proc, such as R (running) or T (stopped)."""
-    return (thread / "stat").read_text().rpartition(") ")[2][0]
 
 
 def read_metric(metrics: DispatchMetrics, name: str) -> float:
