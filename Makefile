@@ -14,7 +14,7 @@ DEMO   := .faasmoe/demo
 
 # Two processes, each with whole files in the order of tests/conftest.py; PARALLEL= runs one process
 # with live output.
-PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
+PARALLEL ?= -n 4 --dist loadfile --no-loadscope-reorder
 
 test-main test-emulated test-random test-slow: export OPENBLAS_NUM_THREADS := 1
 
