@@ -418,6 +418,7 @@ def test_timed_out_request_fails_and_is_freed(
         with pytest.raises(GenerationFailed, match=r"within 0.3 s"):
             await _texts(engine.generate([GenerationRequest(prompt_ids, 200)]))
         await _until(lambda: engine.request_counts() == (0, 0))
+        engine._request_timeout_s = DEADLINE_S
         await _texts(engine.generate([GenerationRequest(prompt_ids, 2)]))
 
     _run(engine, work)
