@@ -50,6 +50,13 @@ class CheckpointFile:
         return "of its own" if self.place is FilePlace.STORE else "of its checkpoint"
 
     @property
+    def subject(self) -> str:
+        """What has changed if it has another size, for messages."""
+        if self.place is FilePlace.SHARED:
+            return f"{self.origin}, which it shares,"
+        return "the store" if self.place is FilePlace.STORE else "the checkpoint"
+
+    @property
     def remedy(self) -> str:
         """What to do if it is missing or changed, for messages."""
         return REMEDY if self.place is FilePlace.CHECKPOINT else PREPARE_AGAIN

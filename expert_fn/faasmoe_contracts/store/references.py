@@ -267,15 +267,15 @@ class CheckpointEntry:
             raise StoreError(f"{path}: got no regular file, expected one")
         if status.st_size != file.size_bytes:
             raise StoreError(
-                f"{path}: size: got {status.st_size} bytes, expected {file.size_bytes}: the file "
-                f"{file.kind} changed since {store} was prepared; {file.remedy}"
+                f"{path}: size: got {status.st_size} bytes, expected {file.size_bytes}: "
+                f"{file.subject} changed since {store} was prepared; {file.remedy}"
             )
         return path
 
 
 def _check_root(root: str, fields: JsonFields) -> None:
     """Raise StoreError unless a checkpoint's folder is absolute or beside the store's."""
-    if "\0" in root or not (os.path.isabs(root) or _is_beside(root)):
+    if not root or "\0" in root or not (os.path.isabs(root) or _is_beside(root)):
         raise fields.error("root", root, "an absolute path, or ../NAME")
     if Path(root).anchor == root:
         raise fields.error("root", root, "a folder below the root of the file system")
@@ -330,7 +330,7 @@ def _is_count(value: object) -> bool:
 
 
 def describe_files(paths: tuple[Path, ...]) -> str:
-    """Return the names of the files of a layer for a message."""
+    """Return the names of files for a message."""
     return ", ".join(map(str, paths[:2])) + (" and others" if len(paths) > 2 else "")
 
 
@@ -353,10 +353,10 @@ def describe_weights(layers: int, checkpoint: CheckpointEntry | None) -> list[st
             "tensors of the router"
         )
     if size_bytes := checkpoint.bytes_in(FilePlace.SHARED):
-        origins = dict.fromkeys(file.origin for file in checkpoint.files if file.origin)
+        origins = tuple(Path(file.origin) for file in checkpoint.files if file.origin)
         lines.append(
             f"{size_bytes / 1e9:.2f} GB shared with other stores, by hard links of "
-            f"{', '.join(origins)}"
+            f"{describe_files(origins)}"
         )
     for reason, names in checkpoint.copied.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
