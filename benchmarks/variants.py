@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT / "tests" / "integration"))
 
 from faasmoe_up import FaasmoeUp, running_up
 
-from faasmoe_contracts.store import Store
+from faasmoe_contracts.store import MANIFEST_NAME, Store
 from faasmoe_contracts.store.referenced_files import FilePlace
 
 MAX_TOKENS = 24
@@ -53,12 +53,18 @@ def main() -> int:
         "--mode", choices=("copy", "auto"), default="copy", help="of the stores, as for prepare"
     )
     parser.add_argument("--no-sharing", action="store_true", help="for comparison")
+    parser.add_argument(
+        "--folder", type=Path, help="keep the stores here, and use those that are there already"
+    )
     parser.add_argument("--out", type=Path, default=OUT / "variants.json")
     arguments = parser.parse_args()
     if not (arguments.model / WEIGHTS).is_file():
         parser.error(f"--model: expected a folder with {WEIGHTS}; `faasmoe demo-model` makes one")
-    with tempfile.TemporaryDirectory(prefix="variants-") as name:
-        figures = measure(Path(name), arguments)
+    if arguments.folder is None:
+        with tempfile.TemporaryDirectory(prefix="variants-") as name:
+            figures = measure(Path(name), arguments)
+    else:
+        figures = measure(arguments.folder.resolve(), arguments)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
@@ -68,7 +74,7 @@ def main() -> int:
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Prepare the variants, serve each alone and all together, and compare."""
     machine, files = describe_machine(), folder / "models"
-    files.mkdir()
+    files.mkdir(parents=True, exist_ok=True)
     stores = list(prepare_variants(folder, arguments))
     for index in range(arguments.variants):
         (files / f"{index}.yaml").write_text(yaml.safe_dump(moemodel(folder, index)))
@@ -103,6 +109,9 @@ def prepare_variants(folder: Path, arguments: argparse.Namespace) -> Iterator[St
     """Make and prepare one variant after the other; a checkpoint that was copied is removed."""
     for index in range(arguments.variants):
         checkpoint, store = folder / f"checkpoint-{index}", folder / "stores" / str(index)
+        if (store / MANIFEST_NAME).is_file():
+            yield Store.open(store)
+            continue
         make_variant(arguments.model, checkpoint, index, arguments.share)
         command = [sys.executable, "-m", "faasmoe_operator.cli", "prepare", str(checkpoint)]
         command += [str(store), f"--mode={arguments.mode}"]

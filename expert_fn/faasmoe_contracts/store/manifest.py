@@ -22,7 +22,8 @@ from faasmoe_contracts.store.quantization import (
     TensorQuantization,
     quantizations_from_json,
 )
-from faasmoe_contracts.store.references import BLOCK_DIGEST, CheckpointEntry, FilePlace
+from faasmoe_contracts.store.referenced_files import FilePlace
+from faasmoe_contracts.store.references import BLOCK_DIGEST, CheckpointEntry
 from faasmoe_contracts.text import short_repr
 
 STORE_FORMAT = "faasmoe-store"
