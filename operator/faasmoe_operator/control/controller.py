@@ -99,6 +99,8 @@ class Controller:
         privacy: how much of single functions is shown on the live page.
         memory: the machine's memory, which the model shares with others; None for no limit.
         tracer: traces activations.
+        shared_pool: returns size and ready sandboxes of the pool that several models share; None
+            if generic sandboxes are the model's own.
         clock: monotonic time in seconds.
     """
 
@@ -115,6 +117,7 @@ class Controller:
         privacy: PrivacySettings | None = None,
         memory: SharedMemory | None = None,
         tracer: Tracer = NO_TRACER,
+        shared_pool: Callable[[], tuple[int, int]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         now = clock()
@@ -138,6 +141,7 @@ class Controller:
         )
         self._activation_trace = ActivationTrace(tracer, model.name)
         self._memory = memory
+        self._shared_pool = shared_pool
         self.revision = 0
         """Increases with everything that may have changed the state, as each reconcile pass."""
         self._revision_notifier = ChangeNotifier()
@@ -169,6 +173,12 @@ class Controller:
             start_deadline_s=self.timing.start_deadline_s,
             memory_limit_bytes=model.memory_limit_bytes,
         )
+
+    def generic_sandboxes(self) -> tuple[int, int]:
+        """Return how many generic sandboxes there should be, and how many are ready."""
+        if self._shared_pool is not None:
+            return self._shared_pool()
+        return self.model.warm_pool, self.fleet.n_generic()
 
     async def start(self) -> None:
         """Adopt the sandboxes of an earlier run together with their functions."""

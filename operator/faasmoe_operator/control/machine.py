@@ -178,6 +178,7 @@ class Machine:
             privacy=self._privacy,
             tracer=self._tracer,
             memory=None if self.memory is None else self.memory.shared_by(model.name),
+            shared_pool=lambda: (pool.size, pool.n_generic),
         )
         await controller.start()
         if self.memory is not None:

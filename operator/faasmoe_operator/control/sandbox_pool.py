@@ -61,6 +61,11 @@ class SandboxPool:
         """Number of sandboxes that are no model's."""
         return len(self._generic)
 
+    @property
+    def size(self) -> int:
+        """Number of generic sandboxes that it keeps ready."""
+        return sum(self._sizes.values())
+
     def platform_of(self, model: str) -> PooledPlatform:
         """Return the platform of one model's controller."""
         return PooledPlatform(self, model)

@@ -27,6 +27,7 @@ async def controller_status(controller: Controller) -> dict[str, Any]:
     now = controller.clock()
     routing_table = controller.routing_table
     records = list(controller.fleet.sandboxes)
+    pool_size, n_generic = controller.generic_sandboxes()
     pids = [record.sandbox.pid for record in records]
     memory = await asyncio.to_thread(lambda: [pid and pss_bytes(pid) for pid in pids])
     return {
@@ -36,7 +37,7 @@ async def controller_status(controller: Controller) -> dict[str, Any]:
         "followers": routing_table.n_watchers,
         "functions": _function_status(controller, now=now),
         "sandboxes": [_sandbox_status(r, size) for r, size in zip(records, memory, strict=True)],
-        "pool": {"size": controller.model.warm_pool, "ready": controller.fleet.n_generic()},
+        "pool": {"size": pool_size, "ready": n_generic},
         "held": controller.load_reports.queued(now),
         "failure": controller.failure,
         "decisions": _decision_counts(controller),
