@@ -25,6 +25,7 @@ TORCH = "torch==2.13.0"
 LOCKS: dict[str, Sequence[str]] = {
     "build": ("hatchling>=1.27",),
     "operator": (".[operator,tracing]",),
+    "gateway": (".[gateway,tracing]",),
     "expert": (".[expert]", TORCH),
     "router": (".[router,tracing]", TORCH),
     "ci": (".[all,bench]", "--group", "dev", "hatchling>=1.27", TORCH),

@@ -69,11 +69,24 @@ def _digest_of_file(path: Path) -> bytes:
         raise
     except OSError as error:
         raise KeyReadError(f"{path}: {error.strerror}") from None
+    return content_digest(content, where=str(path))
+
+
+def content_digest(content: bytes, *, where: str) -> bytes:
+    """Return the digest of the key in a file, or in an entry of a Secret.
+
+    Args:
+        content: the key, maybe with a line break after it.
+        where: the file or entry, for the message.
+
+    Raises:
+        KeyReadError: there is no key, or one that is too long.
+    """
     key = content.removesuffix(b"\n").removesuffix(b"\r")
     if not key:
-        raise KeyReadError(f"{path}: got no key, expected one")
+        raise KeyReadError(f"{where}: got no key, expected one")
     if len(key) > MAX_KEY_BYTES:
-        raise KeyReadError(f"{path}: got a longer key, expected at most {MAX_KEY_BYTES} bytes")
+        raise KeyReadError(f"{where}: got a longer key, expected at most {MAX_KEY_BYTES} bytes")
     return hashlib.sha256(key).digest()
 
 

@@ -1,7 +1,7 @@
 """The gateway's file: the models behind it and the tenants that may use them.
 
-The launcher writes it, the gateway reads it. It contains no key: tenants' keys are files of a
-folder.
+The launcher or the operator writes it, the gateway reads it. It contains no key: tenants' keys are
+files of a folder, or on Kubernetes digests of them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Self
 
 from faasmoe_contracts.json_reader import ObjectReader, parse_json
+from faasmoe_contracts.socket_address import split_host_port
 
 VERSION = 1
 MAX_MODELS = 1024
 MAX_ROUTERS = 1024
 MAX_TENANT_ENTRIES = 1024
 _TEXT = re.compile(r"[^\n]{1,4096}")
+_OPTIONAL_TEXT = re.compile(r"[^\n]{0,4096}")
+_DIGEST = re.compile("[0-9a-f]{64}")
 _UNITS = re.compile("inputTokens|outputTokens|money")
 _PERIODS = re.compile("day|month")
 _CURRENCY = re.compile("[A-Z]{3}")
@@ -29,17 +32,19 @@ class RouterEntry:
 
     Attributes:
         name: its name among the model's routers.
-        path: its Unix socket.
+        address: where it listens: a Unix socket, or HOST:PORT.
     """
 
     name: str
-    path: str
+    address: str
 
     @classmethod
     def from_json(cls, value: object, *, path: str) -> Self:
         """Read an entry; raises ContractError."""
-        reader = ObjectReader(value, field=path, path=path, known=("name", "path"))
-        return cls(_text(reader, "name"), _text(reader, "path"))
+        reader = ObjectReader(value, field=path, path=path, known=("name", "address"))
+        entry = cls(_text(reader, "name"), _text(reader, "address"))
+        split_host_port(entry.address)
+        return entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +56,19 @@ class ModelEntry:
         served_name: its name in requests.
         max_model_len: tokens of a prompt and its completion.
         routers: its routers.
+        front_token: what to show them; None for the gateway's own.
     """
 
     name: str
     served_name: str
     max_model_len: int
     routers: tuple[RouterEntry, ...]
+    front_token: str | None = field(default=None, repr=False)
 
     @classmethod
     def from_json(cls, value: object, *, path: str) -> Self:
         """Read an entry; raises ContractError."""
-        known = ("name", "served_name", "max_model_len", "routers")
+        known = ("name", "served_name", "max_model_len", "routers", "front_token")
         reader = ObjectReader(value, field=path, path=path, known=known)
         routers = reader.array("routers", max_length=MAX_ROUTERS)
         return cls(
@@ -72,6 +79,7 @@ class ModelEntry:
                 RouterEntry.from_json(router, path=f"{path}.routers.{index}")
                 for index, router in enumerate(routers)
             ),
+            _optional_text(reader, "front_token"),
         )
 
 
@@ -94,8 +102,11 @@ class TenantModelEntry:
         """Read an entry; raises ContractError."""
         known = ("name", "alias", "max_output_tokens")
         reader = ObjectReader(value, field=path, path=path, known=known)
-        alias = None if reader.get("alias") is None else _text(reader, "alias")
-        return cls(_text(reader, "name"), alias, _optional_count(reader, "max_output_tokens"))
+        return cls(
+            _text(reader, "name"),
+            _optional_text(reader, "alias"),
+            _optional_count(reader, "max_output_tokens"),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,13 +174,14 @@ class TenantEntry:
 
     Attributes:
         name: its name, the first segment of its URL.
-        keys_path: folder whose files are its API keys.
+        keys_path: folder whose files are its API keys; empty if `key_digests` has them.
         models: the models that it may use.
         key_expiry: when keys end to be accepted, by file name, in seconds since the epoch.
         limits: its limits.
         budgets: its budgets.
         prices: what its tokens cost; None for nothing.
         host: host name that only its requests may have; None for none.
+        key_digests: SHA-256 digests of its API keys by name, in hexadecimal.
     """
 
     name: str
@@ -180,6 +192,7 @@ class TenantEntry:
     budgets: tuple[BudgetEntry, ...] = ()
     prices: PricesEntry | None = None
     host: str | None = None
+    key_digests: dict[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_json(cls, value: object, *, path: str) -> Self:
@@ -190,9 +203,11 @@ class TenantEntry:
         expiry = ObjectReader(reader.get("key_expiry"), path=f"{path}.key_expiry")
         names = reader.mapping("key_expiry", max_length=MAX_TENANT_ENTRIES)
         prices = reader.get("prices")
+        digests = ObjectReader(reader.get("key_digests"), path=f"{path}.key_digests")
+        digest_names = reader.mapping("key_digests", max_length=MAX_TENANT_ENTRIES)
         return cls(
             _text(reader, "name"),
-            _text(reader, "keys_path"),
+            reader.text("keys_path", pattern=_OPTIONAL_TEXT, expected="a text of one line"),
             tuple(
                 TenantModelEntry.from_json(model, path=f"{path}.models.{index}")
                 for index, model in enumerate(models)
@@ -204,7 +219,8 @@ class TenantEntry:
                 for index, budget in enumerate(budgets)
             ),
             None if prices is None else PricesEntry.from_json(prices, path=f"{path}.prices"),
-            None if reader.get("host") is None else _text(reader, "host"),
+            _optional_text(reader, "host"),
+            {n: digests.text(n, pattern=_DIGEST, expected="a digest") for n in digest_names},
         )
 
 
@@ -214,21 +230,24 @@ class GatewayFile:
 
     Attributes:
         models: the models, by ascending name.
-        tenants: the tenants; empty if everyone may use every model.
+        tenants: the tenants; if there are none, everyone may use every model.
+        is_closed: whether nobody may call without a key, even while there are no tenants.
     """
 
     models: tuple[ModelEntry, ...]
     tenants: tuple[TenantEntry, ...]
+    is_closed: bool = False
 
-    def dumps(self) -> bytes:
-        """Return the content of the file."""
-        return json.dumps({"version": VERSION, **asdict(self)}, indent=1).encode()
+    def dumps(self, *, indent: int | None = 1) -> bytes:
+        """Return the content of the file; one line with `indent` None."""
+        return json.dumps({"version": VERSION, **asdict(self)}, indent=indent).encode()
 
     @classmethod
     def loads(cls, content: bytes) -> Self:
         """Read the content; raises ContractError."""
         value = parse_json(content, field="gateway file")
-        reader = ObjectReader(value, field="gateway file", known=("version", "models", "tenants"))
+        known = ("version", "models", "tenants", "is_closed")
+        reader = ObjectReader(value, field="gateway file", known=known)
         if reader.count("version") != VERSION:
             raise reader.error("version", str(VERSION))
         models = reader.array("models", max_length=MAX_MODELS)
@@ -242,11 +261,16 @@ class GatewayFile:
                 TenantEntry.from_json(tenant, path=f"tenants.{index}")
                 for index, tenant in enumerate(tenants)
             ),
+            reader.flag("is_closed", default=False),
         )
 
 
 def _text(reader: ObjectReader, name: str) -> str:
     return reader.text(name, pattern=_TEXT, expected="a text of one line")
+
+
+def _optional_text(reader: ObjectReader, name: str) -> str | None:
+    return None if reader.get(name) is None else _text(reader, name)
 
 
 def _optional_count(reader: ObjectReader, name: str) -> int | None:

@@ -1,9 +1,9 @@
 """What several gateways and the authority of their tenants' limits tell each other.
 
-A gateway connects to a Unix socket and writes one JSON line for each renewal; the authority
-answers each with one line. Leases are `token_leases`'. Beside them goes what tenants used in the
-day and the month, so that budgets hold over all gateways: each tells what it has counted, and gets
-what the others have. Both tell of tenants only what has changed since the connection's last line.
+A gateway writes one JSON line for each renewal; the authority answers each with one line. Leases
+are `token_leases`'. Beside them goes what tenants used in the day and the month, so that budgets
+hold over all gateways: each tells what it has counted, and gets what the others have. Both tell of
+tenants only what has changed since the connection's last line.
 """
 
 from __future__ import annotations
@@ -63,11 +63,14 @@ class LeaseReport:
         holder: the gateway's name, the same after a restart.
         requests: what it asks for, by bucket.
         usage: usage by tenant.
+        run: name of what counts that usage, a process or files that outlive it; empty for the
+            gateway's.
     """
 
     holder: str
     requests: Mapping[str, LeaseRequest]
     usage: Mapping[str, PeriodUsage] = field(default_factory=dict)
+    run: str = ""
 
     def dumps(self) -> bytes:
         """Return the line."""
@@ -75,13 +78,14 @@ class LeaseReport:
             "holder": self.holder,
             "requests": {name: astuple(request) for name, request in self.requests.items()},
             "usage": {name: asdict(usage) for name, usage in self.usage.items()},
+            "run": self.run or self.holder,
         }
         return json.dumps(value).encode() + b"\n"
 
     @classmethod
     def loads(cls, line: bytes) -> Self:
         """Read a line; raises ContractError."""
-        known = ("holder", "requests", "usage")
+        known = ("holder", "requests", "usage", "run")
         reader = ObjectReader(parse_json(line, field="report"), field="report", known=known)
         requests = {}
         for name, value in reader.mapping("requests", max_length=MAX_ENTRIES).items():
@@ -92,6 +96,7 @@ class LeaseReport:
             reader.text("holder", pattern=_NAME, expected="a name"),
             requests,
             {name: PeriodUsage.from_json(used, path=f"usage.{name}") for name, used in usage},
+            reader.text("run", pattern=_NAME, expected="a name"),
         )
 
 

@@ -1,7 +1,8 @@
 """`python -m faasmoe_gateway`: the public front, configured by FAASMOE_* variables.
 
 It is of one router, which has the tenants (FAASMOE_ROUTER_SOCKET), or of several models and their
-tenants (FAASMOE_GATEWAY_FILE).
+tenants (FAASMOE_GATEWAY_FILE). On Kubernetes the operator (FAASMOE_CONTROL_ADDRESS) replaces that
+file as they change.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import secrets
 import sys
 import time
 
+from prometheus_client import start_http_server
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from faasmoe_contracts.gateway_file import GatewayFile
+from faasmoe_contracts.gateway_hello import PURPOSES, GatewayHello
 from faasmoe_contracts.json_reader import ContractError
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
 from faasmoe_contracts.tenant_usage import usage_file
@@ -23,9 +27,12 @@ from faasmoe_gateway.accounts import Accounts
 from faasmoe_gateway.app import GatewayApp
 from faasmoe_gateway.config import GatewayConfig, GatewayConfigError
 from faasmoe_gateway.connections import ConnectionLimits, descriptor_limited
+from faasmoe_gateway.control_link import ControlLink
 from faasmoe_gateway.demand_reporter import DemandReporter
 from faasmoe_gateway.front import Front
+from faasmoe_gateway.held_request import HoldBudget
 from faasmoe_gateway.lease_client import LeaseClient
+from faasmoe_gateway.metrics import GatewayMetrics, GatewayState
 from faasmoe_gateway.relay import PROBE_HOLD_S, RouterAddress
 from faasmoe_gateway.server import Server, inherited_listeners
 from faasmoe_gateway.tenant_directory import TenantDirectory
@@ -49,8 +56,11 @@ def main() -> int:
     tracer = create_tracer(os.environ, service="faasmoe-gateway")
     try:
         app = _make_app(config, tracer)
-    except (ContractError, OSError) as error:
+    except ContractError as error:
         print(f"faasmoe_gateway: FAASMOE_GATEWAY_FILE: {error}", file=sys.stderr)
+        return EXIT_BAD_CONFIG
+    except OSError as error:
+        print(f"faasmoe_gateway: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
     descriptors = descriptor_limited(CONNECTIONS_PER_CLIENT * config.max_connections)
     server = Server(
@@ -75,34 +85,72 @@ def _make_app(config: GatewayConfig, tracer: Tracer) -> GatewayApp | Front:
     """Return the app of one router or of several models; raises ContractError or OSError."""
     page = None
     if config.page_socket is not None:
-        page = RouterAddress(config.page_socket, "", PROBE_HOLD_S)
+        page = RouterAddress(str(config.page_socket.absolute()), "", PROBE_HOLD_S)
     if config.gateway_file is None:
         assert config.router_socket is not None
-        router = RouterAddress(config.router_socket, config.front_token, config.hold_timeout_s)
+        router = RouterAddress(
+            str(config.router_socket.absolute()), config.front_token, config.hold_timeout_s
+        )
         return GatewayApp(router, page=page, tracer=tracer)
     file = GatewayFile.loads(config.gateway_file.read_bytes())
+    links = _control_links(config)
     usage = None if config.state_dir is None else usage_file(config.state_dir, config.index)
-    share = 1.0 if config.lease_socket is None else 0.0
+    share = 0.0 if "leases" in links else 1.0
     accounts = Accounts(file.tenants, usage, time.monotonic(), share=share)
     leases = None
-    if config.lease_socket is not None:
+    if "leases" in links:
+        name = config.name or str(config.index)
         leases = LeaseClient(
-            config.lease_socket,
-            str(config.index),
+            links["leases"],
+            name,
             accounts,
+            # Usage that is in no file ends with the process.
+            run=name if usage is not None else f"{name}/{secrets.token_hex(8)}",
             clock=time.monotonic,
             wall_clock=time.time,
         )
-    return Front(
+    metrics, budget = GatewayMetrics(), HoldBudget()
+    front = Front(
         TenantDirectory(file, time.time()),
         accounts,
         front_token=config.front_token,
         hold_timeout_s=config.hold_timeout_s,
-        demand=DemandReporter(config.demand_socket),
+        demand=DemandReporter(links.get("demand")),
         tracer=tracer,
         leases=leases,
+        config_link=links.get("config"),
         page=page,
+        budget=budget,
+        metrics=metrics,
     )
+    if config.gateway_metrics_port is not None:
+        state = GatewayState(
+            waiting=front.waiting,
+            held_bytes=lambda: budget.n_bytes,
+            connected=lambda: [(purpose, link.is_connected) for purpose, link in links.items()],
+            lease_age_s=lambda: None if leases is None else time.monotonic() - leases.renewed_s,
+        )
+        metrics.registry.register(state)
+        port = config.gateway_metrics_port + config.index
+        start_http_server(port, config.gateway_metrics_host, metrics.registry)
+    return front
+
+
+def _control_links(config: GatewayConfig) -> dict[str, ControlLink]:
+    """Return the connections to the control plane by their purpose; raises OSError."""
+    if config.control_address is not None:
+        assert config.control_token_file is not None
+        token = config.control_token_file.read_text().strip()
+        return {
+            purpose: ControlLink(config.control_address, GatewayHello(token, config.name, purpose))
+            for purpose in PURPOSES
+        }
+    sockets = {"demand": config.demand_socket, "leases": config.lease_socket}
+    return {
+        purpose: ControlLink.to_socket(path)
+        for purpose, path in sockets.items()
+        if path is not None
+    }
 
 
 def _with_cors(app: ASGIApp, config: GatewayConfig) -> ASGIApp:

@@ -24,7 +24,7 @@ from faasmoe_contracts.tenant_usage import (
 from faasmoe_contracts.token_leases import LeaseRequest
 from faasmoe_gateway.budgets import Budget, BudgetState, Prices, budget_states, reached_budget
 from faasmoe_gateway.limits import TenantLimiter
-from faasmoe_gateway.refusal import Refusal
+from faasmoe_gateway.refusal import BUDGET_EXCEEDED, Refusal
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,14 @@ class TenantAccount:
         self.usage = usage
         self.elsewhere: PeriodUsage | None = None
         self.limiter = TenantLimiter(tenant.limits, now_s, share=share)
-        self.currency = "" if tenant.prices is None else tenant.prices.currency
         self._name = tenant.name
+        self._warned: set[tuple[Budget, float]] = set()
+        self.configure(tenant, now_s)
+
+    def configure(self, tenant: TenantEntry, now_s: float) -> None:
+        """Take other limits, budgets and prices."""
+        self.limiter.replace_limits(tenant.limits, now_s)
+        self.currency = "" if tenant.prices is None else tenant.prices.currency
         self._prices = Prices()
         if tenant.prices is not None:
             prices = tenant.prices
@@ -66,7 +72,6 @@ class TenantAccount:
             Budget(cast(Unit, b.unit), cast(Period, b.period), b.limit, b.soft_percent / 100)
             for b in tenant.budgets
         ]
-        self._warned: set[tuple[Budget, float]] = set()
 
     def in_period(self, time_s: float, period: Period) -> Usage:
         """Return what was used in the period of a time, through all gateways."""
@@ -112,7 +117,7 @@ def _budget_reached(state: BudgetState, time_s: float) -> Refusal:
         f"Budget reached: {budget.limit:g} {budget.unit} per {budget.period}. "
         f"The next {budget.period} begins at {ends}.",
         status=429,
-        code="budget_exceeded",
+        code=BUDGET_EXCEEDED,
         headers={"retry-after": str(max(1, round(state.ends_s - time_s)))},
     )
 
@@ -136,14 +141,25 @@ class Accounts:
         share: float = 1.0,
     ) -> None:
         self._path = path
+        self._share = share
         self._usages = {} if path is None else _read(path)
-        self._accounts = {
-            tenant.name: TenantAccount(
-                tenant, self._usages.setdefault(tenant.name, TenantUsage()), now_s, share=share
-            )
-            for tenant in tenants
-        }
+        self._accounts: dict[str, TenantAccount] = {}
+        self._elsewhere: dict[str, PeriodUsage] = {}
+        self.configure(tenants, now_s)
         self._saved = self._dumps()
+
+    def configure(self, tenants: Iterable[TenantEntry], now_s: float) -> None:
+        """Take other tenants; what those that stay have used, and may still use, stays."""
+        known, self._accounts = self._accounts, {}
+        for tenant in tenants:
+            account = known.get(tenant.name)
+            if account is None:
+                usage = self._usages.setdefault(tenant.name, TenantUsage())
+                account = TenantAccount(tenant, usage, now_s, share=self._share)
+                account.elsewhere = self._elsewhere.get(tenant.name)
+            else:
+                account.configure(tenant, now_s)
+            self._accounts[tenant.name] = account
 
     def of(self, tenant: str) -> TenantAccount:
         """Return a tenant's account."""
@@ -159,7 +175,8 @@ class Accounts:
         }
 
     def apply_leases(self, answer: LeaseAnswer, now_s: float) -> None:
-        """Take what the authority has answered."""
+        """Take what the authority has answered; it may know tenants earlier than this gateway."""
+        self._elsewhere |= answer.usage
         for tenant, account in self._accounts.items():
             for name, bucket in account.limiter.buckets.items():
                 full_name = bucket_name(tenant, name)

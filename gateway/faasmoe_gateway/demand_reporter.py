@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Never
 
 from faasmoe_contracts.json_reader import ContractError
@@ -16,6 +15,7 @@ from faasmoe_contracts.router_demand import (
     RouterDemand,
     RunningRouters,
 )
+from faasmoe_gateway.control_link import ControlLink
 
 logger = logging.getLogger(__name__)
 
@@ -26,15 +26,15 @@ class DemandReporter:
     """Counts requests and reports them.
 
     Args:
-        path: socket to report to; None reports nothing, as routers are always there.
+        link: where to report; None reports nothing, as routers are always there.
 
     Attributes:
         on_routers: called with the routers that take requests, by model, whenever that changes.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, link: ControlLink | None) -> None:
         self.on_routers: Callable[[Mapping[str, tuple[str, ...]]], None] = lambda _: None
-        self._path = path
+        self._link = link
         self._demand = RouterDemand()
         self._is_new = asyncio.Event()
 
@@ -62,17 +62,18 @@ class DemandReporter:
 
     async def run(self) -> None:
         """Report until cancelled, and connect again if the other side ends."""
-        if self._path is None:
+        if self._link is None:
             return
         while True:
             try:
-                await self._run_connection(self._path)
+                await self._run_connection(self._link)
             except (OSError, ContractError, ValueError) as error:
-                logger.warning("No demand can be reported to %s: %s", self._path, error)
+                logger.warning("No demand can be reported to %s: %s", self._link, error)
                 await asyncio.sleep(RECONNECT_S)
 
-    async def _run_connection(self, path: Path) -> None:
-        reader, writer = await asyncio.open_unix_connection(str(path), limit=MAX_LINE_BYTES)
+    async def _run_connection(self, link: ControlLink) -> None:
+        reader, writer = await link.open(limit=MAX_LINE_BYTES)
+        link.is_connected = True
         tasks = [
             asyncio.create_task(self._report(writer)),
             asyncio.create_task(self._follow(reader)),
@@ -86,6 +87,7 @@ class DemandReporter:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._demand.seen = 0
+            link.is_connected = False
             writer.close()
 
     async def _report(self, writer: asyncio.StreamWriter) -> Never:

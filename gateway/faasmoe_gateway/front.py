@@ -13,26 +13,43 @@ import logging
 import re
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
-from faasmoe_contracts.gateway_file import ModelEntry, TenantEntry, TenantModelEntry
+from faasmoe_contracts.gateway_file import (
+    GatewayFile,
+    ModelEntry,
+    TenantEntry,
+    TenantModelEntry,
+)
 from faasmoe_contracts.tenant_usage import PERIODS
 from faasmoe_gateway.accounts import Accounts, TenantAccount
+from faasmoe_gateway.config_follower import ConfigFollower
 from faasmoe_gateway.connections import KNOWN_CLIENT_EXTENSION
+from faasmoe_gateway.control_link import ControlLink
 from faasmoe_gateway.credentials import header_value, shown_key
 from faasmoe_gateway.demand_reporter import DemandReporter
 from faasmoe_gateway.held_request import ClientGone, HeldRequest, HoldBudget
 from faasmoe_gateway.lease_client import LeaseClient
 from faasmoe_gateway.limits import Hold
+from faasmoe_gateway.metrics import (
+    CANCELLED,
+    FAILED,
+    NO_ROUTER,
+    SHUTDOWN,
+    GatewayMetrics,
+    RequestRecord,
+)
 from faasmoe_gateway.model_routes import ModelRoute
 from faasmoe_gateway.refusal import Refusal, invalid_api_key, model_not_found, send_json
 from faasmoe_gateway.relay import (
     ClientResponse,
     Relay,
+    RequestFailed,
     RouterAddress,
     WaitingRequests,
     is_page_path,
@@ -55,6 +72,7 @@ COMPLETIONS_PATH = "/v1/completions"
 DEFAULT_COMPLETION_TOKENS = 16  # as the router's
 GENERATING_PATHS = (COMPLETIONS_PATH, "/v1/chat/completions", "/v1/responses", "/v1/messages")
 SAVE_INTERVAL_S = 5.0
+UNKNOWN_TENANT = 401  # of a router
 MAX_RENEWALS = 3  # of leases for one request: one for each limit that it needs tokens of
 _TENANT_PATH = re.compile(r"/([^/]+)(/v1(?:/.*)?)", re.DOTALL)
 
@@ -114,8 +132,10 @@ class Front:
         hold_timeout_s: how long requests wait for a router that is away.
         demand: reports requests to whoever starts routers; None if they are always there.
         leases: renews leases of limits; None if this is the only gateway.
+        config_link: where models and tenants come from; None if they do not change.
         page: where the live page is; None for none.
         budget: bounds what all requests hold.
+        metrics: counts requests.
         tracer: traces requests.
         clock: returns monotonic seconds.
         wall_clock: returns seconds since the epoch.
@@ -130,8 +150,10 @@ class Front:
         hold_timeout_s: float,
         demand: DemandReporter | None = None,
         leases: LeaseClient | None = None,
+        config_link: ControlLink | None = None,
         page: RouterAddress | None = None,
         budget: HoldBudget | None = None,
+        metrics: GatewayMetrics | None = None,
         tracer: Tracer = NO_TRACER,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -146,16 +168,16 @@ class Front:
         self._clock = clock
         self._wall_clock = wall_clock
         self._created_s = int(wall_clock())
-        self._routes = {
-            name: ModelRoute(
-                model,
-                front_token=front_token,
-                hold_timeout_s=hold_timeout_s,
-                demand=self._demand,
-            )
-            for name, model in directory.models.items()
-        }
-        self._demand.on_routers = self._set_running
+        self._front_token = front_token
+        self._hold_timeout_s = hold_timeout_s
+        self._metrics = metrics or GatewayMetrics()
+        self._follower = None
+        if config_link is not None:
+            self._follower = ConfigFollower(config_link, self.configure)
+        self._routes: dict[str, ModelRoute] = {}
+        self._replace_routes()
+        if config_link is None:  # else all routers of the file run
+            self._demand.on_routers = self._set_running
         self._turns = SenderTurns(n_per_sender=TURNS_PER_SENDER)
         self._running: set[asyncio.Task[None]] = set()
         self._aborted: set[asyncio.Task[None]] = set()
@@ -176,19 +198,29 @@ class Front:
                 if self._page is not None and is_page_path(scope["raw_path"]):
                     await self._relay_page(self._page, request, send)
                 else:
-                    await self._handle(scope, request, send, span)
-            except Refusal as refusal:
-                await refusal.send(send, scope["path"])
-            except ClientGone:
-                return
+                    await self._count(scope, request, send, span)
             finally:
                 request.release()
+
+    async def _count(self, scope: Scope, request: HeldRequest, send: Send, span: Span) -> None:
+        """Handle one request, and count how it ends."""
+        record = RequestRecord(self._clock())
+        try:
+            await self._handle(scope, request, send, span, record)
+        except Refusal as refusal:
+            record.refuse(refusal)
+            await refusal.send(send, scope["path"])
+        except ClientGone:
+            record.end(CANCELLED)
+        finally:
+            self._metrics.count(record)
 
     async def _relay_page(self, page: RouterAddress, request: HeldRequest, send: Send) -> None:
         client = ClientResponse(send, is_messages=False)
         take_turn = partial(self._turns.take, "")
         relay = Relay(request, client, page, WaitingRequests(), take_turn=take_turn)
-        await self._run(relay, request, client)
+        with suppress(ClientGone):
+            await self._run(relay, request, client, RequestRecord(self._clock()))
 
     def abort_running(self) -> None:
         """End every response with an error, because the server is shutting down."""
@@ -196,14 +228,43 @@ class Front:
         for task in self._running:
             task.cancel()
 
+    def configure(self, file: GatewayFile) -> None:
+        """Take other models and tenants; requests that run go on as they began."""
+        self._accounts.configure(file.tenants, self._clock())
+        self._directory.replace(file, self._wall_clock())
+        self._replace_routes()
+
+    def waiting(self) -> list[tuple[str, int]]:
+        """Return the requests that wait for a router, by model."""
+        return [(model, route.waiting.n) for model, route in list(self._routes.items())]
+
+    def _replace_routes(self) -> None:
+        known, self._routes = self._routes, {}
+        for name, model in self._directory.models.items():
+            route = known.get(name)
+            if route is None:
+                route = ModelRoute(
+                    model,
+                    front_token=self._front_token,
+                    hold_timeout_s=self._hold_timeout_s,
+                    demand=self._demand,
+                )
+            else:
+                route.replace_routers(model)
+            self._routes[name] = route
+        self._metrics.configure(self._directory.models.keys(), self._directory.tenants.keys())
+
     def _set_running(self, routers: Mapping[str, tuple[str, ...]]) -> None:
         for model, route in self._routes.items():
             if model in routers:
                 route.set_running(routers[model])
 
-    async def _handle(self, scope: Scope, request: HeldRequest, send: Send, span: Span) -> None:
+    async def _handle(
+        self, scope: Scope, request: HeldRequest, send: Send, span: Span, record: RequestRecord
+    ) -> None:
         with span.child("auth"):
             tenant, path = self._authenticate(scope)
+        record.tenant = "" if tenant is None else tenant.name
         if tenant is not None and KNOWN_CLIENT_EXTENSION in scope.get("extensions", {}):
             scope["extensions"][KNOWN_CLIENT_EXTENSION]()
         if scope["method"] in ("GET", "HEAD"):
@@ -216,11 +277,15 @@ class Front:
             with span.child("limit"):
                 await self._take(lambda: limiter.count_request(self._clock()))
                 headers = account.check_budgets(self._wall_clock())
-        call = await self._read_call(scope, request, path, tenant, account)
-        request.address(path, tenant="" if tenant is None else tenant.name)
+        body_start_s = self._clock()
+        body = await request.read_body(MAX_BODY_BYTES)
+        record.body_s = self._clock() - body_start_s
+        call = await self._read_call(scope, body, path, tenant, account)
+        record.model = call.model.name
+        request.address(path, tenant=record.tenant)
         client = ClientResponse(send, is_messages=path.endswith("/v1/messages"))
         client.headers = headers
-        await self._relay(call, request, client, span)
+        await self._relay(call, request, client, span, record)
 
     def _authenticate(self, scope: Scope) -> tuple[TenantEntry | None, str]:
         """Return the tenant and the path without its name; raises Refusal."""
@@ -283,12 +348,11 @@ class Front:
     async def _read_call(
         self,
         scope: Scope,
-        request: HeldRequest,
+        body: bytes | None,
         path: str,
         tenant: TenantEntry | None,
         account: TenantAccount | None,
     ) -> Call:
-        body = await request.read_body(MAX_BODY_BYTES)
         if body is None:
             raise body_too_large()
         encoding = header_value(scope, b"content-encoding").strip().lower()
@@ -310,7 +374,12 @@ class Front:
         return Call(path, tenant, account, *names[name], work)
 
     async def _relay(
-        self, call: Call, request: HeldRequest, client: ClientResponse, span: Span
+        self,
+        call: Call,
+        request: HeldRequest,
+        client: ClientResponse,
+        span: Span,
+        record: RequestRecord,
     ) -> None:
         hold = Hold([])
         generates = call.path in GENERATING_PATHS
@@ -324,11 +393,17 @@ class Front:
                 )
             client.headers |= limiter.headers(self._clock())
         n_tokens = call.max_input_tokens + call.max_output_tokens
-        route = self._routes[call.model.name]
+        route = self._routes.get(call.model.name)
+        if route is None:  # removed while the request came
+            hold.correct(0, 0, self._clock())
+            raise model_not_found(call.model.served_name)
         affinity = call.affinity if generates else b""
         with route.reserve(affinity, n_tokens) as reserved:
 
             def on_head() -> None:
+                if relay.status == UNKNOWN_TENANT and call.tenant is not None:
+                    # The gateway knows a new Tenant up to a minute earlier than routers' files do.
+                    raise RequestFailed("The model does not know this tenant yet; try again.")
                 if relay.meter.input_tokens is not None:
                     hold.correct(relay.meter.input_tokens, call.max_output_tokens, self._clock())
 
@@ -336,15 +411,16 @@ class Front:
             relay = Relay(
                 request,
                 client,
-                route.first_address,
+                route.unchosen,
                 route.waiting,
                 take_turn=partial(self._turns.take, sender),
                 choose=reserved.choose,
                 on_head=on_head,
                 span=span,
             )
+            record.overhead_s = self._clock() - record.started_s - record.body_s
             try:
-                await self._run(relay, request, client)
+                await self._run(relay, request, client, record)
             finally:
                 self._settle(call, hold, relay)
 
@@ -366,7 +442,9 @@ class Front:
             name = call.model.name
             call.account.record(self._wall_clock(), name, input_tokens, meter.output_tokens)
 
-    async def _run(self, relay: Relay, request: HeldRequest, client: ClientResponse) -> None:
+    async def _run(
+        self, relay: Relay, request: HeldRequest, client: ClientResponse, record: RequestRecord
+    ) -> None:
         """Relay until the response is complete, the client has hung up or the server ends."""
         task = asyncio.create_task(relay.run())
         watcher = asyncio.create_task(request.wait_until_gone())
@@ -374,10 +452,17 @@ class Front:
         try:
             await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
             if task in self._aborted:
+                record.end(FAILED, SHUTDOWN)
                 await client.fail("The server is shutting down.", status=503)
             elif task.done():
                 task.result()
+                record.read_status(relay.status)
+                if relay.has_failed:
+                    record.end(FAILED, NO_ROUTER)
+            else:
+                record.end(CANCELLED)
         finally:
+            record.waited_s = relay.waited_s
             self._running.discard(task)
             self._aborted.discard(task)
             for running in (task, watcher):
@@ -393,6 +478,8 @@ class Front:
         ]
         if self._leases is not None:
             work.append(self._leases.run)
+        if self._follower is not None:
+            work.append(self._follower.run)
         jobs = [asyncio.create_task(job()) for job in work]
         await send({"type": "lifespan.startup.complete"})
         await receive()
@@ -405,7 +492,10 @@ class Front:
     async def _refresh(self) -> None:
         while True:
             await asyncio.sleep(REFRESH_INTERVAL_S)
-            await asyncio.to_thread(self._directory.refresh, self._wall_clock())
+            if self._follower is None:
+                await asyncio.to_thread(self._directory.refresh, self._wall_clock())
+            else:  # keys are in the file: nothing is read, only expiry is checked
+                self._directory.refresh(self._wall_clock())
 
     async def _save(self) -> None:
         while True:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Never
 
 from faasmoe_contracts.json_reader import ContractError
@@ -21,6 +20,7 @@ from faasmoe_contracts.lease_messages import (
     PeriodUsage,
 )
 from faasmoe_gateway.accounts import Accounts
+from faasmoe_gateway.control_link import ControlLink
 
 logger = logging.getLogger(__name__)
 
@@ -33,34 +33,40 @@ class LeaseClient:
     """Renews the leases of all accounts.
 
     Args:
-        path: socket of the authority.
+        link: where the authority is.
         holder: name of this gateway.
+        run: name of what counts the accounts' usage.
         accounts: the tenants' limits and usage.
         clock: returns monotonic seconds.
         wall_clock: returns seconds since the epoch.
+
+    Attributes:
+        renewed_s: when leases were renewed last; -inf for never.
     """
 
     def __init__(
         self,
-        path: Path,
+        link: ControlLink,
         holder: str,
         accounts: Accounts,
         *,
+        run: str,
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
     ) -> None:
-        self._path = path
+        self.renewed_s = float("-inf")
+        self._link = link
         self._holder = holder
+        self._run = run
         self._accounts = accounts
         self._clock = clock
         self._wall_clock = wall_clock
-        self._is_connected = False
         self._is_wanted = asyncio.Event()
         self._renewal: asyncio.Future[None] | None = None
 
     async def renew(self) -> bool:
         """Renew at once; return whether that succeeded."""
-        if not self._is_connected:
+        if not self._link.is_connected:
             return False
         if self._renewal is None:
             self._renewal = asyncio.get_running_loop().create_future()
@@ -78,15 +84,15 @@ class LeaseClient:
             try:
                 await self._run_connection()
             except (OSError, TimeoutError, ContractError, ValueError) as error:
-                logger.warning("No leases from %s: %r", self._path, error)
-            self._is_connected = False
+                logger.warning("No leases from %s: %r", self._link, error)
+            self._link.is_connected = False
             self._end_renewal(ConnectionError("the authority is away"))
             await asyncio.sleep(RECONNECT_S)
 
     async def _run_connection(self) -> None:
-        reader, writer = await asyncio.open_unix_connection(str(self._path), limit=MAX_LINE_BYTES)
+        reader, writer = await self._link.open(limit=MAX_LINE_BYTES)
         told: dict[str, PeriodUsage] = {}
-        self._is_connected = True
+        self._link.is_connected = True
         try:
             while True:
                 self._is_wanted.clear()
@@ -112,12 +118,13 @@ class LeaseClient:
         usage = self._accounts.period_usage(self._wall_clock())
         changed = {name: used for name, used in usage.items() if told.get(name) != used}
         requests = self._accounts.lease_requests(self._clock())
-        writer.write(LeaseReport(self._holder, requests, changed).dumps())
+        writer.write(LeaseReport(self._holder, requests, changed, self._run).dumps())
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
             line = await reader.readline()
         if not line:
             raise ConnectionError("the authority has ended")
         self._accounts.apply_leases(LeaseAnswer.loads(line), self._clock())
+        self.renewed_s = self._clock()
         told |= changed
 
     def _end_renewal(self, error: Exception) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 from faasmoe_contracts.gateway_file import LimitsEntry
 from faasmoe_contracts.token_leases import LeasedBucket
-from faasmoe_gateway.refusal import Refusal
+from faasmoe_gateway.refusal import RATE_LIMIT_EXCEEDED, Refusal
 
 MINUTE_S = 60.0
 MAX_RETRY_AFTER_S = 120.0  # OpenAI's clients do not retry after a longer wait
@@ -70,14 +70,24 @@ class TenantLimiter:
     """
 
     def __init__(self, limits: LimitsEntry, now_s: float, *, share: float = 1.0) -> None:
-        self.limits = limits
         self.used_s = float("-inf")
         self.elsewhere: dict[str, float] = {}
-        self.buckets = {
-            name: LeasedBucket(limit, now_s, share=share)
-            for name, limit in asdict(limits).items()
-            if limit is not None
-        }
+        self.buckets: dict[str, LeasedBucket] = {}
+        self._share = share
+        self.replace_limits(limits, now_s)
+
+    def replace_limits(self, limits: LimitsEntry, now_s: float) -> None:
+        """Take other limits; the buckets of those that have not changed stay."""
+        self.limits = limits
+        known, self.buckets = self.buckets, {}
+        for name, limit in asdict(limits).items():
+            if limit is None:
+                continue
+            bucket = known.get(name)
+            if bucket is None or bucket.limit != limit:
+                bucket = LeasedBucket(limit, now_s, share=self._share)
+                self.elsewhere.pop(name, None)
+            self.buckets[name] = bucket
 
     def count_request(self, now_s: float) -> None:
         """Count a request; raises Refusal if the limit does not admit it now."""
@@ -145,7 +155,8 @@ class TenantLimiter:
             f"Rate limit reached on {name.replace('_', ' ')} per minute: limit {bucket.limit}, "
             f"requested {amount}. Please try again in {format_duration(wait_s)}.",
             status=429,
-            code="rate_limit_exceeded",
+            code=RATE_LIMIT_EXCEEDED,
+            limit=name,
             headers={
                 **self.headers(now_s),
                 "retry-after": str(math.ceil(min(wait_s, MAX_RETRY_AFTER_S))),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from faasmoe_contracts.gateway_file import ModelEntry
 from faasmoe_gateway.demand_reporter import DemandReporter
@@ -31,18 +30,29 @@ class ModelRoute:
     ) -> None:
         self.waiting = WaitingRequests()
         self._model = model.name
+        self._front_token = front_token
+        self._hold_timeout_s = hold_timeout_s
         self._demand = demand
-        self._addresses = {
-            router.name: RouterAddress(Path(router.path), front_token, hold_timeout_s)
-            for router in model.routers
-        }
-        self._ring: HashRing | None = HashRing(self._addresses)
         self._outstanding: dict[str, int] = {}
+        self.replace_routers(model)
 
     @property
-    def first_address(self) -> RouterAddress:
-        """Where the first router is; others differ from it in their path alone."""
-        return next(iter(self._addresses.values()))
+    def unchosen(self) -> RouterAddress:
+        """What a request knows of its router before it has chosen one."""
+        return RouterAddress("", self._front_token, self._hold_timeout_s)
+
+    def replace_routers(self, model: ModelEntry) -> None:
+        """Choose among the model's routers as they are now, all of which run."""
+        if model.front_token is not None:
+            self._front_token = model.front_token
+        self._addresses = {
+            router.name: RouterAddress(router.address, self._front_token, self._hold_timeout_s)
+            for router in model.routers
+        }
+        self._ring = HashRing(self._addresses) if self._addresses else None
+        gone = self._outstanding.keys() - self._addresses.keys()
+        for router in [name for name in gone if not self._outstanding[name]]:
+            del self._outstanding[router]
 
     def set_running(self, routers: Collection[str]) -> None:
         """Choose among these routers only; while there are none, requests wait.

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from starlette.types import Send
 
 MESSAGES_PATH = "/v1/messages"
+RATE_LIMIT_EXCEEDED = "rate_limit_exceeded"
+BUDGET_EXCEEDED = "budget_exceeded"
 _TYPES: Mapping[int, str] = {429: "rate_limit_error", 503: "server_error"}
 _ANTHROPIC_TYPES: Mapping[int, str] = {
     400: "invalid_request_error",
@@ -28,6 +30,7 @@ class Refusal(Exception):
         code: OpenAI's code.
         param: the parameter that is at fault.
         headers: further headers of the response.
+        limit: the limit per minute that refuses it; empty for none.
     """
 
     def __init__(
@@ -38,8 +41,10 @@ class Refusal(Exception):
         code: str,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        limit: str = "",
     ) -> None:
         super().__init__(message)
+        self.limit = limit
         self.status = status
         self.code = code
         self.param = param

@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from starlette.types import Send
@@ -61,12 +60,12 @@ class RouterAddress:
     """Where the router is.
 
     Attributes:
-        path: its Unix socket.
+        address: a Unix socket, or HOST:PORT.
         front_token: what to show it.
         hold_timeout_s: how long requests wait while it is away.
     """
 
-    path: Path
+    address: str
     front_token: str
     hold_timeout_s: float
 
@@ -186,6 +185,8 @@ class Relay:
 
     Attributes:
         meter: counts its tokens.
+        has_failed: whether it could not be answered.
+        waited_s: time that it waited for its turn and for a router.
     """
 
     def __init__(
@@ -201,6 +202,8 @@ class Relay:
         span: Span = NO_SPAN,
     ) -> None:
         self.meter = TokenMeter()
+        self.has_failed = False
+        self.waited_s = 0.0
         self._span = span
         self._take_turn = take_turn
         self._choose = choose
@@ -226,6 +229,7 @@ class Relay:
         try:
             await self._run()
         except RequestFailed as error:
+            self.has_failed = True
             await self._client.fail(str(error), status=error.status)
 
     async def _run(self) -> None:
@@ -289,11 +293,13 @@ class Relay:
         if self._waiting.n >= MAX_HELD_REQUESTS and not self._client.has_started:
             raise RequestFailed("The server is being restarted.")
         self._waiting.n += 1
+        start_s = time.monotonic()
         try:
             with self._span.child("queue"):
                 return await self._connect_until(end_s, is_work=is_work, has_body=has_body)
         finally:
             self._waiting.n -= 1
+            self.waited_s += time.monotonic() - start_s
 
     async def _connect_until(
         self, end_s: float, *, is_work: bool, has_body: bool
@@ -309,21 +315,21 @@ class Relay:
     async def _open(self, *, is_work: bool, has_body: bool) -> RouterConnection:
         """Connect in the sender's turn; probes need none. Raises RouterAway."""
         if not is_work:
-            return await RouterConnection.open(self._chosen_path(), has_body=has_body)
+            return await RouterConnection.open(self._chosen_address(), has_body=has_body)
         turn = await self._take_turn()
         try:
-            return await RouterConnection.open(self._chosen_path(), has_body=has_body)
+            return await RouterConnection.open(self._chosen_address(), has_body=has_body)
         finally:
             turn.release()
 
-    def _chosen_path(self) -> Path:
-        """Return the socket to connect to; raises RouterAway."""
+    def _chosen_address(self) -> str:
+        """Return where to connect to; raises RouterAway."""
         if self._choose is not None:
             router = self._choose()
             if router is None:
                 raise RouterAway
             self._router = router
-        return self._router.path
+        return self._router.address
 
     async def _resume(self, connection: RouterConnection, head: ResponseHead) -> None:
         if head.has_records:

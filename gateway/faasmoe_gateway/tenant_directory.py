@@ -27,20 +27,25 @@ class TenantDirectory:
     """
 
     def __init__(self, file: GatewayFile, time_s: float) -> None:
+        self._digests: dict[str, frozenset[bytes]] = {}
+        self._problems: set[str] = set()
+        self._keys = KeyRing({})
+        self.replace(file, time_s)
+
+    def replace(self, file: GatewayFile, time_s: float) -> None:
+        """Take other models and tenants."""
+        self._is_closed = file.is_closed
         self.models = {model.name: model for model in file.models}
         self.tenants = {tenant.name: tenant for tenant in file.tenants}
         self._names = {tenant.name: self._names_of(tenant.models) for tenant in file.tenants}
         self._open_names = self._names_of([TenantModelEntry(name) for name in self.models])
         self._hosts = {t.host.lower(): t.name for t in file.tenants if t.host is not None}
-        self._digests: dict[str, frozenset[bytes]] = {}
-        self._problems: set[str] = set()
-        self._keys = KeyRing({})
         self.refresh(time_s)
 
     @property
     def is_open(self) -> bool:
-        """Whether there are no tenants."""
-        return not self.tenants
+        """Whether everyone may call: there are no tenants, and nobody says otherwise."""
+        return not self.tenants and not self._is_closed
 
     def authenticate(self, key: str) -> TenantEntry | None:
         """Return the tenant of a key; None for an unknown or expired one, in constant time."""
@@ -66,7 +71,8 @@ class TenantDirectory:
                 digests[tenant.name] = self._digests.get(tenant.name, frozenset())
                 problems.add(f"{tenant.name}: {error}; keeping its keys")
             if not digests[tenant.name]:
-                problems.add(f"{tenant.name}: no key in {tenant.keys_path}; it cannot call")
+                where = f" in {tenant.keys_path}" if tenant.keys_path else ""
+                problems.add(f"{tenant.name}: no key{where}; it cannot call")
         if digests != self._digests:
             self._digests, self._keys = digests, KeyRing(digests)
         if self._keys.n_shared_keys:
@@ -88,7 +94,9 @@ class TenantDirectory:
 
 
 def _valid_digests(tenant: TenantEntry, time_s: float) -> frozenset[bytes]:
-    digests = read_named_digests(Path(tenant.keys_path))
+    digests = {name: bytes.fromhex(digest) for name, digest in tenant.key_digests.items()}
+    if tenant.keys_path:
+        digests |= read_named_digests(Path(tenant.keys_path))
     return frozenset(
         digest
         for name, digest in digests.items()

@@ -6,15 +6,16 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Self
 
 import httptools
 
+from faasmoe_contracts.socket_address import open_connection
 from faasmoe_contracts.stream_records import DRAINING_HEADER, RECORDS_HEADER
 from faasmoe_gateway.held_request import HeldRequest
 
 READ_BYTES = 64 << 10
+CONNECT_TIMEOUT_S = 1.0  # of a pod whose node is gone nobody says so
 _FIRST_FINAL_STATUS = 200
 
 
@@ -77,11 +78,12 @@ class RouterConnection:
         self._is_complete = False
 
     @classmethod
-    async def open(cls, path: Path, *, has_body: bool) -> Self:
+    async def open(cls, address: str, *, has_body: bool) -> Self:
         """Connect to the router; raises RouterAway."""
         try:
-            reader, writer = await asyncio.open_unix_connection(str(path), limit=READ_BYTES)
-        except OSError as error:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                reader, writer = await open_connection(address, limit=READ_BYTES)
+        except OSError as error:  # TimeoutError too
             raise RouterAway from error
         return cls(reader, writer, has_body=has_body)
 

@@ -90,6 +90,7 @@ def test_readme_documents_every_value() -> None:
 def value_paths(values: dict[str, Any], prefix: str = "") -> list[str]:
     """Return the dotted paths of all values; free-form maps and Kubernetes types are leaves."""
     leaves = {"podSecurityContext", "securityContext", "resources", "dashboard.labels"}
+    leaves.add("gateway.resources")
     paths = []
     for key, value in values.items():
         path = f"{prefix}{key}"

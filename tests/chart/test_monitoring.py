@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from faasmoe_gateway.metrics import GatewayMetrics, GatewayState
 from faasmoe_operator.control.metrics import ControlPlaneMetrics
 from faasmoe_operator.kube.metrics import OperatorMetrics
 from faasmoe_operator.kube.types import Object
@@ -41,6 +42,20 @@ EXTERNAL_LABELS = {
 """Labels added by the targetLabels of the ServiceMonitor or by the operator's /metrics endpoint."""
 
 
+def gateway() -> CollectorRegistry:
+    """Return the registry of a gateway, whose gauges have samples."""
+    registry = GatewayMetrics().registry
+    registry.register(
+        GatewayState(
+            waiting=lambda: [("m", 0)],
+            held_bytes=lambda: 0,
+            connected=lambda: [("config", True)],
+            lease_age_s=lambda: 0.0,
+        )
+    )
+    return registry
+
+
 def exported_metrics() -> dict[str, set[str]]:
     """Return the labels of every exported time series by name."""
     router = CollectorRegistry()
@@ -50,7 +65,8 @@ def exported_metrics() -> dict[str, set[str]]:
     refusal_counter(router)
     TenantCollector(RouterUsage(0.0), sequences=dict, n_keys=dict).register(router)
     exported: dict[str, set[str]] = {}
-    for registry in (router, OperatorMetrics().registry, ControlPlaneMetrics().registry):
+    registries = (router, OperatorMetrics().registry, ControlPlaneMetrics().registry, gateway())
+    for registry in registries:
         for collector in list(registry._collector_to_names):
             for family in metric_families(collector):
                 labels = set(getattr(collector, "_labelnames", getattr(family, "_labelnames", ())))
@@ -134,7 +150,10 @@ def test_alerts_have_severity_summary_and_runbook(rendered: dict[str, list[Objec
     (rule,) = (o for o in rendered["everything"] if o["kind"] == "PrometheusRule")
     rules = [rule for group in rule["spec"]["groups"] for rule in group["rules"]]
     assert [r["alert"] for r in rules] == [
-        a["name"] for name in ("operator", "models") for a in ALERTS if a in load_alerts(name)
+        a["name"]
+        for name in ("operator", "models", "gateway")
+        for a in ALERTS
+        if a in load_alerts(name)
     ]
     for alert in rules:
         assert alert["labels"]["severity"] in ("critical", "warning", "info")
@@ -199,9 +218,9 @@ def test_service_monitor_selects_operator_service(
 ) -> None:
     objects = rendered["everything"]
     (monitor,) = (obj for obj in objects if obj["kind"] == "ServiceMonitor")
-    (service,) = (obj for obj in objects if obj["kind"] == "Service")
+    services = [obj for obj in objects if obj["kind"] == "Service"]
     selector = monitor["spec"]["selector"]["matchLabels"]
-    assert service["metadata"]["labels"].items() >= selector.items()
+    (service,) = (s for s in services if s["metadata"]["labels"].items() >= selector.items())
     (endpoint,) = monitor["spec"]["endpoints"]
     assert endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
     assert endpoint["path"] == "/metrics"

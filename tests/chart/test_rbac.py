@@ -14,6 +14,7 @@ from faasmoe_operator.kube.types import (
     OWNED_KINDS,
     POD,
     SECRET,
+    TENANT,
     WATCHED_KINDS,
     Kind,
     Object,
@@ -32,6 +33,8 @@ def required_rights() -> Rights:
     """
     rights: dict[tuple[str, str], frozenset[str]] = {
         resource_key(MOEMODEL): READ,
+        resource_key(TENANT): READ,
+        ("faasmoe.dev", "tenants/status"): frozenset({"patch"}),
         ("faasmoe.dev", "moemodels/status"): frozenset({"patch"}),
         ("faasmoe.dev", "moemodels/finalizers"): frozenset({"update"}),
         resource_key(EVENT): frozenset({"create", "patch"}),
@@ -69,6 +72,17 @@ def roles(objects: list[Object], kind: str, namespace: str | None = None) -> lis
     ]
 
 
+def operator_pod(objects: list[Object]) -> Any:
+    """Return the spec of the operator's pods."""
+    (deployment,) = (
+        obj
+        for obj in objects
+        if obj["kind"] == "Deployment"
+        and obj["metadata"]["labels"]["app.kubernetes.io/name"] == "faasmoe-operator"
+    )
+    return deployment["spec"]["template"]["spec"]
+
+
 def test_cluster_role_grants_required_rights(
     rendered: dict[str, list[Object]],
 ) -> None:
@@ -88,7 +102,7 @@ def test_role_in_each_namespace_grants_required_rights(
 
 
 def test_roles_are_bound_only_to_operator_account(objects: list[Object]) -> None:
-    (pod,) = (obj["spec"]["template"]["spec"] for obj in objects if obj["kind"] == "Deployment")
+    pod = operator_pod(objects)
     account = {
         "kind": "ServiceAccount",
         "name": pod["serviceAccountName"],
@@ -115,7 +129,11 @@ def test_rules_have_no_wildcards(objects: list[Object]) -> None:
             assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
 
 
-def test_root_key_is_the_only_readable_secret(objects: list[Object]) -> None:
+@pytest.mark.parametrize("values", ["default", "namespaced"])
+def test_without_gateways_the_root_key_is_the_only_readable_secret(
+    rendered: dict[str, list[Object]], values: str
+) -> None:
+    objects = rendered[values]
     (key,) = (
         variable["value"]
         for obj in objects
@@ -171,7 +189,7 @@ def test_default_roles_include_moemodels(
 def test_admission_policy_is_that_of_the_operators_account(objects: list[Object]) -> None:
     [policy] = [obj for obj in objects if obj["kind"] == "ValidatingAdmissionPolicy"]
     [binding] = [obj for obj in objects if obj["kind"] == "ValidatingAdmissionPolicyBinding"]
-    (pod,) = (obj["spec"]["template"]["spec"] for obj in objects if obj["kind"] == "Deployment")
+    pod = operator_pod(objects)
     account = f"system:serviceaccount:faasmoe-system:{pod['serviceAccountName']}"
     [condition] = policy["spec"]["matchConditions"]
     assert condition["expression"] == f"request.userInfo.username == '{account}'"

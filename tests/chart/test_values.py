@@ -39,6 +39,15 @@ REJECTED: list[tuple[str, dict[str, Any], str]] = [
     ("runbook", {"prometheusRule": {"runbookUrl": "docs/x.md"}}, "at '/prometheusRule/runbookUrl'"),
     ("label", {"podLabels": {"a": 1}}, "at '/podLabels/a'"),
     ("extra", {"extraObjects": [1]}, "at '/extraObjects/0'"),
+    ("gateway", {"gateway": {"enable": True}}, "additional properties 'enable' not allowed"),
+    ("gateway-type", {"gateway": {"service": {"type": "External"}}}, "at '/gateway/service/type'"),
+    ("gateway-grace", {"gateway": {"terminationGracePeriodSeconds": 5}}, "at '/gateway/termin"),
+    ("gateway-peer", {"gateway": {"clients": [{}]}}, "at '/gateway/clients/0'"),
+    (
+        "gateway-latest",
+        {"gateway": {"enabled": True, "image": {"tag": "latest"}}},
+        "gateway.image.tag: got latest",
+    ),
     ("name", {"fullnameOverride": "9-begins-with-a-digit"}, "at '/fullnameOverride'"),
 ]
 

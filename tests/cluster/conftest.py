@@ -17,7 +17,11 @@ from moemodels import make_moemodel
 from operator_process import OperatorProcess
 
 CHECKPOINTS = "checkpoints"
-ENTRY_POINTS = {"faasmoe/router": "faasmoe_router", "faasmoe/expert": "faasmoe_expert"}
+ENTRY_POINTS = {
+    "faasmoe/router": "faasmoe_router",
+    "faasmoe/expert": "faasmoe_expert",
+    "faasmoe/gateway": "faasmoe_gateway",
+}
 NEEDED = ("unshare", "chroot", "mount")
 
 
@@ -88,8 +92,9 @@ def namespace(api: ApiServer) -> Iterator[str]:
     api.apply("namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": meta})
     eventually(lambda: api.find("serviceaccounts", name, "default"), bool)
     yield name
-    for model in api.list("moemodels", name):
-        api.delete("moemodels", name, model["metadata"]["name"])
+    for plural in ("tenants", "moemodels"):
+        for obj in api.list(plural, name):
+            api.delete(plural, name, obj["metadata"]["name"])
     api.delete("namespaces", "", name)
 
 

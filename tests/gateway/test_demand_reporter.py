@@ -14,6 +14,7 @@ import pytest
 from faasmoe_contracts.json_reader import ContractError
 from faasmoe_contracts.router_demand import RouterDemand, RunningRouters
 from faasmoe_gateway import demand_reporter
+from faasmoe_gateway.control_link import ControlLink
 from faasmoe_gateway.demand_reporter import DemandReporter
 
 
@@ -59,7 +60,7 @@ def test_first_request_of_a_model_is_told_at_once(
 
     async def work() -> None:
         async with listening(path) as reports:
-            reporter = DemandReporter(path)
+            reporter = DemandReporter(ControlLink.to_socket(path))
             task = asyncio.create_task(reporter.run())
             await until(reports, {})
             with reporter.request("a"), reporter.request("a"):
@@ -78,7 +79,7 @@ def test_end_of_requests_is_told_and_the_other_side_may_come_later(
     monkeypatch.setattr(demand_reporter, "REPORT_INTERVAL_S", 0.01)
 
     async def work() -> None:
-        reporter = DemandReporter(path)
+        reporter = DemandReporter(ControlLink.to_socket(path))
         task = asyncio.create_task(reporter.run())
         with reporter.request("a"):
             async with listening(path) as reports:
@@ -103,7 +104,7 @@ def test_running_routers_are_followed_and_confirmed(path: Path) -> None:
 
         server = await asyncio.start_unix_server(serve, str(path))
         told: list[Mapping[str, tuple[str, ...]]] = []
-        reporter = DemandReporter(path)
+        reporter = DemandReporter(ControlLink.to_socket(path))
         reporter.on_routers = told.append
         task = asyncio.create_task(reporter.run())
         with reporter.sent("a", "1"):

@@ -442,3 +442,41 @@ def test_refusals_of_messages_have_anthropics_form(folder: Path) -> None:
         assert json.loads(body)["error"]["type"] == "authentication_error"
 
     run(system, work)
+
+
+def test_router_that_does_not_know_a_tenant_yet_is_no_wrong_key(folder: Path) -> None:
+    unknown = reply(b'{"error":{"code":"invalid_api_key"}}', status=401)
+    system = System(folder, tenant(folder, "acme", A), answers=(unknown,))
+
+    async def work() -> None:
+        status, headers, body = await system.call({"model": "mine"}, key="key-acme")
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert b"does not know this tenant yet" in body
+
+    run(system, work)
+
+
+def test_models_and_tenants_are_replaced_while_it_runs(folder: Path) -> None:
+    limits = LimitsEntry(requests=60)
+    acme = tenant(folder, "acme", A, limits=limits)
+    beta = tenant(folder, "beta", B)
+    system = System(folder, acme, answers=(ANSWER,))
+    models = tuple(system.directory.models.values())
+
+    async def work() -> None:
+        async def status(key: str, model: str) -> int:
+            found, _, _ = await system.call({"model": model, "prompt": "x"}, key=f"key-{key}")
+            return found
+
+        assert [await status("acme", "mine"), await status("beta", "org/b")] == [200, 401]
+        account = system.accounts.of("acme")
+        system.front.configure(GatewayFile(models, (acme, beta)))
+        assert [await status("acme", "mine"), await status("beta", "org/b")] == [200, 200]
+        assert system.accounts.of("acme") is account  # with what it has used
+        assert account.limiter.buckets["requests"].available(0.0) == 58
+        system.front.configure(GatewayFile(models[1:], (beta,)))
+        assert [await status("acme", "mine"), await status("beta", "org/b")] == [401, 200]
+        system.front.configure(GatewayFile(models, (), is_closed=True))
+        assert await status("", "org/b") == 401  # nobody may call, not everybody
+
+    run(system, work)

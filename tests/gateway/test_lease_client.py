@@ -16,6 +16,7 @@ from faasmoe_contracts.lease_messages import LeaseAnswer, LeaseReport, PeriodUsa
 from faasmoe_contracts.tenant_usage import Usage, day_of
 from faasmoe_contracts.token_leases import LeaseAuthority
 from faasmoe_gateway.accounts import Accounts
+from faasmoe_gateway.control_link import ControlLink
 from faasmoe_gateway.lease_client import LeaseClient
 from faasmoe_gateway.refusal import Refusal
 
@@ -73,7 +74,14 @@ class Authority:
 @asynccontextmanager
 async def leasing(path: Path) -> AsyncIterator[tuple[Accounts, LeaseClient]]:
     accounts = Accounts([ACME], None, time.monotonic(), share=0.0)
-    client = LeaseClient(path, "0", accounts, clock=time.monotonic, wall_clock=time.time)
+    client = LeaseClient(
+        ControlLink.to_socket(path),
+        "0",
+        accounts,
+        run="0",
+        clock=time.monotonic,
+        wall_clock=time.time,
+    )
     task = asyncio.create_task(client.run())
     try:
         async with asyncio.timeout(TIMEOUT_S):

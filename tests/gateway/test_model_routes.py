@@ -23,7 +23,7 @@ def route() -> ModelRoute:
 def socket_of(reservation: Reservation) -> str:
     address = reservation.choose()
     assert address is not None
-    return address.path.stem
+    return Path(address.address).stem
 
 
 def test_requests_go_to_running_routers_with_the_fewest_tokens() -> None:

@@ -86,7 +86,7 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
 
 
 def app(path: Path, *, hold_s: float = 5.0, budget: HoldBudget | None = None) -> GatewayApp:
-    return GatewayApp(RouterAddress(path, "secret", hold_s), budget)
+    return GatewayApp(RouterAddress(str(path), "secret", hold_s), budget)
 
 
 def test_stream_goes_on_after_what_the_client_has(path: Path) -> None:
@@ -157,7 +157,7 @@ def test_request_without_an_answer_is_sent_again(path: Path) -> None:
 def test_probes_need_no_turn(path: Path) -> None:
     async def work() -> None:
         turns = SenderTurns(n_per_sender=0)
-        gateway = GatewayApp(RouterAddress(path, "secret", 5.0), turns=turns)
+        gateway = GatewayApp(RouterAddress(str(path), "secret", 5.0), turns=turns)
         async with FakeRouter(path, reply(b"{}")) as router:
             waiting, probe = Client(), Client(body=b"", method="GET")
             posted = asyncio.create_task(gateway(waiting.scope, waiting.receive, waiting.send))

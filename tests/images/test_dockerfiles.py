@@ -12,11 +12,12 @@ from packaging.utils import canonicalize_name
 from security_checks import failed_checks
 
 ROOT = Path(__file__).parents[2]
-FILES = {name: ROOT / f"Dockerfile.{name}" for name in ("operator", "router", "expert")}
+FILES = {name: ROOT / f"Dockerfile.{name}" for name in ("operator", "router", "expert", "gateway")}
 MODULES = {
     "operator": "faasmoe_operator.kube",
     "router": "faasmoe_router",
     "expert": "faasmoe_expert",
+    "gateway": "faasmoe_gateway",
 }
 
 
@@ -97,7 +98,7 @@ def test_lock_names_every_package_by_hash(lock: str) -> None:
     assert "://" not in text
 
 
-@pytest.mark.parametrize("lock", ["operator", "expert", "router", "ci"])
+@pytest.mark.parametrize("lock", ["operator", "gateway", "expert", "router", "ci"])
 def test_lock_satisfies_the_project(lock: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
@@ -124,10 +125,11 @@ def test_locked_torch_is_that_of_the_makefile(device: str) -> None:
     assert version.removesuffix("+cpu") == makefile_torch_version()
 
 
-def test_operator_image_has_no_torch(name: str) -> None:
+def test_images_of_operator_and_gateway_have_no_torch(name: str) -> None:
     text = FILES[name].read_text()
-    assert ("/locks/torch-" in text) == (name != "operator")
-    assert "torch" not in locked_versions("operator")
+    assert ("/locks/torch-" in text) == (name not in ("operator", "gateway"))
+    assert "torch" not in locked_versions("operator").keys() | locked_versions("gateway").keys()
+    assert "kubernetes" not in locked_versions("gateway")
 
 
 def makefile_torch_version() -> str:

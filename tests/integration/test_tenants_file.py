@@ -29,7 +29,9 @@ def write_and_read(*tenants: dict[str, Any]) -> TenantsConfig:
             "spec": {"model": {"source": "hf://a/b"}, "tenants": list(tenants)},
         }
     )
-    document = build_tenants_file(model, lambda tenant: f"/keys/{tenant.name}")
+    document = build_tenants_file(
+        model.metadata.name, model.spec.tenants, lambda tenant: f"/keys/{tenant.name}"
+    )
     return TenantsConfig.loads(json.dumps(document).encode())
 
 

@@ -38,6 +38,21 @@ app.kubernetes.io/component: operator
 {{ include "faasmoe.releaseLabels" . }}
 {{- end -}}
 
+{{- define "faasmoe.gatewayName" -}}
+{{- printf "%s-gateway" (include "faasmoe.fullname" .) -}}
+{{- end -}}
+
+{{- define "faasmoe.gatewaySelectorLabels" -}}
+app.kubernetes.io/name: faasmoe-gateway
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "faasmoe.gatewayLabels" -}}
+{{ include "faasmoe.gatewaySelectorLabels" . }}
+app.kubernetes.io/component: gateway
+{{ include "faasmoe.releaseLabels" . }}
+{{- end -}}
+
 {{- define "faasmoe.testLabels" -}}
 app.kubernetes.io/name: faasmoe-test
 app.kubernetes.io/instance: {{ .Release.Name }}

@@ -11,22 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from faasmoe_contracts.api_keys import KeyReadError, read_named_digests
-from faasmoe_contracts.gateway_file import (
-    BudgetEntry,
-    GatewayFile,
-    LimitsEntry,
-    ModelEntry,
-    PricesEntry,
-    RouterEntry,
-    TenantEntry,
-    TenantModelEntry,
-)
+from faasmoe_contracts.gateway_file import GatewayFile, ModelEntry, RouterEntry, TenantEntry
 from faasmoe_operator.api.v1alpha1 import MoEModel, MoEModelError
 from faasmoe_operator.api.v1alpha1.documents import load_documents
-from faasmoe_operator.api.v1alpha1.tenant import Tenant, TenantModelSpec
+from faasmoe_operator.api.v1alpha1.tenant import Tenant
 from faasmoe_operator.api.v1alpha1.tenants import TenantSpec
 from faasmoe_operator.api.v1alpha1.validation import process_platform_problems
 from faasmoe_operator.control.local_model import LocalModel
+from faasmoe_operator.control.tenant_entries import tenant_entry
 from faasmoe_operator.errors import CommandError
 
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -192,29 +184,8 @@ class Deployment:
         return GatewayFile(tuple(models), tuple(map(self._tenant_entry, self.tenants)))
 
     def _tenant_entry(self, tenant: LocalTenant) -> TenantEntry:
-        spec, limits = tenant.tenant.spec, tenant.tenant.spec.limits
         served = tenant.tenant.models_among(self.labels).values()
-        expiry = {key.name: key.expires_at.timestamp() for key in spec.keys if key.expires_at}
-        prices = spec.prices
-        return TenantEntry(
-            tenant.name,
-            str(tenant.keys_path),
-            tuple(_terms(model, limits.max_output_tokens) for model in served),
-            expiry,
-            LimitsEntry(
-                limits.requests_per_minute,
-                limits.tokens_per_minute,
-                limits.input_tokens_per_minute,
-                limits.output_tokens_per_minute,
-            ),
-            tuple(BudgetEntry(b.unit, b.period, b.limit, b.soft_percent) for b in spec.budgets),
-            None
-            if prices is None
-            else PricesEntry(
-                prices.currency, prices.input_per_million_tokens, prices.output_per_million_tokens
-            ),
-            spec.host,
-        )
+        return tenant_entry(tenant.tenant, served, keys_path=str(tenant.keys_path))
 
     def _check_models(self) -> None:
         served: dict[str, str] = {}
@@ -314,8 +285,3 @@ def _without_tenants(local: LocalModel) -> LocalModel:
     spec = local.model.spec.model_copy(update={"tenants": ()})
     model = local.model.model_copy(update={"spec": spec})
     return replace(local, model=model, is_modified=True)
-
-
-def _terms(model: TenantModelSpec, max_output_tokens: int | None) -> TenantModelEntry:
-    bounds = [n for n in (model.max_output_tokens, max_output_tokens) if n is not None]
-    return TenantModelEntry(model.name, model.alias, min(bounds, default=None))

@@ -458,9 +458,17 @@ def write_tenants_file(
     """
     if api_keys:
         model = _with_single_tenant(deployment.model)
-        document = build_tenants_file(model, lambda _: str(write_keys(folder, api_keys)))
+        document = build_tenants_file(
+            model.metadata.name,
+            model.spec.tenants,
+            lambda _: str(write_keys(folder, api_keys)),
+        )
     elif deployment.model.spec.tenants:
-        document = build_tenants_file(deployment.model, lambda t: str(deployment.api_keys_path(t)))
+        document = build_tenants_file(
+            deployment.model.metadata.name,
+            deployment.model.spec.tenants,
+            lambda tenant: str(deployment.api_keys_path(tenant)),
+        )
     else:
         return None
     path = folder / TENANTS_FILE_NAME

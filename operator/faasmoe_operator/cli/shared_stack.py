@@ -25,7 +25,6 @@ from faasmoe_operator.api.v1alpha1.tenants_file import TENANTS_FILE_NAME, build_
 from faasmoe_operator.cli import control, gateway, live_page, router
 from faasmoe_operator.cli.deployment import Deployment
 from faasmoe_operator.cli.formatting import format_bytes
-from faasmoe_operator.cli.gateway_link import GatewayLinks
 from faasmoe_operator.cli.live_page import LivePageOptions
 from faasmoe_operator.cli.local_stack import (
     SINGLE_TENANT,
@@ -43,15 +42,16 @@ from faasmoe_operator.cli.local_stack import (
 from faasmoe_operator.cli.logs import LogSinks, print_progress
 from faasmoe_operator.cli.router_memory import limit_routers
 from faasmoe_operator.cli.router_scaling import (
-    RouterScaler,
     RouterSlot,
     ScaledRouters,
     scaled_routers,
 )
 from faasmoe_operator.cli.supervisor import SupervisedChild, supervised
 from faasmoe_operator.cli.zygote import Zygote
+from faasmoe_operator.control.gateway_links import GatewayLinks
 from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.control.models_file import ModelsFile, ServedModel
+from faasmoe_operator.control.router_scaler import RouterScaler
 from faasmoe_operator.errors import CommandError
 from faasmoe_operator.plan.functions import function_bytes
 from faasmoe_operator.plan.router_weights import router_weights_bytes, widest_router_dtype
@@ -463,7 +463,9 @@ def _write_tenants_file(spec: SharedSpec, name: str) -> Path | None:
     model_spec = local.model.spec.model_copy(update={"tenants": short_forms})
     model = local.model.model_copy(update={"spec": model_spec})
     keys = {tenant.name: path for tenant, path in tenants}
-    document = build_tenants_file(model, lambda tenant: str(keys[tenant.name]))
+    document = build_tenants_file(
+        model.metadata.name, model.spec.tenants, lambda tenant: str(keys[tenant.name])
+    )
     path = spec.specs[name].folder / TENANTS_FILE_NAME
     write_private(path, json.dumps(document, indent=2))
     return path

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 from faasmoe_contracts.gateway_file import TenantEntry
-from faasmoe_contracts.lease_messages import LeaseAnswer, LeaseReport, PeriodUsage, bucket_name
-from faasmoe_contracts.tenant_usage import Usage
+from faasmoe_contracts.lease_messages import LeaseAnswer, LeaseReport, bucket_name
 from faasmoe_contracts.token_leases import LeaseAuthority
+from faasmoe_operator.control.tenant_ledger import TenantLedger
 
 SHARE_STEPS = 32  # to which saved shares are rounded up
 
@@ -29,23 +29,51 @@ class LeaseBook:
         tenants: the tenants.
         now_s: current time; all times are monotonic seconds.
         saved: the shares that an earlier authority saved; None if there was none.
+        ledger: the tenants' usage.
     """
 
     def __init__(
-        self, tenants: Iterable[TenantEntry], now_s: float, *, saved: Shares | None = None
+        self,
+        tenants: Iterable[TenantEntry],
+        now_s: float,
+        *,
+        saved: Shares | None = None,
+        ledger: TenantLedger | None = None,
     ) -> None:
         shares = saved or {}
-        self._authorities = {
-            name: LeaseAuthority(limit, now_s, shares=shares.get(name))
-            for tenant in tenants
-            for name, limit in _limits(tenant)
-        }
-        self._usage: dict[str, dict[str, PeriodUsage]] = {}
+        self._authorities: dict[str, LeaseAuthority] = {}
+        self._ledger = ledger or TenantLedger()
         self._saved: dict[str, dict[str, float]] = {n: dict(s) for n, s in shares.items()}
+        self._seen_s = {holder: now_s for found in shares.values() for holder in found}
+        self.configure(tenants, now_s)
+
+    def configure(self, tenants: Iterable[TenantEntry], now_s: float) -> None:
+        """Take other limits. One that has changed begins without tokens, as gateways have some."""
+        limits = {name: limit for tenant in tenants for name, limit in _limits(tenant)}
+        for name in self._authorities.keys() - limits.keys():
+            del self._authorities[name]
+        for name, limit in limits.items():
+            known = self._authorities.get(name)
+            if known is not None and known.limit == limit:
+                continue
+            shares = self._saved.get(name) if known is None else known.shares
+            self._authorities[name] = LeaseAuthority(limit, now_s, shares=shares or None)
+
+    def unseen(self, now_s: float, *, for_s: float) -> list[str]:
+        """Return the gateways that have not reported for a time."""
+        return [holder for holder, seen_s in self._seen_s.items() if now_s - seen_s > for_s]
+
+    def forget(self, holder: str) -> None:
+        """Give the shares of a gateway that is known to have ended to the others."""
+        self._seen_s.pop(holder, None)
+        for authority in self._authorities.values():
+            authority.forget(holder)
 
     def renew(self, report: LeaseReport, now_s: float) -> LeaseAnswer:
         """Grant what a gateway asks for; limits that do not exist are left out."""
-        self._usage.setdefault(report.holder, {}).update(report.usage)
+        run = report.run or report.holder
+        self._ledger.report(run, report.usage)
+        self._seen_s[report.holder] = now_s
         grants, levels = {}, {}
         for name, request in report.requests.items():
             authority = self._authorities.get(name)
@@ -55,7 +83,7 @@ class LeaseBook:
             if grant is not None:
                 grants[name] = grant
             levels[name] = max(0.0, authority.available(now_s))
-        return LeaseAnswer(grants, levels, self._usage_of_others(report.holder))
+        return LeaseAnswer(grants, levels, self._ledger.without(run))
 
     def shares_to_save(self) -> Shares | None:
         """Return all shares if some exceed what was saved, or are far below; to be saved then."""
@@ -69,21 +97,9 @@ class LeaseBook:
         self._saved = bounds
         return bounds
 
-    def _usage_of_others(self, holder: str) -> dict[str, PeriodUsage]:
-        """Return what tenants used through other gateways, in the latest day that any has seen."""
-        others = [usage for name, usage in self._usage.items() if name != holder]
-        totals = {}
-        for tenant in {tenant for usage in others for tenant in usage}:
-            found = [usage[tenant] for usage in others if tenant in usage]
-            day = max(used.day for used in found)
-            total = PeriodUsage(day, Usage(), Usage())
-            for used in found:
-                if used.day == day:
-                    total.in_day.add(used.in_day)
-                if used.day[:7] == day[:7]:
-                    total.in_month.add(used.in_month)
-            totals[tenant] = total
-        return totals
+    def mark_unsaved(self) -> None:
+        """Note that what `shares_to_save` returned last could not be saved."""
+        self._saved = {}
 
 
 def _limits(tenant: TenantEntry) -> Iterable[tuple[str, int]]:

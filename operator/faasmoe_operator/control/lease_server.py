@@ -1,4 +1,4 @@
-"""Serves leases of the tenants' limits to the gateways of a machine, over a Unix socket."""
+"""Serves leases of the tenants' limits to gateways: of a machine, or of a cluster."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -32,12 +32,13 @@ class LeaseServer:
 
     Args:
         book: the leases.
-        shares_file: where shares survive a restart of this process.
+        save: keeps shares for a restart of this process; raises OSError if it cannot.
     """
 
-    def __init__(self, book: LeaseBook, shares_file: Path) -> None:
+    def __init__(self, book: LeaseBook, save: Callable[[Shares], Awaitable[None]]) -> None:
         self._book = book
-        self._shares_file = shares_file
+        self._save = save
+        self._saving = asyncio.Lock()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer one gateway until it disconnects."""
@@ -45,9 +46,7 @@ class LeaseServer:
         try:
             while line := await reader.readline():
                 answer = self._book.renew(LeaseReport.loads(line), time.monotonic())
-                if (shares := self._book.shares_to_save()) is not None:
-                    content = json.dumps(shares).encode()
-                    write_atomically(self._shares_file, content, 0o600)
+                await self._save_shares()
                 changed = {n: u for n, u in answer.usage.items() if told.get(n) != u}
                 told |= changed
                 writer.write(LeaseAnswer(answer.grants, answer.levels, changed).dumps())
@@ -56,6 +55,18 @@ class LeaseServer:
             logger.error("A gateway's leases cannot be renewed: %s", error)
         finally:
             writer.close()
+
+    async def _save_shares(self) -> None:
+        """Save shares before the grants that give them are sent."""
+        async with self._saving:
+            shares = self._book.shares_to_save()
+            if shares is None:
+                return
+            try:
+                await self._save(shares)
+            except OSError:
+                self._book.mark_unsaved()
+                raise
 
 
 @asynccontextmanager
@@ -73,8 +84,12 @@ async def serving_leases(gateway_file: Path, socket: Path) -> AsyncIterator[None
     tenants = _read_tenants(gateway_file)
     shares_file = socket.with_name(SHARES_FILE_NAME)
     book = LeaseBook(tenants, time.monotonic(), saved=_read_shares(shares_file))
+
+    async def save(shares: Shares) -> None:
+        write_atomically(shares_file, json.dumps(shares).encode(), 0o600)
+
     server = await asyncio.start_unix_server(
-        LeaseServer(book, shares_file).serve, str(socket), limit=MAX_LINE_BYTES
+        LeaseServer(book, save).serve, str(socket), limit=MAX_LINE_BYTES
     )
     try:
         yield

@@ -199,6 +199,8 @@ def _rollout_condition(
 ) -> ConditionState:
     is_observed = status.get("observedGeneration", 0) >= deployment["metadata"].get("generation", 0)
     updated, available = status.get("updatedReplicas", 0), status.get("availableReplicas", 0)
+    if is_observed and not desired_replicas and not status.get("replicas", 0):
+        return condition_true("ScaledToZero", "no router runs; the next request starts one")
     if is_observed and updated == status.get("replicas", 0) == available == desired_replicas:
         return condition_true("Available", f"{available} of {desired_replicas} routers answer")
     if is_observed and (stalled := _stalled_condition(status)) is not None:
@@ -259,14 +261,20 @@ def active_condition(counts: RuntimeCounts | None) -> ConditionState:
 
 
 def tenants_condition(
-    tenants: Sequence[TenantSpec], counts: RuntimeCounts | None
+    tenants: Sequence[TenantSpec], counts: RuntimeCounts | None, *, n_gateway_tenants: int = 0
 ) -> ConditionState:
     """Return the state of TenantsReady: whether each tenant has an API key.
 
     Args:
         tenants: the tenants of the spec.
         counts: counters of the model's runtime, with the keys that routers report.
+        n_gateway_tenants: Tenants that use the model by the gateways, which check their keys.
     """
+    if not tenants and n_gateway_tenants:
+        return condition_true(
+            "GatewayTenants",
+            f"{n_gateway_tenants} Tenants use it by the gateways; routers answer nobody else",
+        )
     if not tenants:
         return condition_true("NoTenants", "spec.tenants is empty: requests are not authenticated")
     if counts is None or counts.tenant_keys is None:

@@ -19,8 +19,11 @@ ROUTER_READY = "RouterReady"
 FUNCTIONS_READY = "FunctionsReady"
 ACTIVE = "Active"
 TENANTS_READY = "TenantsReady"
-READY_DEPENDENTS = (STORE_READY, ROUTER_READY, FUNCTIONS_READY, TENANTS_READY)
-"""The conditions that Ready depends on, in the order in which they become True."""
+READY_DEPENDENTS = (STORE_READY, ROUTER_READY, FUNCTIONS_READY)
+"""The conditions that Ready depends on, in the order in which they become True.
+
+A tenant without a key keeps nobody else from being served, so TenantsReady is none of them.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,14 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from faasmoe_contracts.environment import integer_between, split_at_commas, true_or_false
 from faasmoe_operator.env_settings import EnvSettings
 from faasmoe_operator.kube.manifests import ControlEndpoint, Images
-from faasmoe_operator.kube.manifests.context import USER_ID
+from faasmoe_operator.kube.manifests.context import USER_ID, GatewayPods
 
 PREFIX = "FAASMOE_OPERATOR_"
 MAX_WORKERS = 64
 MAX_USER_ID = (1 << 31) - 1
 ASSIGNED_USER = "platform"
 DEFAULT_POD_LABELS = {"app.kubernetes.io/name": "faasmoe-operator"}
+DEFAULT_GATEWAY_LABELS = {"app.kubernetes.io/name": "faasmoe-gateway"}
 _DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 LogFormat = Literal["text", "json"]
@@ -71,6 +72,10 @@ class OperatorConfig(EnvSettings):
         port: port that the control API listens on.
         metrics_port: port of /metrics alone; on the control API's port if not set.
         page_port: port on loopback of the live page, for `kubectl port-forward`; None for none.
+        gateway_port: port that gateways connect to; None if no gateway runs, and Tenants are not
+            served.
+        gateway_secret: name of the gateways' Secret, which the operator writes.
+        gateway_pod_labels: labels of the gateways' pods, for NetworkPolicies.
         control_url: URL of the control API for models' pods; by default the operator's Service.
         pod_labels: labels of the operator's pods, for NetworkPolicies.
         router_image: default image of routers and store Jobs.
@@ -94,6 +99,11 @@ class OperatorConfig(EnvSettings):
     port: Annotated[int, BeforeValidator(integer_between(1, 65535))] = 8090
     metrics_port: Annotated[int, BeforeValidator(integer_between(1, 65535))] | None = None
     page_port: Annotated[int, BeforeValidator(integer_between(1, 65535))] | None = None
+    gateway_port: Annotated[int, BeforeValidator(integer_between(1, 65535))] | None = None
+    gateway_secret: str = "faasmoe-gateway"
+    gateway_pod_labels: Annotated[dict[str, str], BeforeValidator(_parse_labels)] = (
+        DEFAULT_GATEWAY_LABELS
+    )
     control_url: str = ""
     pod_labels: Annotated[dict[str, str], BeforeValidator(_parse_labels)] = DEFAULT_POD_LABELS
     router_image: str = Field(description="an image")
@@ -122,6 +132,13 @@ class OperatorConfig(EnvSettings):
             pod_labels=self.pod_labels,
             port=self.port,
         )
+
+    @property
+    def gateways(self) -> GatewayPods | None:
+        """The gateways' pods; None if no gateway runs."""
+        if self.gateway_port is None:
+            return None
+        return GatewayPods(self.namespace, self.gateway_pod_labels)
 
     @property
     def images(self) -> Images:

@@ -17,13 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from faasmoe_operator.api.v1alpha1 import MoEModel
+from faasmoe_operator.api.v1alpha1.tenants import TenantSpec
 from faasmoe_operator.errors import FaasmoeError
 from faasmoe_operator.kube.client import KubeApi
 from faasmoe_operator.kube.errors import Conflict
 from faasmoe_operator.kube.manifests import ControlEndpoint, ControlSecrets, Images, ModelContext
-from faasmoe_operator.kube.manifests.context import USER_ID
+from faasmoe_operator.kube.manifests.context import USER_ID, GatewayPods
 from faasmoe_operator.kube.manifests.names import FIELD_MANAGER, MANAGED_BY_LABEL
-from faasmoe_operator.kube.types import SECRET, Object
+from faasmoe_operator.kube.types import SECRET, ModelKey, Object
 
 ROOT_KEY_BYTES = 32
 ROOT_KEY_FIELD = "root-key"
@@ -45,11 +46,25 @@ async def load_root_key(api: KubeApi, *, namespace: str, name: str) -> bytes:
     return _decode_root_key(secret, where=f"Secret {namespace}/{name}")
 
 
-def derive_model_secrets(root_key: bytes, uid: str) -> ControlSecrets:
+def derive_model_secrets(
+    root_key: bytes, uid: str, *, has_gateways: bool = False
+) -> ControlSecrets:
     """Return the secrets of the model with this uid."""
     return ControlSecrets(
-        _derive(root_key, f"token:{uid}"), _derive(root_key, f"function-key:{uid}")
+        _derive(root_key, f"token:{uid}"),
+        _derive(root_key, f"function-key:{uid}"),
+        derive_front_token(root_key, uid) if has_gateways else "",
     )
+
+
+def derive_front_token(root_key: bytes, uid: str) -> str:
+    """Return what gateways show the routers of the model with this uid."""
+    return _derive(root_key, f"front:{uid}")
+
+
+def derive_gateway_token(root_key: bytes) -> str:
+    """Return what gateways show the operator."""
+    return _derive(root_key, "gateway")
 
 
 def _derive(root_key: bytes, purpose: str) -> str:
@@ -94,6 +109,10 @@ class OperatorContext:
         served_apis: returns the optional APIs that the cluster serves, such as
             "gateway.networking.k8s.io/v1".
         user_id: user and group of models' pods; None if the platform assigns them.
+        gateways: the gateways' pods; None if no gateway runs.
+        router_tenants: returns the Tenants that may use a model.
+        scaled_routers: returns how many routers of a model should run by its requests; None for
+            one whose requests are not counted.
     """
 
     images: Images
@@ -101,6 +120,9 @@ class OperatorContext:
     root_key: bytes = field(repr=False)
     served_apis: Callable[[], frozenset[str]] = frozenset
     user_id: int | None = USER_ID
+    gateways: GatewayPods | None = None
+    router_tenants: Callable[[ModelKey], tuple[TenantSpec, ...]] = lambda _: ()
+    scaled_routers: Callable[[ModelKey], int | None] = lambda _: None
 
     def model_context(self, model: MoEModel, obj: Object) -> ModelContext:
         """Return the context of one model.
@@ -110,6 +132,7 @@ class OperatorContext:
             obj: its API object.
         """
         metadata = obj["metadata"]
+        key = ModelKey(metadata["namespace"], metadata["name"])
         return ModelContext(
             model=model,
             namespace=metadata["namespace"],
@@ -117,7 +140,12 @@ class OperatorContext:
             generation=metadata.get("generation", 0),
             images=self.images,
             control=self.control,
-            secrets=derive_model_secrets(self.root_key, metadata["uid"]),
+            secrets=derive_model_secrets(
+                self.root_key, metadata["uid"], has_gateways=self.gateways is not None
+            ),
             served_apis=self.served_apis(),
             user_id=self.user_id,
+            gateways=self.gateways,
+            tenants=self.router_tenants(key),
+            scaled_routers=self.scaled_routers(key),
         )

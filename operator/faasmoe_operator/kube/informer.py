@@ -25,7 +25,7 @@ from faasmoe_operator.kube.client import ListWatcher
 from faasmoe_operator.kube.errors import Expired, KubeApiError, NotFound, Unavailable
 from faasmoe_operator.kube.manifests.names import FIELD_MANAGER, MANAGED_BY_LABEL
 from faasmoe_operator.kube.transport import IDLE_TIMEOUT
-from faasmoe_operator.kube.types import MOEMODEL, Kind
+from faasmoe_operator.kube.types import MOEMODEL, TENANT, Kind
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ class ReflectorTiming:
 
 
 def label_selector_for(kind: Kind) -> str:
-    """Return the selector of the objects to follow: all MoEModels, only our own of other kinds."""
-    return "" if kind == MOEMODEL else MANAGED_BY_SELECTOR
+    """Return the selector of the objects to follow: those of users, only our own of other kinds."""
+    return "" if kind in (MOEMODEL, TENANT) else MANAGED_BY_SELECTOR
 
 
 class Reflector:

@@ -124,7 +124,10 @@ class OperatorMetrics:
         if (routers := model.get("status", {}).get("router")) is None:
             return
         spec, meta = model["spec"], model["metadata"]
-        desired = 0 if spec.get("suspend") else spec.get("router", {}).get("replicas", 1)
+        router = spec.get("router", {})
+        desired = 0 if spec.get("suspend") else router.get("replicas", 1)
+        if router.get("scaling") is not None:
+            desired = routers.get("replicas", 0)  # of those that requests have started
         for state, count in (("desired", desired), ("ready", routers.get("readyReplicas", 0))):
             self.model_routers.labels(meta["namespace"], meta["name"], state).set(count)
 

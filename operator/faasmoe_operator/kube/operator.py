@@ -22,17 +22,24 @@ from contextlib import (
     nullcontext,
 )
 from datetime import UTC, datetime
+from functools import partial
 from typing import TypeVar
 
 from aiohttp import web
 
 from faasmoe_operator.control.api import LivePage, make_models_app, render_models_metrics
+from faasmoe_operator.control.gateway_links import GatewayLinks
 from faasmoe_operator.errors import FaasmoeError
 from faasmoe_operator.kube.api_discovery import OptionalApis
 from faasmoe_operator.kube.cache import ObjectCache
 from faasmoe_operator.kube.client import KubeClient
 from faasmoe_operator.kube.config import LogFormat, OperatorConfig
-from faasmoe_operator.kube.context import OperatorContext, load_root_key
+from faasmoe_operator.kube.context import (
+    OperatorContext,
+    derive_front_token,
+    derive_gateway_token,
+    load_root_key,
+)
 from faasmoe_operator.kube.errors import KubeApiError
 from faasmoe_operator.kube.event_handlers import ModelEnqueuer
 from faasmoe_operator.kube.events import EventRecorder
@@ -42,8 +49,11 @@ from faasmoe_operator.kube.metrics import OperatorMetrics
 from faasmoe_operator.kube.model_runtime import RuntimeDependencies, RuntimeManager
 from faasmoe_operator.kube.reconciler import Reconciler
 from faasmoe_operator.kube.server import HealthRoutes, Readiness, start_server
+from faasmoe_operator.kube.tenants.controller import GatewayTokens, TenantController
+from faasmoe_operator.kube.tenants.gateway_objects import GatewayObjects
+from faasmoe_operator.kube.tenants.router_demand import RouterDemandScaler
 from faasmoe_operator.kube.transport import KubeTransport, load_client_configuration
-from faasmoe_operator.kube.types import MOEMODEL, WATCHED_KINDS
+from faasmoe_operator.kube.types import MOEMODEL, TENANT, WATCHED_KINDS, ModelKey
 from faasmoe_operator.kube.work_queue import WorkerPool
 from faasmoe_tracing import create_tracer
 
@@ -114,7 +124,16 @@ class Operator:
         await self._retry_until_success(
             lambda: check_crd(api), description=f"the CRD of {MOEMODEL}"
         )
+        has_tenants = await self._retry_until_success(
+            lambda: api.is_served(TENANT), description=f"discovery of {TENANT}"
+        )
         apis = OptionalApis(api, self._cache, enqueue=workers.add)
+        links = GatewayLinks()
+        tenants = self._make_tenant_controller(api, root, links, enqueue=workers.add)
+        demand = RouterDemandScaler(
+            self._cache, links, enqueue=lambda key: workers.add(key, urgent=True)
+        )
+        has_gateways = config.gateway_port is not None
         reconciler = Reconciler(
             api,
             self._cache,
@@ -125,12 +144,15 @@ class Operator:
                 root,
                 served_apis=apis.served_versions,
                 user_id=config.run_as_user,
+                gateways=config.gateways,
+                router_tenants=tenants.router_tenants,
+                scaled_routers=demand.desired if has_gateways else lambda _: None,
             ),
             events=EventRecorder(api, instance=config.identity),
             tracer=self._tracer,
         )
         self._cache.add_event_handler(ModelEnqueuer(workers).on_change)
-        async with asyncio.TaskGroup() as group:
+        async with AsyncExitStack() as servers, asyncio.TaskGroup() as group:
             informers = Informers(
                 api,
                 self._cache,
@@ -140,15 +162,55 @@ class Operator:
                 on_not_served=apis.mark_not_served,
             )
             informers.start(WATCHED_KINDS)
+            if has_tenants:
+                informers.start((TENANT,))
+            else:
+                logger.warning(
+                    "%s is not served: Tenants are ignored until the CRD is installed "
+                    "(kubectl apply --server-side -f crds/) and the operator restarted",
+                    TENANT,
+                )
             await self._retry_until_success(
                 lambda: apis.start(informers), description="discovery of the optional APIs"
             )
             self._readiness.waiting_for = "the first list of every kind"
             await informers.wait_for_cache_sync()
+            await self._retry_until_success(tenants.start, description="the Tenants' keys")
+            if config.gateway_port is not None:
+                await servers.enter_async_context(
+                    tenants.listening(config.host, config.gateway_port)
+                )
             self._readiness.waiting_for = ""
             logger.info("cache synced: %d MoEModels", len(self._cache.list_all(MOEMODEL)))
             group.create_task(apis.run())
+            group.create_task(tenants.run())
+            if has_gateways:
+                group.create_task(demand.run())
             group.create_task(workers.run(reconciler.reconcile))
+
+    def _make_tenant_controller(
+        self,
+        api: KubeClient,
+        root: bytes,
+        links: GatewayLinks,
+        *,
+        enqueue: Callable[[ModelKey], None],
+    ) -> TenantController:
+        config = self._config
+        tokens = None
+        if config.gateway_port is not None:
+            tokens = GatewayTokens(
+                derive_gateway_token(root), router=partial(derive_front_token, root)
+            )
+        return TenantController(
+            api,
+            self._cache,
+            GatewayObjects(api, namespace=config.namespace, name=config.gateway_secret),
+            tokens,
+            links=links,
+            events=EventRecorder(api, instance=config.identity),
+            enqueue=enqueue,
+        )
 
     @asynccontextmanager
     async def _serve_http(self, runtimes: RuntimeManager) -> AsyncIterator[None]:

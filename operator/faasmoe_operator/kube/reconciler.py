@@ -181,7 +181,7 @@ class Reconciler:
         runtime_failure = await self._ensure_runtime(key, ctx, observed)
         counts = self._runtimes.counts(key)
         router = router_status(
-            observed.deployment, observed.router_pods, desired_replicas=ctx.spec.router.replicas
+            observed.deployment, observed.router_pods, desired_replicas=ctx.router_replicas
         )
         if {observed.store.missing_secret, router.missing_secret} - {None}:
             state.planner.invalidate()

@@ -94,7 +94,7 @@ def evaluate_conditions(
             functions=functions_condition(
                 counts, observed.sandbox_pods, runtime_failure=runtime_failure
             ),
-            tenants=tenants_condition(ctx.spec.tenants, counts),
+            tenants=tenants_condition(ctx.spec.tenants, counts, n_gateway_tenants=len(ctx.tenants)),
             active=active_condition(counts),
         )
     states = _retain_while_recovering(states, previous_states)

@@ -44,6 +44,7 @@ class Kind:
 
 
 MOEMODEL = Kind("faasmoe.dev/v1alpha1", "MoEModel", "moemodels")
+TENANT = Kind("faasmoe.dev/v1alpha1", "Tenant", "tenants")
 POD = Kind("v1", "Pod", "pods")
 SERVICE = Kind("v1", "Service", "services")
 PERSISTENT_VOLUME_CLAIM = Kind("v1", "PersistentVolumeClaim", "persistentvolumeclaims")
@@ -86,7 +87,8 @@ WATCHED_KINDS = (
 """Kinds that every cluster serves and the cache holds. Secrets are created, never read."""
 
 _KINDS_BY_GVK = {
-    (kind.api_version, kind.name): kind for kind in (MOEMODEL, POD, EVENT, LEASE, *OWNED_KINDS)
+    (kind.api_version, kind.name): kind
+    for kind in (MOEMODEL, TENANT, POD, EVENT, LEASE, *OWNED_KINDS)
 }
 
 

@@ -41,6 +41,7 @@ PATHS: Mapping[str, str] = {
     "validatingadmissionpolicies": "apis/admissionregistration.k8s.io/v1",
     "validatingadmissionpolicybindings": "apis/admissionregistration.k8s.io/v1",
     "moemodels": "apis/faasmoe.dev/v1alpha1",
+    "tenants": "apis/faasmoe.dev/v1alpha1",
 }
 CLUSTER_SCOPED = (
     "namespaces",

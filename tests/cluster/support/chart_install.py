@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from apiserver import ApiServer, Object, eventually
 from helm import Helm
@@ -20,18 +21,20 @@ PLURAL_BY_KIND = {
     "ValidatingAdmissionPolicyBinding": "validatingadmissionpolicybindings",
 }
 CLUSTER_SCOPED = ("Cluster", "CustomResourceDefinition", "ValidatingAdmissionPolicy")
-CRD = "moemodels.faasmoe.dev"
+CRDS = ("moemodels.faasmoe.dev", "tenants.faasmoe.dev")
 
 
 @contextmanager
 def installed_chart(api: ApiServer, helm: Helm) -> Iterator[str]:
-    """Install the chart without its Deployment; yield the operator's ServiceAccount name."""
-    objects = [o for o in helm.template({"replicas": 2}) if o["kind"] in PLURAL_BY_KIND]
+    """Install the chart without its Deployments; yield the operator's ServiceAccount name."""
+    values = {"replicas": 2, "gateway": {"enabled": True}}
+    objects = [o for o in helm.template(values) if o["kind"] in PLURAL_BY_KIND]
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
     api.apply("namespaces", namespace)
     for obj in objects:
         api.apply(PLURAL_BY_KIND[obj["kind"]], _in_namespace(obj))
-    eventually(lambda: api.get("customresourcedefinitions", "", CRD), _is_established)
+    for crd in CRDS:
+        eventually(partial(api.get, "customresourcedefinitions", "", crd), _is_established)
     (account,) = (o for o in objects if o["kind"] == "ServiceAccount" and "operator" in _name(o))
     try:
         yield _name(account)

@@ -15,7 +15,7 @@ def chat(
     """Return the model's greedy answer; raises the client's errors.
 
     Args:
-        router: the router pod.
+        router: the pod of a router or a gateway.
         model: model name in the request.
         tenant: tenant whose path is used; empty for the common path.
         key: the API key.

@@ -39,9 +39,21 @@ def make_secret(name: str, namespace: str, values: Mapping[str, str]) -> Object:
     return {"apiVersion": "v1", "kind": "Secret", "metadata": meta, "data": data}
 
 
-def conditions(api: ApiServer, namespace: str, name: str) -> dict[str, Object]:
-    """Return a MoEModel's conditions by type."""
-    found = api.get("moemodels", namespace, name)
+def make_tenant(name: str, namespace: str, **spec: Any) -> Object:
+    """Return a Tenant whose keys are in the Secret NAME-keys."""
+    return {
+        "apiVersion": "faasmoe.dev/v1alpha1",
+        "kind": "Tenant",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {"apiKeysSecretRef": {"name": f"{name}-keys"}, **spec},
+    }
+
+
+def conditions(
+    api: ApiServer, namespace: str, name: str, *, plural: str = "moemodels"
+) -> dict[str, Object]:
+    """Return the conditions of a MoEModel, or a Tenant, by type."""
+    found = api.get(plural, namespace, name)
     return {c["type"]: c for c in found.get("status", {}).get("conditions", [])}
 
 
@@ -54,10 +66,11 @@ def wait_for_condition(
     status: str = "True",
     reason: str = "",
     timeout_s: float = 120.0,
+    plural: str = "moemodels",
 ) -> Object:
     """Wait for a condition with this status, and reason if given; return it."""
     seen = eventually(
-        lambda: conditions(api, namespace, name),
+        lambda: conditions(api, namespace, name, plural=plural),
         lambda found: (
             found.get(kind, {}).get("status") == status
             and (not reason or found[kind]["reason"] == reason)

@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import yaml
 from apiserver import ApiServer, Object, eventually
-from chart_install import CRD
+from chart_install import CRDS
 from helm import CHART, Helm
 from real_nodes import HOSTNAME_LABEL, ProjectImages
 
@@ -64,7 +65,7 @@ class Release:
 def installed_release(
     api: ApiServer, helm: Helm, images: ProjectImages, *, node: str
 ) -> Iterator[Release]:
-    """Install the chart on a node; uninstall it at the end, with the CRD if it installed it."""
+    """Install the chart on a node; uninstall it at the end, with the CRDs if it installed them."""
     release = Release(api, helm)
     had_crd = _update_crd(api)
     file = helm.home / "release.yaml"
@@ -78,13 +79,15 @@ def installed_release(
         api.delete("namespaces", "", NAMESPACE)
         eventually(lambda: api.find("namespaces", "", NAMESPACE), lambda found: not found)
         if not had_crd:
-            api.delete("customresourcedefinitions", "", CRD)
-            eventually(lambda: api.find("customresourcedefinitions", "", CRD), lambda crd: not crd)
+            for crd in CRDS:
+                api.delete("customresourcedefinitions", "", crd)
+                found = partial(api.find, "customresourcedefinitions", "", crd)
+                eventually(found, lambda crd: not crd)
 
 
 def _update_crd(api: ApiServer) -> bool:
-    """Update the CRD if it exists; return whether it does."""
-    if api.find("customresourcedefinitions", "", CRD) is None:
+    """Update the CRDs if they exist; return whether they do."""
+    if not all(api.find("customresourcedefinitions", "", crd) for crd in CRDS):
         return False
     for path in (CHART / "crds").iterdir():
         api.apply("customresourcedefinitions", yaml.safe_load(path.read_text()))

@@ -116,6 +116,11 @@ INVALID = {
         ),
         "a path outside /store",
     ),
+    "router-scale": (
+        router(scaling={"minReplicas": 3, "maxReplicas": 2}),
+        "at least minReplicas",
+    ),
+    "replicas-and-scaling": (router(replicas=2, scaling={}), "none with scaling"),
     "step": (router(maxNumSeqs=64, maxNumBatchedTokens=63), "at least maxNumSeqs"),
     "env-twice": (
         router(env=[{"name": "A"}], template={"env": [{"name": "A"}]}),

@@ -24,7 +24,9 @@ def test_tenants_file_contains_every_tenant_and_its_limits() -> None:
             },
         }
     )
-    assert build_tenants_file(model, lambda tenant: f"/keys/{tenant.name}") == {
+    assert build_tenants_file(
+        model.metadata.name, model.spec.tenants, lambda tenant: f"/keys/{tenant.name}"
+    ) == {
         "version": 1,
         "routerReplicas": 1,
         "model": "demo",

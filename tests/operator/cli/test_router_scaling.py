@@ -15,15 +15,15 @@ import pytest
 from faasmoe_contracts.router_demand import RouterDemand, RunningRouters
 from faasmoe_operator.api.v1alpha1.router import RouterScalingSpec
 from faasmoe_operator.cli import router_scaling
-from faasmoe_operator.cli.gateway_link import GatewayLinks
 from faasmoe_operator.cli.router_scaling import (
-    RouterScaler,
     RouterSlot,
     ScaledRouters,
     scaled_routers,
 )
 from faasmoe_operator.cli.shared_stack import write_router_count
 from faasmoe_operator.cli.supervisor import SupervisedChild
+from faasmoe_operator.control.gateway_links import GatewayLinks
+from faasmoe_operator.control.router_scaler import RouterScaler
 from faasmoe_operator.errors import CommandError
 
 TIMEOUT_S = 120.0

@@ -23,8 +23,10 @@ from fake_platform import (
 )
 
 from faasmoe_contracts.control_messages import FunctionLoad, LoadReport
+from faasmoe_operator.control.api.status import controller_status
 from faasmoe_operator.control.controller import Controller
 from faasmoe_operator.control.routing_table import RoutingTablePublisher
+from faasmoe_operator.control.sandbox_client import SandboxClient
 
 
 def load(concurrency: float, *functions: str, calls: int = 1, rows: int = 1) -> LoadReport:
@@ -53,6 +55,21 @@ def test_idle_model_keeps_only_the_warm_pool(pool: int) -> None:
                 lambda: len(platform.servers) == controller.fleet.n_generic() == pool
             )
             assert routable_functions(controller) == set()
+
+    asyncio.run(scenario())
+
+
+def test_status_tells_of_the_pool_that_models_share() -> None:
+    async def scenario() -> None:
+        platform = FakePlatform()
+        async with SandboxClient(token="t") as client:
+            shared = Controller(
+                make_model(warm_pool=0), platform, client, shared_pool=lambda: (2, 1)
+            )
+            own = Controller(make_model(warm_pool=3), platform, client)
+            assert (await controller_status(shared))["pool"] == {"size": 2, "ready": 1}
+            assert (await controller_status(own))["pool"] == {"size": 3, "ready": 0}
+        await platform.close()
 
     asyncio.run(scenario())
 

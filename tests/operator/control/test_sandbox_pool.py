@@ -72,6 +72,7 @@ def test_generic_sandboxes_are_kept_ready_for_whichever_model_comes_first() -> N
         async with SandboxPool(platform, {TEMPLATE: 2}) as pool:
             pool.start_filling()
             await until(lambda: pool.n_generic == 2)
+            assert pool.size == 2
             first, second = pool.platform_of("a"), pool.platform_of("b")
             taken = [await first.create(TEMPLATE), await second.create(TEMPLATE)]
             assert ids(taken) == ["s0", "s1"]

@@ -53,9 +53,10 @@ def test_a_condition_without_a_transition_time_gets_one() -> None:
         (ConditionStates(GOOD, GOOD, GOOD, GOOD, GOOD), ("True", "Ready")),
         (ConditionStates(GOOD, GOOD, GOOD, GOOD, active=BAD), ("True", "Ready")),
         (ConditionStates(GOOD, PENDING, GOOD, GOOD, GOOD), ("Unknown", "Coming")),
-        (ConditionStates(PENDING, GOOD, GOOD, BAD, GOOD), ("False", "Broken")),
+        (ConditionStates(PENDING, GOOD, BAD, GOOD, GOOD), ("False", "Broken")),
+        (ConditionStates(GOOD, GOOD, GOOD, tenants=BAD, active=GOOD), ("True", "Ready")),
     ],
-    ids=["all", "idle", "in-progress", "false-before-unknown"],
+    ids=["all", "idle", "in-progress", "false-before-unknown", "tenant-without-key"],
 )
 def test_ready_summarizes_the_dependent_conditions(
     states: ConditionStates, expected: tuple[str, str]

@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from faasmoe_operator.api.v1alpha1.base import (
     KUBERNETES_ONLY,
     LIST_TYPE_SET,
-    PROCESS_ONLY,
     ApiModel,
     cel_rule,
     model_validations,
@@ -117,6 +116,11 @@ class RouterSpec(ApiModel):
             field=".maxNumBatchedTokens",
         ),
         cel_rule(
+            "!has(self.scaling) || self.replicas == 1",
+            "expected none with scaling, whose maxReplicas says how many may run",
+            field=".replicas",
+        ),
+        cel_rule(
             "!has(self.engineArgs) || self.engine != 'transformers'",
             "expected none with engine transformers: they are vLLM's arguments",
             field=".engineArgs",
@@ -149,8 +153,9 @@ class RouterSpec(ApiModel):
     )
     scaling: RouterScalingSpec | None = Field(
         None,
-        description="How many routers of `faasmoe up` run; if omitted, always one.",
-        json_schema_extra=PROCESS_ONLY,
+        description="How many routers run, by the requests that gateways have: those of `faasmoe "
+        "up`, or of the chart (`gateway.enabled`), without which at least one always runs. If "
+        "omitted, `faasmoe up` runs one, and Kubernetes `replicas`.",
     )
     engine: Literal["auto", "transformers", "vllm"] = Field(
         "auto",
@@ -296,6 +301,12 @@ class RouterSpec(ApiModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.scaling is not None and self.replicas != 1:
+            raise validation_error(
+                "replicas",
+                got=self.replicas,
+                expected="none with scaling, whose maxReplicas says how many may run",
+            )
         if self.metrics_port == API_PORT:
             raise validation_error(
                 "metricsPort", got=API_PORT, expected="another port than that of the API"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, BeforeValidator, Field, model_validator
+from pydantic import AwareDatetime, BeforeValidator, Field, ValidationError, model_validator
 
 from faasmoe_operator.api.v1alpha1.base import (
     KUBERNETES_ONLY,
@@ -38,8 +38,11 @@ from faasmoe_operator.api.v1alpha1.tenants import (
     TenantLimitsSpec,
     TenantSpec,
 )
+from faasmoe_operator.api.v1alpha1.validation import format_validation_errors
+from faasmoe_operator.errors import MoEModelError
 
 TENANT_KIND = "Tenant"
+_METADATA_FIELDS = ("name", "namespace", "labels", "annotations")
 SystemPrompt = Annotated[str, Field(min_length=1, max_length=8192)]
 Amount = Annotated[float, Field(ge=0, le=1e15, strict=False)]
 MAX_MODELS = 256
@@ -242,6 +245,31 @@ class Tenant(ApiModel):
     kind: Literal["Tenant"]
     metadata: TenantMeta
     spec: TenantResourceSpec
+
+    @classmethod
+    def from_object(cls, obj: Mapping[str, Any]) -> Self:
+        """Parse an object of the Kubernetes API.
+
+        Args:
+            obj: the object; its status and other metadata fields are ignored.
+
+        Raises:
+            MoEModelError: the object is invalid, or names no Secret.
+        """
+        raw = obj.get("metadata", {})
+        metadata = {name: raw[name] for name in _METADATA_FIELDS if name in raw}
+        value = {name: obj[name] for name in ("apiVersion", "kind", "spec") if name in obj}
+        object_name = f"{raw.get('namespace', 'default')}/{raw.get('name', '')}"
+        try:
+            tenant = cls.model_validate({**value, "metadata": metadata})
+        except ValidationError as error:
+            raise MoEModelError(object_name, format_validation_errors(error, cls)) from error
+        if tenant.spec.api_keys_secret_ref is None:
+            expected = "{name: SECRET}, a Secret whose every value is an API key"
+            raise MoEModelError(
+                object_name, [f"spec.apiKeysSecretRef: missing, expected {expected}"]
+            )
+        return tenant
 
     @classmethod
     def from_short_form(cls, tenant: TenantSpec, *, model: str) -> Self:

@@ -14,13 +14,18 @@ from faasmoe_operator.api.v1alpha1.crd import (
     structural_schema,
 )
 from faasmoe_operator.api.v1alpha1.tenant import TENANT_KIND, TenantResourceSpec
+from faasmoe_operator.api.v1alpha1.tenant_status import TenantResourceStatus
 
 TENANT_PLURAL = "tenants"
 TENANT_CRD_FILE_NAME = f"{GROUP}_{TENANT_PLURAL}.yaml"
+_READY = '.status.conditions[?(@.type=="Ready")]'
 _PRINTER_COLUMNS = (
     ("Weight", "integer", ".spec.weight", "relative share of the tokens under contention"),
     ("Priority", "integer", ".spec.priority", "tenants of higher priority are served first"),
     ("Host", "string", ".spec.host", "host name of its requests"),
+    ("Keys", "integer", ".status.keys", "API keys that are accepted"),
+    ("Ready", "string", f"{_READY}.status", "whether it may call all of its models"),
+    ("Reason", "string", f"{_READY}.reason", "why not"),
     ("Age", "date", ".metadata.creationTimestamp", "time since creation"),
 )
 
@@ -36,11 +41,13 @@ def build_tenant_crd() -> dict[str, Any]:
         "A tenant: who may call which models, how much and with which keys.",
         "Name of the tenant, the first segment of its URL.",
         spec=structural_schema(TenantResourceSpec),
+        status=structural_schema(TenantResourceStatus),
     )
     version = {
         "name": VERSION,
         "served": True,
         "storage": True,
+        "subresources": {"status": {}},
         "additionalPrinterColumns": [
             dict(zip(names, column, strict=True)) for column in _PRINTER_COLUMNS
         ],

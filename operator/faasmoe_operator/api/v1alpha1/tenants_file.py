@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from faasmoe_operator.api.v1alpha1.moemodel import MoEModel
 from faasmoe_operator.api.v1alpha1.tenants import TenantSpec
 
 TENANTS_FILE_NAME = "tenants.json"
@@ -13,21 +12,25 @@ TENANTS_FILE_VERSION = 1
 
 
 def build_tenants_file(
-    model: MoEModel, keys_path: Callable[[TenantSpec], str], *, n_routers: int = 1
+    model: str,
+    tenants: Iterable[TenantSpec],
+    keys_path: Callable[[TenantSpec], str],
+    *,
+    n_routers: int = 1,
 ) -> dict[str, Any]:
     """Return the content of the router's tenants file; an omitted limit is no limit.
 
     Args:
-        model: the model whose tenants to write.
+        model: name of the model.
+        tenants: its tenants.
         keys_path: returns the folder of a tenant's API keys, as the router sees it.
         n_routers: number of routers that read the file; each grants its share of the limits.
     """
-    tenants = [_tenant_entry(tenant, keys_path(tenant)) for tenant in model.spec.tenants]
     return {
         "version": TENANTS_FILE_VERSION,
-        "model": model.metadata.name,
+        "model": model,
         "routerReplicas": n_routers,
-        "tenants": tenants,
+        "tenants": [_tenant_entry(tenant, keys_path(tenant)) for tenant in tenants],
     }
 
 

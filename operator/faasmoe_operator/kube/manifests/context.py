@@ -9,6 +9,7 @@ from typing import Any
 
 from faasmoe_operator.api.v1alpha1 import MoEModel
 from faasmoe_operator.api.v1alpha1.moemodel import MoEModelSpec
+from faasmoe_operator.api.v1alpha1.tenants import TenantSpec
 from faasmoe_operator.kube.manifests.names import Component, model_labels
 from faasmoe_operator.kube.store_summary import StoreSummary
 from faasmoe_operator.kube.types import Kind, Object
@@ -54,6 +55,19 @@ class ControlEndpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class GatewayPods:
+    """The gateways' pods, as NetworkPolicies select them.
+
+    Attributes:
+        namespace: their namespace.
+        pod_labels: labels that select them.
+    """
+
+    namespace: str
+    pod_labels: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class ControlSecrets:
     """Secrets of one model.
 
@@ -61,15 +75,17 @@ class ControlSecrets:
         token: bearer token of its control API and its sandboxes.
         function_key: key from which function ids are derived, in hexadecimal; never leaves the
             operator.
+        front_token: what gateways show its routers; empty if no gateway runs.
     """
 
     token: str = field(repr=False)
     function_key: str = field(repr=False)
+    front_token: str = field(default="", repr=False)
 
     @property
     def digest(self) -> str:
-        """Hash of the token."""
-        return hashlib.sha256(self.token.encode()).hexdigest()
+        """Hash of the tokens."""
+        return hashlib.sha256((self.token + self.front_token).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +103,10 @@ class ModelContext:
         summary: summary of the prepared store; None until it is prepared.
         served_apis: optional APIs that the cluster serves, such as "gateway.networking.k8s.io/v1".
         user_id: user and group of the pods; None if the platform assigns them.
+        gateways: the gateways' pods; None if no gateway runs.
+        tenants: Tenants that may use the model, by the gateways alone.
+        scaled_routers: routers that should run by the model's requests; None if they are not
+            counted.
     """
 
     model: MoEModel
@@ -99,6 +119,26 @@ class ModelContext:
     summary: StoreSummary | None = None
     served_apis: frozenset[str] = frozenset()
     user_id: int | None = USER_ID
+    gateways: GatewayPods | None = None
+    tenants: tuple[TenantSpec, ...] = ()
+    scaled_routers: int | None = None
+
+    @property
+    def router_replicas(self) -> int:
+        """Routers that should run."""
+        if self.spec.suspend:
+            return 0
+        scaling = self.spec.router.scaling
+        if scaling is None:
+            return self.spec.router.replicas
+        if self.scaled_routers is not None:
+            return self.scaled_routers
+        return max(1, scaling.min_replicas)  # nobody would start it
+
+    @property
+    def has_tenants(self) -> bool:
+        """Whether routers know tenants, so that nobody else may call them."""
+        return bool(self.spec.tenants or self.tenants)
 
     @property
     def name(self) -> str:

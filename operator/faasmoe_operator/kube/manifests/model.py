@@ -45,7 +45,7 @@ def serving_objects(ctx: ModelContext) -> list[Object]:
         service_account(ctx, router_name(ctx.name), Component.ROUTER),
         service_account(ctx, sandbox_name(ctx.name), Component.SANDBOX),
         control_secret(ctx),
-        *([tenants_config_map(ctx)] if ctx.spec.tenants else []),
+        *([tenants_config_map(ctx)] if ctx.has_tenants else []),
         router_disruption_budget(ctx),
         router_deployment(ctx),
         *services(ctx),

@@ -10,12 +10,13 @@ Traffic that no NetworkPolicy allows is denied in both directions:
 clients ──8000──▶ routers ──9090──▶ sandboxes ◀──9090── operator
                   routers ──control port──▶ operator         store Job ──443──▶ anywhere
 
-Metrics have ports of their own on routers and sandboxes, which `monitoring.clients` may reach.
+Gateways may reach routers as clients do. Metrics have ports of their own on routers and sandboxes,
+which `monitoring.clients` may reach.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from faasmoe_operator.api.v1alpha1.networking import (
@@ -243,7 +244,11 @@ def serving_policies(ctx: ModelContext) -> list[Object]:
             ctx,
             router_name(ctx.name),
             Component.ROUTER,
-            ingress=[from_clients, *_from_scrapers(ctx, router_metrics_port(ctx))],
+            ingress=[
+                from_clients,
+                *_from_gateways(ctx),
+                *_from_scrapers(ctx, router_metrics_port(ctx)),
+            ],
             egress=[_dns_egress(), to_sandboxes, to_control, *_to_collector(ctx)],
         ),
         _policy(
@@ -259,6 +264,14 @@ def serving_policies(ctx: ModelContext) -> list[Object]:
 def _to_collector(ctx: ModelContext) -> list[Object]:
     """Return the rule for traces, which does not say where the collector is; none without any."""
     return [] if ctx.spec.tracing is None else [{"ports": _ports(ctx.spec.tracing.port)}]
+
+
+def _from_gateways(ctx: ModelContext) -> list[Object]:
+    """Return the rule for gateways, which `networking.clients` need not name; none without any."""
+    if ctx.gateways is None:
+        return []
+    peer = _peer_pods(ctx.gateways.namespace, ctx.gateways.pod_labels)
+    return [{"from": [peer], "ports": _ports(ROUTER_PORT)}]
 
 
 def _from_scrapers(ctx: ModelContext, port: int) -> list[Object]:
@@ -300,9 +313,13 @@ def _pods_peer(ctx: ModelContext, component: Component) -> Object:
 
 
 def _operator_peer(ctx: ModelContext) -> Object:
+    return _peer_pods(ctx.control.namespace, ctx.control.pod_labels)
+
+
+def _peer_pods(namespace: str, labels: Mapping[str, str]) -> Object:
     return {
-        "namespaceSelector": {"matchLabels": {NAMESPACE_LABEL: ctx.control.namespace}},
-        "podSelector": {"matchLabels": dict(ctx.control.pod_labels)},
+        "namespaceSelector": {"matchLabels": {NAMESPACE_LABEL: namespace}},
+        "podSelector": {"matchLabels": dict(labels)},
     }
 
 

@@ -42,6 +42,7 @@ TMP_SIZE_LIMIT = "2Gi"
 STATE_MOUNT_PATH = "/var/lib/faasmoe"
 STATE_SIZE_LIMIT = "64Mi"
 TOKEN_KEY = "token"
+FRONT_TOKEN_KEY = "front-token"
 METRICS_PORT_NAME = "metrics"
 POD_HASH_CHARS = 12
 
@@ -266,6 +267,9 @@ def control_secret(ctx: ModelContext) -> Object:
     Its name contains a hash of the token and it is immutable: another token is another Secret, and
     pods that refer to it are replaced.
     """
+    tokens = {TOKEN_KEY: ctx.secrets.token}
+    if ctx.secrets.front_token:
+        tokens[FRONT_TOKEN_KEY] = ctx.secrets.front_token
     return new_object(
         ctx,
         SECRET,
@@ -273,14 +277,25 @@ def control_secret(ctx: ModelContext) -> Object:
         component=Component.CONTROL,
         type="Opaque",
         immutable=True,
-        data={TOKEN_KEY: base64.b64encode(ctx.secrets.token.encode()).decode()},
+        data={key: base64.b64encode(value.encode()).decode() for key, value in tokens.items()},
     )
 
 
 def token_env_var(ctx: ModelContext) -> Object:
     """Return the variable FAASMOE_TOKEN with the token of the control Secret."""
-    reference = {"name": control_secret_name(ctx), "key": TOKEN_KEY}
-    return {"name": "FAASMOE_TOKEN", "valueFrom": {"secretKeyRef": reference}}
+    return _secret_env_var(ctx, "FAASMOE_TOKEN", TOKEN_KEY)
+
+
+def front_token_env_vars(ctx: ModelContext) -> list[Object]:
+    """Return the variable of what gateways show routers; none if no gateway runs."""
+    if not ctx.secrets.front_token:
+        return []
+    return [_secret_env_var(ctx, "FAASMOE_FRONT_TOKEN", FRONT_TOKEN_KEY)]
+
+
+def _secret_env_var(ctx: ModelContext, name: str, key: str) -> Object:
+    reference = {"name": control_secret_name(ctx), "key": key}
+    return {"name": name, "valueFrom": {"secretKeyRef": reference}}
 
 
 def pod_template(

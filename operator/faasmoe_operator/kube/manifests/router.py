@@ -1,8 +1,9 @@
 """The router: Deployment, PodDisruptionBudget, and its tenants as mounted files.
 
-Tenants are one file from a ConfigMap, and a folder of API keys for each tenant from its Secret.
-Both are mounted, so that changed limits and keys reach running routers. A missing Secret leaves an
-empty folder: the tenant has no keys.
+Tenants are one file from a ConfigMap, and a folder of API keys for each tenant of the spec from its
+Secret. Both are mounted, so that changed limits and keys reach running routers. A missing Secret
+leaves an empty folder: the tenant has no keys. Tenants of the gateways have no folder: gateways
+check their keys, and tell routers whose a request is.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from faasmoe_operator.kube.manifests.pods import (
     cpu_limit_env_var,
     env_vars,
     faasmoe_env_vars,
+    front_token_env_vars,
     http_probe,
     image_fields,
     merge_env_vars,
@@ -62,8 +64,10 @@ STARTUP_TIMEOUT_S = 1800
 def tenants_config_map(ctx: ModelContext) -> Object:
     """Return the ConfigMap with the tenants file."""
     # The number of routers is in the file and not in the pods, so that scaling replaces none.
-    n_routers = max(1, ctx.spec.router.replicas)
-    document = build_tenants_file(ctx.model, _keys_mount_path, n_routers=n_routers)
+    n_routers = max(1, ctx.router_replicas)
+    document = build_tenants_file(
+        ctx.name, (*ctx.spec.tenants, *ctx.tenants), _keys_mount_path, n_routers=n_routers
+    )
     text = json.dumps(document, indent=2, ensure_ascii=False)
     return new_object(
         ctx,
@@ -118,7 +122,7 @@ def router_deployment(ctx: ModelContext) -> Object:
         router_name(ctx.name),
         component=Component.ROUTER,
         spec={
-            "replicas": 0 if ctx.spec.suspend else ctx.spec.router.replicas,
+            "replicas": ctx.router_replicas,
             "selector": {"matchLabels": pod_selector(ctx.name, Component.ROUTER)},
             "strategy": {
                 "type": "RollingUpdate",
@@ -147,7 +151,7 @@ def router_disruption_budget(ctx: ModelContext) -> Object:
 
 
 def _template(ctx: ModelContext) -> Object:
-    tenants = [*tenants_volumes(ctx), state_volume()] if ctx.spec.tenants else []
+    tenants = [*tenants_volumes(ctx), state_volume()] if ctx.has_tenants else []
     return pod_template(
         ctx,
         ctx.spec.router.template,
@@ -160,7 +164,7 @@ def _template(ctx: ModelContext) -> Object:
 
 
 def _container(ctx: ModelContext) -> Object:
-    tenants = [*tenants_mounts(ctx), state_mount()] if ctx.spec.tenants else []
+    tenants = [*tenants_mounts(ctx), state_mount()] if ctx.has_tenants else []
     return {
         "name": ROUTER_CONTAINER,
         **image_fields(ctx, ctx.spec.router.template, ctx.images.router),
@@ -197,7 +201,7 @@ def _environment(ctx: ModelContext) -> list[Object]:
         [cpu_limit_env_var("OMP_NUM_THREADS", ROUTER_CONTAINER)],
         router_env_overrides(ctx),
         _settings(ctx),
-        [token_env_var(ctx)],
+        [token_env_var(ctx), *front_token_env_vars(ctx)],
     )
 
 
@@ -227,8 +231,8 @@ def _settings(ctx: ModelContext) -> list[Object]:
             "EXPERTS_MEMORY_BYTES": ctx.spec.experts.memory_bytes,
             "GENERATION_CONFIG": router.generation_config,
             "TENANTS_FILE": f"{TENANTS_MOUNT_PATH}/{TENANTS_FILE_NAME}"
-            if ctx.spec.tenants
+            if ctx.has_tenants
             else None,
-            "STATE_DIR": STATE_MOUNT_PATH if ctx.spec.tenants else None,
+            "STATE_DIR": STATE_MOUNT_PATH if ctx.has_tenants else None,
         }
     )

@@ -1,4 +1,4 @@
-"""The launcher's end of its connections to gateways: what they report, and what they are told.
+"""The control plane's end of the connections by which gateways report requests of each model.
 
 The messages are `faasmoe_contracts.router_demand`'s.
 """
@@ -28,7 +28,7 @@ class _Link:
 
 
 class GatewayLinks:
-    """All gateways of a machine."""
+    """All gateways of a machine, or of a cluster."""
 
     def __init__(self) -> None:
         self._links: list[_Link] = []
@@ -41,6 +41,11 @@ class GatewayLinks:
         """Add a model, and what is called when its requests may have changed."""
         self._running[model] = ()
         self._on_demand[model] = on_demand
+
+    def remove(self, model: str) -> None:
+        """Remove a model, if it is there."""
+        self._running.pop(model, None)
+        self._on_demand.pop(model, None)
 
     def n_requests(self, model: str) -> int:
         """Return the requests of a model that are waiting or running."""
@@ -84,7 +89,7 @@ class GatewayLinks:
         Args:
             path: Unix socket to listen on.
         """
-        server = await asyncio.start_unix_server(self._serve, str(path), limit=MAX_LINE_BYTES)
+        server = await asyncio.start_unix_server(self.serve, str(path), limit=MAX_LINE_BYTES)
         try:
             yield
         finally:
@@ -92,7 +97,8 @@ class GatewayLinks:
             for link in self._links:
                 link.writer.close()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Follow one gateway until it disconnects."""
         link = _Link(writer)
         self._links.append(link)
         writer.write(self._line())

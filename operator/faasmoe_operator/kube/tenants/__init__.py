@@ -1,0 +1,1 @@
+"""Tenants on Kubernetes: the gateways' configuration, limits and usage; each Tenant's status."""

@@ -1,0 +1,113 @@
+"""Serves gateways over TCP: their configuration, leases of limits, and their reports of requests.
+
+A connection begins with a `GatewayHello`, whose token only gateways have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from faasmoe_contracts.gateway_hello import GatewayHello
+from faasmoe_contracts.json_reader import ContractError
+from faasmoe_contracts.lease_messages import MAX_LINE_BYTES
+from faasmoe_operator.aio import ChangeNotifier
+from faasmoe_operator.control.gateway_links import GatewayLinks
+from faasmoe_operator.control.lease_server import LeaseServer
+
+logger = logging.getLogger(__name__)
+
+HELLO_TIMEOUT_S = 5.0
+REPEAT_S = 10.0  # an empty line, by which gateways know that the operator lives
+
+
+class GatewayLinkServer:
+    """Answers gateways.
+
+    Args:
+        token: what they show.
+        leases: leases tokens of limits.
+        links: takes what they report of requests.
+    """
+
+    def __init__(self, token: str, leases: LeaseServer, links: GatewayLinks) -> None:
+        self._token = token.encode()
+        self._leases = leases
+        self._links = links
+        self._file = b""
+        self._published = ChangeNotifier()
+        self._connections: set[asyncio.StreamWriter] = set()
+
+    def publish(self, file: bytes) -> None:
+        """Send all gateways a version of their file, without line breaks."""
+        self._file = file
+        self._published.notify()
+
+    @asynccontextmanager
+    async def listening(self, host: str, port: int) -> AsyncIterator[None]:
+        """Listen for the lifetime of the context; raises OSError."""
+        server = await asyncio.start_server(self._serve, host, port, limit=MAX_LINE_BYTES)
+        try:
+            yield
+        finally:
+            server.close()
+            for writer in self._connections:
+                writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections.add(writer)
+        try:
+            hello = await self._read_hello(reader)
+            if hello is None:
+                return
+            logger.info("gateway %s: connected for %s", hello.gateway, hello.purpose)
+            if hello.purpose == "config":
+                await self._send_files(reader, writer)
+            elif hello.purpose == "leases":
+                await self._leases.serve(reader, writer)
+            else:
+                await self._links.serve(reader, writer)
+        finally:
+            self._connections.discard(writer)
+            writer.close()
+
+    async def _read_hello(self, reader: asyncio.StreamReader) -> GatewayHello | None:
+        """Return who connects; None for nobody who may."""
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                hello = GatewayHello.loads(await reader.readline())
+        except (ContractError, ValueError, OSError) as error:
+            # Of a message that is no hello nothing is shown, as it may contain a token.
+            logger.warning("gateway link: got no hello (%s)", type(error).__name__)
+            return None
+        if not hmac.compare_digest(hello.token.encode(), self._token):
+            logger.warning("gateway link: got a wrong token")
+            return None
+        return hello
+
+    async def _send_files(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Send each version of the file until the gateway disconnects."""
+        sending = asyncio.create_task(self._send_each_file(writer))
+        try:
+            await reader.read()
+        except OSError:
+            return
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+
+    async def _send_each_file(self, writer: asyncio.StreamWriter) -> None:
+        sent = b""
+        while True:
+            file = self._file
+            writer.write(b"\n" if file == sent else file + b"\n")
+            await writer.drain()
+            sent = file
+            try:
+                async with asyncio.timeout(REPEAT_S):
+                    await self._published.wait_for(lambda: self._file != sent)  # noqa: B023
+            except TimeoutError:
+                continue
