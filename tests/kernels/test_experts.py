@@ -128,6 +128,7 @@ def run_experts(
         rows=len(x),
         is_reduced=is_reduced,
         out=out.data_ptr(),
+        out_dtype=library_dtype(out),
         n_threads=n_threads,
     )
     return out if is_reduced else out.flip(0)

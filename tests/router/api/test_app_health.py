@@ -66,6 +66,7 @@ def test_metrics_have_vllm_names(http: httpx.Client) -> None:
         'vllm:inter_token_latency_seconds_count{model_name="tiny"}',
         'vllm:e2e_request_latency_seconds_sum{model_name="tiny"}',
         "process_resident_memory_bytes",
+        'http_requests_total{handler="/v1/completions",method="POST",status="2xx"}',
     ):
         assert sample in response.text
 
