@@ -37,14 +37,6 @@ FAMILY = "mixtral"
 LAYER = 1
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture(scope="module")
 def sandbox_server(sandbox: StartSandbox) -> Iterator[SandboxProcess]:
     with sandbox(capacity=1000, token=TOKEN) as sandbox_server:
