@@ -252,6 +252,7 @@ class Engine:
             on_request_error=self._tracker.fail_requests,
             cache_salts=self._cache_salts,
             computed_tokens=self.computed_tokens,
+            weight=self._fair_queue.weight,
             on_idle=self._on_idle,
             compute=self._compute,
         )
