@@ -175,6 +175,10 @@ class PreemptibleFIFOScheduler(FIFOScheduler):  # type: ignore[misc]
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[Any, ...]:
         """Schedule the next batch and report it to `count_batch`."""
         scheduled: tuple[Any, ...] = super().schedule_batch(token_budget, cache_budget)
+        if scheduled[0] is None and self._prompt_parts:  # the cache has no room for these prompts
+            divide_prompts, self.divide_prompts = self.divide_prompts, None
+            scheduled = super().schedule_batch(token_budget, cache_budget)
+            self.divide_prompts = divide_prompts
         batch = scheduled[0] or ()
         self.count_batch([(each.state.request_id, each.query_length) for each in batch])
         return scheduled
