@@ -39,7 +39,7 @@ class LocalFunctions:
             return dict(self._functions)
 
     def compute(self, spec: FunctionSpec, request: ExpertRequest) -> Tensor:
-        """Return the output of function `spec`: [R, H], or [P, H] unreduced.
+        """Return the output of function `spec`: float32 [R, H], or [P, H] unreduced.
 
         Raises:
             StoreUnreadable: the store no longer has the function.
