@@ -83,6 +83,11 @@ class GatewayConfig:
         router_socket = None
         if gateway_file is None:
             router_socket = Path(_required(env, "ROUTER_SOCKET", "a path"))
+            if port := env.get(f"{PREFIX}GATEWAY_METRICS_PORT"):
+                expected = "none with one router, whose metrics tell the same"
+                raise GatewayConfigError(
+                    f"{PREFIX}GATEWAY_METRICS_PORT: got {port}, expected {expected}"
+                )
         control_address = _read(env, "CONTROL_ADDRESS", _host_and_port, None)
         token_file, name = None, ""
         host = env.get(f"{PREFIX}HOST") or cls.host

@@ -54,3 +54,8 @@ def test_what_an_operator_needs_is_named(missing: str) -> None:
 def test_address_of_the_operator_is_checked(address: str) -> None:
     with pytest.raises(GatewayConfigError, match=f"got '{address}', expected HOST:PORT"):
         GatewayConfig.from_env({**OPERATED, "FAASMOE_CONTROL_ADDRESS": address})
+
+
+def test_metrics_need_a_gateway_file() -> None:
+    with pytest.raises(GatewayConfigError, match="GATEWAY_METRICS_PORT: got 9100, expected none"):
+        GatewayConfig.from_env({**REQUIRED, "FAASMOE_GATEWAY_METRICS_PORT": "9100"})
