@@ -25,6 +25,7 @@ from faasmoe_gateway.connections import KNOWN_CLIENT_EXTENSION, ConnectionLimits
 from faasmoe_gateway.errors import error_body
 
 MAX_HEAD_BYTES = 64 << 10
+MAX_PIPELINED = 64  # requests that wait for the answer before theirs; then the connection ends
 MAX_FRAMING_FACTOR = 8  # of chunks of one byte each
 LINGER_S = 2.0  # in which a client may read the response to a body that it has not sent to its end
 INTERIM_RESPONSE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -146,6 +147,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return
         if self._is_rejected or not self._check_head():
             return
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._reject(503, "too_many_requests", "Too many requests wait on this connection.")
+            raise httptools.HttpParserError("nothing more is read")
         self._start_read_timer(self._limits.body_timeout_s)
         self._table.set_busy(self, is_busy=True)
         extensions = {KNOWN_CLIENT_EXTENSION: self.mark_known}
