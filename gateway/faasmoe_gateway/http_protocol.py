@@ -19,7 +19,11 @@ from collections.abc import Callable
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from faasmoe_gateway.connections import KNOWN_CLIENT_EXTENSION, ConnectionLimits, ConnectionTable
 from faasmoe_gateway.errors import error_body
@@ -57,6 +61,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._is_reading_head = True
         self._is_message_complete = True
         self._is_rejected = False
+        self._running_cycle: RequestResponseCycle | None = None  # the one that is being answered
         self._has_cycle = False  # `cycle` is that of the message being read
         self._head_bytes = 0  # of header names and values
         self._fed_bytes = 0  # since the message began
@@ -83,7 +88,16 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         for timer in (self._read_timer, self._write_timer, self._probe_timer):
             if timer is not None:
                 timer.cancel()
-        super().connection_lost(exc)
+        super().connection_lost(exc)  # which tells only the request that was read last
+        for cycle in (self._running_cycle, *(cycle for cycle, _ in self.pipeline)):
+            if cycle is not None:
+                cycle.disconnected = True
+                cycle.message_event.set()
+        self.pipeline.clear()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running_cycle = cycle
+        super()._start_asgi_task(cycle, app)
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep a connection whose client waits for an answer; close any other."""

@@ -176,3 +176,36 @@ def test_connection_with_too_many_requests_at_once_ends_after_the_first_answers(
         transport = asyncio.run(serve([request * n_requests, *[b""] * n_answers], bodies))
         assert transport.written.count(b"HTTP/1.1 200 OK") == len(bodies) == n_answers
         assert transport.is_closed == (n_requests > n_answers)
+
+
+class PatientApp:
+    """Answers nothing until the client has left; counts requests that began and that were left."""
+
+    def __init__(self) -> None:
+        self.n_begun = self.n_left = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.n_begun += 1
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.n_left += 1
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+
+def test_client_that_leaves_its_pipelined_requests_is_noticed_by_the_first() -> None:
+    app = PatientApp()
+
+    async def leave() -> None:
+        config = Config(app, ws="none", lifespan="off", log_level="critical")
+        config.load()
+        create = bounded_protocol(ConnectionLimits())
+        protocol = create(config=config, server_state=ServerState(), app_state={})
+        protocol.connection_made(FakeTransport())
+        protocol.data_received(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 3)
+        await asyncio.sleep(0)
+        protocol.connection_lost(None)
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        await asyncio.wait_for(asyncio.gather(*tasks), 20)
+
+    asyncio.run(leave())
+    assert (app.n_begun, app.n_left) == (1, 1)
