@@ -7,8 +7,8 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class ChaosPlan:
         replicated_layers: layers whose functions have two replicas, such as 0-3.
         requests_per_tenant: concurrent requests of each tenant.
         kills_only_s: duration of the initial phase with kills of sandboxes only.
+        router_fields: further fields of `spec.router`.
     """
 
     seed: int
@@ -48,6 +49,7 @@ class ChaosPlan:
     replicated_layers: str
     requests_per_tenant: int = 1
     kills_only_s: float = 0.0
+    router_fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ async def run_chaos(plan: ChaosPlan, folder: Path) -> dict[str, Any]:
         experts=plan.experts,
         capacity=plan.capacity,
         replicated_layers=plan.replicated_layers,
+        router_fields=plan.router_fields,
         folder=folder,
     ) as stack:
         workload = CheckedWorkload(stack.url, MODEL_NAME, stack.tenants)

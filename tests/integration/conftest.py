@@ -1,9 +1,10 @@
-"""Fixtures: the exact demo model, kept in pytest's cache, and a single torch thread."""
+"""Fixtures: the router's engines, the exact demo model in pytest's cache, a single torch thread."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from engines import ENGINES, RouterEngine
 
 from faasmoe_router.checkpoint.demo import make_demo_model
 
@@ -12,6 +13,13 @@ from faasmoe_router.checkpoint.demo import make_demo_model
 def _single_torch_thread() -> None:
     """Use one thread: for tiny tensors, more are up to ten times slower on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> RouterEngine:
+    """Each engine of the router in turn; vLLM where FAASMOE_VLLM_PYTHON names its environment."""
+    selected: RouterEngine = request.param
+    return selected
 
 
 @pytest.fixture(scope="session")
