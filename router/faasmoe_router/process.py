@@ -97,6 +97,7 @@ class RouterProcess:
         )
         if link is not None:
             link.is_busy = lambda: self._engine.is_busy
+            self._engine.metrics.observe_held(lambda: link.n_held)
         tenants = None
         if tenant_registry is not None:
             tenants = create_tenant_service(

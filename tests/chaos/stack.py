@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import tempfile
 import time
 from collections import defaultdict
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from faasmoe_up import free_port
 from moemodel_files import write_moemodel
 from tests.chaos.proxies import ZygoteProxy
 from tests.chaos.tenants import ChaosTenant, write_tenant_keys
@@ -169,7 +169,7 @@ async def running_chaos_stack(
         await proxy.open()
         stack.push_async_callback(proxy.close)
         control_child = await processes.control(control_model)
-        endpoint = router.Endpoint("127.0.0.1", _free_port())
+        endpoint = router.Endpoint("127.0.0.1", free_port())
         behind = router.RouterSocket(private_dir / "router.sock", "chaos-front-token")
         router_child = await processes.start_router(router_model, endpoint, behind)
         await processes.start_gateway(router_model, endpoint, behind)
@@ -305,8 +305,3 @@ async def _wait_until_active(url: str, *, token: str) -> None:
             return
         assert time.monotonic() < end_s, "functions are not active"
         await asyncio.sleep(0.1)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])

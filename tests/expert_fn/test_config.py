@@ -27,6 +27,7 @@ def test_every_variable_is_read() -> None:
         "FAASMOE_DRAIN_S": "0",
         "FAASMOE_SOCKET_DIR": "/run/faasmoe",
         "FAASMOE_MAILBOX": "off",
+        "FAASMOE_METRICS_MIN_TOKENS": "8",
     }
     assert SandboxConfig.from_env(variables) == SandboxConfig(
         id="s7",
@@ -43,6 +44,7 @@ def test_every_variable_is_read() -> None:
         drain_s=0.0,
         socket_dir=Path("/run/faasmoe"),
         mailbox=False,
+        metrics_min_tokens=8,
     )
 
 
@@ -72,6 +74,7 @@ def test_empty_variables_mean_defaults() -> None:
         ("FAASMOE_IDLE_TIMEOUT_S", "nan"),
         ("FAASMOE_MAX_CONNECTIONS", "0"),
         ("FAASMOE_MAILBOX", "no"),
+        ("FAASMOE_METRICS_MIN_TOKENS", "0"),
         ("FAASMOE_DRAIN_S", "-1"),
         ("FAASMOE_DRAIN_S", "nan"),
         ("FAASMOE_DRAIN_S", "inf"),

@@ -1,9 +1,7 @@
 // Calls the library with random shapes and exactly sized buffers, for a build with sanitizers.
 // Every output is compared with a plain double-precision reference.
 //
-//   fuzz SEED CASES
-#include <unistd.h>
-
+//   fuzz kernels SEED CASES
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -343,13 +341,18 @@ void fuzz_experts() {
   std::shuffle(positions.begin(), positions.end(), random_bits);
   int32_t is_reduced = int32_t(pick(0, 1));
   int64_t n_pairs = int64_t(pair_rows.size()), out_rows = is_reduced ? rows : n_pairs;
+  bool is_placed = is_reduced && pick(0, 1);  // sums of pairs go to rows of their own choice
+  if (is_placed) {
+    out_rows = pick(1, 12);
+    for (int64_t &position : positions) position = pick(0, out_rows - 1);
+  }
   Buffer<float> wide(out_rows * h);
   Buffer<uint16_t> narrow;
   int32_t dtype = x.dtype;
   if (dtype != FK_FLOAT32) narrow.resize(out_rows * h);
   void *out = dtype == FK_FLOAT32 ? (void *)wide.data() : (void *)narrow.data();
-  fk_pairs pairs{n_groups, sizes.data(), pair_rows.data(), is_reduced ? nullptr : positions.data(),
-                 weights.data()};
+  fk_pairs pairs{n_groups, sizes.data(), pair_rows.data(), is_reduced && !is_placed ? nullptr : positions.data(),
+                 weights.data(), out_rows};
   int32_t n_threads = int32_t(pick(1, 3));
   if (fk_experts(first_matrices.data(), down_matrices.data(), &gating, &pairs, x.bytes.data(), dtype, h, rows,
                  is_reduced, out, dtype, h, n_threads))
@@ -363,7 +366,7 @@ void fuzz_experts() {
     for (int64_t i = 0; i < sizes[g]; ++i, ++p) {
       std::vector<double> hidden = gated(gating, product(first[g], &x.values[pair_rows[p] * h]), inter);
       std::vector<double> result = product(down[g], hidden.data());
-      int64_t row = is_reduced ? pair_rows[p] : positions[p];
+      int64_t row = is_reduced && !is_placed ? pair_rows[p] : positions[p];
       double size = 0;  // of what is summed: large terms may cancel
       for (double v : hidden) size += std::abs(v);
       for (int64_t c = 0; c < h; ++c) {
@@ -377,23 +380,19 @@ void fuzz_experts() {
 
 }  // namespace
 
-int main(int argc, char **argv) {
-  if (argc != 3) return 2;
-  random_bits.seed(std::strtoull(argv[1], nullptr, 10));
-  long cases = std::atol(argv[2]);
+void fuzz_kernels(uint64_t seed, int64_t cases) {
+  random_bits.seed(seed);
   std::vector<const char *> isas;
   for (const char *name : {"avx512_bf16", "avx512", "avx2", "neon", "portable"})
     if (!fk_set_isa(name)) isas.push_back(name);
-  for (long i = 0; i < cases; ++i) {
+  for (int64_t i = 0; i < cases; ++i) {
     fk_set_isa(isas[i % isas.size()]);
     if (pick(0, 1))
       fuzz_linear();
     else
       fuzz_experts();
   }
-  std::printf("%ld cases with", cases);
+  std::printf("%lld cases with", (long long)cases);
   for (const char *name : isas) std::printf(" %s", name);
   std::printf("\n");
-  std::fflush(stdout);
-  _exit(0);  // the library's threads sleep for as long as the process lives
 }

@@ -28,7 +28,7 @@ class LocalFunctions:
         self._functions: OrderedDict[FunctionSpec, ExpertFunction] = OrderedDict()
 
     def compute(self, spec: FunctionSpec, request: ExpertRequest) -> Tensor:
-        """Return the output of function `spec`: [R, H], or [P, H] unreduced.
+        """Return the output of function `spec`: float32 [R, H], or [P, H] unreduced.
 
         Raises:
             StoreUnreadable: the store no longer has the function.

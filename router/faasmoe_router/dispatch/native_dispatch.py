@@ -32,6 +32,7 @@ from faasmoe_expert.functions.native_kernel import (
 )
 from faasmoe_kernels import KernelLibrary
 from faasmoe_kernels.layer_calls import (
+    MAX_FUNCTIONS_PER_FRAME,
     N_SIZE_CLASSES,
     CallEnd,
     CallEvent,
@@ -60,6 +61,9 @@ MAX_NATIVE_ROWS = 512
 
 MIN_NATIVE_ROWS, NATIVE_REQUEST_BYTES = 64, 1 << 20
 """Rows that a mailbox holds at least, however wide, and the bytes of a frame of more rows."""
+
+SUM_BYTES = torch.float32.itemsize
+"""Of one element of an answer, which has a sum for each function and row."""
 
 BROKEN_RETRY_S = 30.0
 """How long a sandbox whose mailbox held garbage is called over HTTP."""
@@ -149,7 +153,7 @@ class NativeDispatch:
         self._published_ejected: frozenset[str] = frozenset()
         self._n_routes: list[int] = []
         self._layer_s = 0.0
-        self._settings: CallSettings | None = None
+        self._configured_state: object = None  # what the settings of calls were made from
         self._max_rows_per_expert = 0  # not limited until a sandbox declines
         self._totals, _ = self._calls.totals(0)
         self._pass_layers = 0
@@ -294,6 +298,14 @@ class NativeDispatch:
 
     def _configure(self) -> None:
         """Hand over after how long an answer is late, or without a budget, a sandbox hangs."""
+        can_repeat, n_threads = self._health.retry_budget.has_balance, torch.get_num_threads()
+        state = (
+            *(self._health.thresholds_version, can_repeat),
+            *(n_threads, self._max_rows_per_expert),
+        )
+        if state == self._configured_state:
+            return
+        self._configured_state = state
         thresholds_s = [
             self._health.latency_thresholds_s(max(1, (1 << size_class) - 1))
             for size_class in range(N_SIZE_CLASSES)
@@ -302,21 +314,18 @@ class NativeDispatch:
             self._health.hung_after_s(max(1, (1 << size_class) - 1))
             for size_class in range(N_SIZE_CLASSES)
         ]
-        can_repeat = self._health.retry_budget.has_balance
         if not can_repeat:
             thresholds_s = [(late_s, late_s) for late_s in hung_s]
         settings = CallSettings(
             self._store_dtype,
             self._max_rows,
             self._max_rows_per_expert,
-            torch.get_num_threads(),
+            n_threads,
             self._call_timeout_s,
             tuple(min(h, a, self._call_timeout_s) for h, a in thresholds_s),
             tuple(min(a, self._call_timeout_s) for _, a in thresholds_s),
         )
-        if settings != self._settings:
-            self._calls.configure(settings)
-            self._settings = settings
+        self._calls.configure(settings)
 
     def _settle(self) -> None:
         """Hand on what happened since the last time."""
@@ -472,9 +481,14 @@ def max_native_rows(store: Store) -> int:
 def mailbox_sizes(store: Store, library: KernelLibrary) -> MailboxSizes:
     """Return the sizes of a mailbox for `max_native_rows` rows of any layer of a store."""
     row_bytes, pairs_bytes = _row_bytes(store)
+    layers = store.manifest.layers
+    sums_bytes = max(
+        layer.hidden_size * SUM_BYTES * min(layer.top_k, MAX_FUNCTIONS_PER_FRAME)
+        for layer in layers
+    )
     request_bytes, response_bytes = (
         min(MAX_FRAME_BYTES, -(-(HEADER_BYTES + max_native_rows(store) * n) // 64) * 64)
-        for n in (row_bytes + pairs_bytes, row_bytes)
+        for n in (row_bytes + pairs_bytes, sums_bytes)
     )
     total_bytes = mailbox_bytes(
         library, n_slots=N_SLOTS, request_bytes=request_bytes, response_bytes=response_bytes

@@ -39,14 +39,6 @@ def torch_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     load.cache_clear()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Random rows with TOP_K experts each."""

@@ -141,7 +141,7 @@ def peer(
     with (
         openai.OpenAI(base_url=f"{server[0]}/v1", **options) as client,
         openai.OpenAI(base_url=f"{tool_server}/v1", **options) as tools,
-        httpx.Client(base_url=server[0], timeout=20) as http,
+        httpx.Client(base_url=server[0], timeout=120) as http,
     ):
         yield ApiUnderTest(client, tools, http, model_tokenizer, serve_template)
 

@@ -17,7 +17,7 @@ from faasmoe_router.engine.sampler import DrawParams, Penalties
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.errors import TenantQueueFull
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 Maker = Callable[..., Engine]
 Greedy = Callable[[tuple[int, ...], int], list[int]]
 Prompt = tuple[int, ...]

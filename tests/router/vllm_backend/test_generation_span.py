@@ -13,7 +13,8 @@ class RecordedSpan(Span):
     __slots__ = ("attributes", "children", "end_ns", "name", "start_ns")
 
     def __init__(self, name: str, start_ns: int | None = None) -> None:
-        self.name, self.start_ns, self.end_ns = name, start_ns, None
+        self.name, self.start_ns = name, start_ns
+        self.end_ns: int | None = None
         self.attributes: dict[str, Attribute] = {}
         self.children: list[RecordedSpan] = []
 
