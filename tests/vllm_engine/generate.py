@@ -5,7 +5,7 @@ to use in turn, with a store), `prompts` (token ids), `max_tokens`, `compile`, `
 each layer; with several, the table is the one in FAASMOE_TABLE). The last line of the output is a
 list with, for each table, the outputs of the prompts: token ids and log-probabilities, those of the
 second-best tokens, and those of the prompt's own tokens. With a store, it is followed by the
-dispatcher's metrics and by what vLLM's compiler did.
+dispatcher's metrics.
 """
 
 from __future__ import annotations
@@ -72,14 +72,10 @@ def main() -> None:
         config = EngineArgs(request["checkpoint"], **options).create_engine_config()
         print("\n" + json.dumps([generate(LLMEngine.from_vllm_config(config))]))
         return
-    from vllm.compilation.counter import compilation_counter
-
     from faasmoe_contracts.routing_table import RoutingTable
-    from faasmoe_router.vllm_backend.compilation import compile_between_calls
     from faasmoe_router.vllm_backend.expert_calls import ExpertCalls, current_calls
 
     config = EngineArgs(f"{request['store']}/model", **FUNCTIONS, **options).create_engine_config()
-    compile_between_calls(config)
     engine = LLMEngine.from_vllm_config(config)
     results = []
     for table in request["tables"]:
@@ -88,12 +84,8 @@ def main() -> None:
             assert isinstance(calls, ExpertCalls)
             calls.dispatcher.replace_table(RoutingTable.from_json(table))
         results.append(generate(engine))
-    compiled = {
-        "compiled": compilation_counter.num_aot_compiles,
-        "loaded": compilation_counter.num_aot_artifacts_loaded,
-    }
     metrics = "".join(engine.collective_rpc("faasmoe_metrics"))
-    print("\n" + json.dumps([results, metrics, compiled]))
+    print("\n" + json.dumps([results, metrics]))
 
 
 def _described(output: Any) -> dict[str, Any]:

@@ -44,7 +44,6 @@ from faasmoe_router.tenants.service import NoTenants, TenantService
 from faasmoe_router.tenants.usage import FunctionCost
 from faasmoe_router.version import system_fingerprint_of
 from faasmoe_router.vllm_backend.app import EngineState, create_app
-from faasmoe_router.vllm_backend.compilation import compile_between_calls, keep_beside_store
 from faasmoe_router.vllm_backend.engine_arguments import parse_engine_arguments
 from faasmoe_router.vllm_backend.engine_client import TenantEngine
 from faasmoe_router.vllm_backend.fair_gate import FairGate
@@ -89,10 +88,7 @@ class VllmRouterProcess:
         phases.end("store")
         model_name = config.model_name or Path(store.manifest.model.source).name
         self._arguments = _arguments(config, store, model_name)
-        if not self._arguments.enforce_eager:
-            keep_beside_store(store.path)
         self._vllm_config = _engine_config(self._arguments)
-        compile_between_calls(self._vllm_config)
         fork_engine(self._vllm_config.parallel_config.world_size)
         phases.end("configuration")
         self._gate = FairGate(slots=config.max_num_seqs, max_waiting=config.max_waiting)
