@@ -13,7 +13,6 @@ from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_router.config import RouterConfig, VllmArguments
 from faasmoe_router.errors import RouterConfigError
 from faasmoe_router.vllm_backend.compatibility import installed_vllm, select_engine
-from faasmoe_router.vllm_backend.preloading import preload_libraries
 from faasmoe_transformers.errors import UnsupportedVersions
 
 if TYPE_CHECKING:
@@ -72,7 +71,6 @@ def serve_router(phases: StartPhases) -> int:
 def _create_process(config: RouterConfig, phases: StartPhases) -> RouterProcess | VllmRouterProcess:
     """Return the process of the engine that the settings select; raises RouterConfigError."""
     if _selected_engine(config) == "vllm":
-        preload_libraries()
         from faasmoe_router.vllm_backend.process import VllmRouterProcess
 
         phases.end("imports")

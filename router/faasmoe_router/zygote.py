@@ -17,7 +17,6 @@ from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
 from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_router.__main__ import EXIT_BAD_CONFIG, configure_logging, import_router, serve_router
 from faasmoe_router.errors import RouterConfigError
-from faasmoe_router.vllm_backend.preloading import preload_libraries
 from faasmoe_router.vllm_backend.zygote_imports import import_vllm
 
 PROCESS_NAME = "faasmoe_router"
@@ -32,8 +31,6 @@ def main() -> int:
     configure_logging()
     try:
         is_vllm = sys.argv[1:] == ["vllm"]
-        if is_vllm:
-            preload_libraries()
         die_with_parent()
         if is_vllm:
             import_vllm()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faasmoe_up import START_TIMEOUT_S
 from tiny_chat import save_tiny_chat_model
 from vllm_checkpoints import save_chat_checkpoint
 from vllm_runs import NEEDS_VLLM, VLLM_PYTHON
@@ -21,6 +22,7 @@ class RouterEngine:
         name: value of `spec.router.engine`.
         router_fields: further fields of `spec.router`.
         variables: environment variables of `faasmoe up`.
+        start_timeout_s: how long the start of `faasmoe up` may take.
         resumes_streams: whether another router goes on with a stream of one that was killed.
         handlers: spans of the API's own below that of a request.
         has_exemplars: whether histograms name traces.
@@ -29,6 +31,7 @@ class RouterEngine:
     name: str
     router_fields: Mapping[str, Any] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)
+    start_timeout_s: float = START_TIMEOUT_S
     resumes_streams: bool = True
     handlers: frozenset[str] = frozenset({"template", "tokenize", "limit"})
     has_exemplars: bool = True
@@ -49,11 +52,12 @@ VLLM = RouterEngine(
     "vllm",
     {"dtype": "float32", "kvCacheMemory": "64Mi"},
     {"FAASMOE_VLLM_PYTHON": VLLM_PYTHON},
+    start_timeout_s=900.0,
     resumes_streams=False,
     handlers=frozenset(),
     has_exemplars=False,
 )
 ENGINES = (
     pytest.param(OURS, id="transformers"),
-    pytest.param(VLLM, id="vllm", marks=[*NEEDS_VLLM, pytest.mark.timeout(900)]),
+    pytest.param(VLLM, id="vllm", marks=[*NEEDS_VLLM, pytest.mark.timeout(1800)]),
 )

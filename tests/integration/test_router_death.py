@@ -125,7 +125,12 @@ def up(engine: RouterEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "tenants": write_tenants(folder, ["quiet"]),
     }
     file = write_moemodel(folder / "model.yaml", spec)
-    with running_up(file, folder / "up.log", variables=engine.variables) as running:
+    with running_up(
+        file,
+        folder / "up.log",
+        variables=engine.variables,
+        timeout_s=engine.start_timeout_s,
+    ) as running:
         yield running
 
 

@@ -50,7 +50,13 @@ def up(
     file = write_moemodel(folder / "tiny.yaml", spec)
     options = ("--otlp-endpoint", collector.url, "--trace-ratio", "0")
     variables = {"OTEL_BSP_SCHEDULE_DELAY": "100", **engine.variables}
-    with running_up(file, folder / "up.log", *options, variables=variables) as up:
+    with running_up(
+        file,
+        folder / "up.log",
+        *options,
+        variables=variables,
+        timeout_s=engine.start_timeout_s,
+    ) as up:
         yield up
 
 

@@ -23,7 +23,12 @@ def test_router_ends_and_comes_back(engine: RouterEngine, tmp_path: Path) -> Non
         "experts": {"device": "cpu", "functionsPerSandbox": 8},
     }
     file = write_moemodel(tmp_path / "tiny.yaml", spec)
-    with running_up(file, tmp_path / "up.log", variables=engine.variables) as up:
+    with running_up(
+        file,
+        tmp_path / "up.log",
+        variables=engine.variables,
+        timeout_s=engine.start_timeout_s,
+    ) as up:
         warm = complete(up)
         for _ in range(2):
             wait_until(lambda: n_routers(up) == 0, timeout_s=END_TIMEOUT_S, what="no router")

@@ -48,7 +48,6 @@ from faasmoe_router.vllm_backend.engine_arguments import parse_engine_arguments
 from faasmoe_router.vllm_backend.engine_client import TenantEngine
 from faasmoe_router.vllm_backend.fair_gate import FairGate
 from faasmoe_router.vllm_backend.metrics import JoinedRegistry
-from faasmoe_router.vllm_backend.preloading import fork_engine
 from faasmoe_router.vllm_backend.routing_view import RoutingView
 from faasmoe_router.vllm_backend.tenant_middleware import TenantMiddleware
 from faasmoe_tracing import create_tracer
@@ -89,7 +88,6 @@ class VllmRouterProcess:
         model_name = config.model_name or Path(store.manifest.model.source).name
         self._arguments = _arguments(config, store, model_name)
         self._vllm_config = _engine_config(self._arguments)
-        fork_engine(self._vllm_config.parallel_config.world_size)
         phases.end("configuration")
         self._gate = FairGate(slots=config.max_num_seqs, max_waiting=config.max_waiting)
         self._cost = FunctionCost()
