@@ -156,7 +156,8 @@ class _GroupInputs:
         n_pages = -(-n_tokens // len(self._page))
         pages = np.array(self._allocator.block_table[request_id][:n_pages], dtype=np.int64)
         first_slots = pages * self._allocator.block_physical_stride  # [pages]
-        return (first_slots[:, None] + self._page).reshape(-1)[:n_tokens]
+        slots: Int64s = (first_slots[:, None] + self._page).reshape(-1)
+        return slots[:n_tokens]
 
 
 def is_supported(inputs: Any, model_runner: Any) -> bool:

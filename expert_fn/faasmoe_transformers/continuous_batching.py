@@ -31,7 +31,7 @@ from faasmoe_transformers.errors import CacheAllocationFailed, CacheTooSmall, Un
 from faasmoe_transformers.native_attention import use_native_attention
 from faasmoe_transformers.native_step import ComputeMode, restore_modules, use_native_step
 from faasmoe_transformers.prefix_cache import SaltTokens, salt_prefix_cache
-from faasmoe_transformers.scheduler import BatchCounter, register_scheduler
+from faasmoe_transformers.scheduler import BatchCounter, PromptDivider, register_scheduler
 from faasmoe_transformers.untouched_zeros import UntouchedZeros
 
 SamplerRow = tuple[int, Any, list[int], list[int]]
@@ -161,6 +161,7 @@ class ContinuousBatcher:
         sampler: samples the tokens of each batch, on the batcher's thread.
         salt_tokens: which requests share the prefix cache; None disables it.
         count_batch: receives each batch's request ids and token counts before it is computed.
+        divide_prompts: divides a batch between prompts; None computes them one after the other.
         error_policy: how errors of a batch are classified.
         compute: what computes the model.
         on_idle: releases what others keep for requests once none has been present for a while.
@@ -177,6 +178,7 @@ class ContinuousBatcher:
         sampler: TokenSampler,
         salt_tokens: SaltTokens | None = None,
         count_batch: BatchCounter | None = None,
+        divide_prompts: PromptDivider | None = None,
         error_policy: ErrorPolicy | None = None,
         compute: ComputeMode = "auto",
         on_idle: Callable[[], None] = lambda: None,
@@ -185,6 +187,7 @@ class ContinuousBatcher:
         self._limits = limits
         self._salt_tokens = salt_tokens
         self._count_batch = count_batch
+        self._divide_prompts = divide_prompts
         self._error_policy = error_policy or ErrorPolicy()
         self._on_idle = on_idle
         self._compute = compute
@@ -221,6 +224,7 @@ class ContinuousBatcher:
             salt_prefix_cache(batch_processor.cache, self._salt_tokens)
         if self._count_batch is not None:
             batch_processor.scheduler.count_batch = self._count_batch
+        batch_processor.scheduler.divide_prompts = self._divide_prompts
         batch_processor.scheduler.idle_reclaimer.on_reclaim = self._on_idle
         BatchErrorIsolation(self._manager, self._error_policy)
         # Requests that remain when the thread ends do not fail: another batcher resumes them.

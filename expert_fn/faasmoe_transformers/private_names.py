@@ -336,9 +336,10 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     *_names(
         f"{_CB}.scheduler:FIFOScheduler.",
-        "reset clear_cancelled_requests schedule_batch _infer_request_tokens",
+        "reset clear_cancelled_requests schedule_batch _infer_request_tokens"
+        " _process_candidates _schedule_request",
         "scheduler",
-        "overridden: preemption, token counts and prefix-cache hits",
+        "overridden: preemption, token counts, prefix-cache hits and the division between prompts",
     ),
     *_names(
         f"{_CB}.scheduler:FIFOScheduler.",

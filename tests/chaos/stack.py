@@ -114,6 +114,7 @@ async def running_chaos_stack(
     replicated_layers: str,
     router_fields: Mapping[str, Any],
     folder: Path,
+    has_remote: bool = True,
 ) -> AsyncIterator[ChaosStack]:
     """Run all processes for the lifetime of the context.
 
@@ -126,6 +127,7 @@ async def running_chaos_stack(
         replicated_layers: layers whose functions have two replicas, such as 0-3.
         router_fields: further fields of `spec.router`.
         folder: folder for the copy of the store, API keys and logs.
+        has_remote: whether every second sandbox seems to be on another machine, from the start.
     """
     store_copy = folder / "copy"
     shutil.rmtree(store_copy, ignore_errors=True)
@@ -165,6 +167,7 @@ async def running_chaos_stack(
             socket_dir=proxy_sockets,
             sandbox_socket_dir=private_dir / SANDBOX_SOCKET_DIR,
         )
+        proxy.has_remote = has_remote
         zygote_child = await processes.zygote()
         await proxy.open()
         stack.push_async_callback(proxy.close)

@@ -45,13 +45,14 @@ from faasmoe_router.dispatch.cold_start import AbsenceTracker
 from faasmoe_router.dispatch.colocation import ColocatedFunctions
 from faasmoe_router.dispatch.endpoint_health import EndpointHealth
 from faasmoe_router.dispatch.fanout import OverlappedWork, limit_torch_threads
-from faasmoe_router.dispatch.load import LoadTotals
+from faasmoe_router.dispatch.load import LoadMeter, LoadTotals
 from faasmoe_router.dispatch.mailbox_connector import N_SLOTS, MailboxConnector, MailboxSizes
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.native_routes import FunctionNumbers, Suspensions, build_routes
 from faasmoe_router.dispatch.overflow import OverflowFunctions, Selection
 from faasmoe_router.dispatch.retry_policy import RateLimitedLogger
 from faasmoe_router.dispatch.routing import RoutingIndex
+from faasmoe_router.dispatch.takeover import TakenOverFunctions
 from faasmoe_router.dispatch.transport import CallError, CallTimeout
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,9 @@ SUM_BYTES = torch.float32.itemsize
 
 BROKEN_RETRY_S = 30.0
 """How long a sandbox whose mailbox held garbage is called over HTTP."""
+
+NOTHING: Selection = {}
+NO_SELECTIONS = (NOTHING, NOTHING, NOTHING)  # colocated, without a place in memory, taken over
 
 SUSPENDING_STATUSES = (SlotStatus.UNKNOWN_FUNCTION, SlotStatus.FAILED, SlotStatus.BAD_FRAME)
 
@@ -100,6 +104,8 @@ class NativeDispatch:
         absences: the functions that calls found missing; None if calls never wait.
         colocated: functions that may be computed in this process; None for none.
         overflow: computes functions without an address; None where calls wait for them.
+        taken_over: functions that this process computes in place of their sandboxes.
+        load: counts what this process computes in place of sandboxes.
         socket_dir: folder of the Unix sockets of sandboxes on this machine.
         token: bearer token of the sandboxes.
         call_timeout_s: longest time of a call.
@@ -120,6 +126,8 @@ class NativeDispatch:
         absences: AbsenceTracker | None,
         colocated: ColocatedFunctions | None,
         overflow: OverflowFunctions | None,
+        taken_over: TakenOverFunctions,
+        load: LoadMeter,
         socket_dir: Path,
         token: str,
         call_timeout_s: float,
@@ -139,11 +147,15 @@ class NativeDispatch:
         self._absences = absences
         self._colocated = colocated
         self._overflow = overflow
-        self._local_selections: tuple[Selection, Selection] = ({}, {})
+        self._taken_over = taken_over
+        self._load = load
+        self._local_selections = NO_SELECTIONS
         self._local_selection: Selection = {}
         self._call_timeout_s = call_timeout_s
         self._routing = routing
         self._numbers = FunctionNumbers()
+        self._taken_numbers: frozenset[int] = frozenset()  # of the functions that are taken over
+        self._n_taken_calls = 0  # of these, until they were counted last
         self._suspensions = Suspensions()
         self._failure_logger = RateLimitedLogger()
         self._locals = LocalHandleTable(self._calls)
@@ -169,7 +181,9 @@ class NativeDispatch:
         self._settle()  # what layers left that took the general path after `begin`
         self._suspensions.expire(time.monotonic())
         self._pass_layers = self._totals.layers
-        self._locals.update(self._select_local())
+        taken_over = self._taken_over.selection(self._routing, time.monotonic())
+        self._locals.update(self._select_local(taken_over))
+        self._watch_taken_over(taken_over)
         self._publish_routes(self._routing)
         self._configure()
 
@@ -217,7 +231,8 @@ class NativeDispatch:
             self._locals.recheck()
         elif self._colocated is not None:
             self._record_pairs()
-            self._colocated.finish_layer(layer, self._layer_s, is_valid_sample=True)
+            is_valid = not self._taken_numbers
+            self._colocated.finish_layer(layer, self._layer_s, is_valid_sample=is_valid)
         return is_done
 
     def finish_pass(self) -> None:
@@ -231,9 +246,8 @@ class NativeDispatch:
         elapsed_s = self._totals.layers_s - first_layers_s
         if n_native < self._n_layers:
             self._locals.recheck()
-        self._colocated.finish_layer(
-            self._n_layers - 1, elapsed_s, is_valid_sample=n_native == self._n_layers
-        )
+        is_valid = n_native == self._n_layers and not self._taken_numbers
+        self._colocated.finish_layer(self._n_layers - 1, elapsed_s, is_valid_sample=is_valid)
 
     def totals(self, now_s: float) -> dict[str, LoadTotals]:
         """Return the totals of every function up to `now_s`."""
@@ -248,10 +262,10 @@ class NativeDispatch:
 
     def release_unmapped(self) -> None:
         """Release the functions that this process no longer maps."""
-        parts = (self._colocated, self._overflow)
+        parts = (self._colocated, self._overflow, self._taken_over)
         mapped = {spec for part in parts if part is not None for spec in part.mapped}
         if self._locals.retain(mapped):  # what was selected refers to their weights
-            self._local_selections, self._local_selection = ({}, {}), {}
+            self._local_selections, self._local_selection = NO_SELECTIONS, {}
 
     def release_memory(self) -> None:
         """Free what mailboxes keep for their next calls; safe from any thread."""
@@ -261,16 +275,31 @@ class NativeDispatch:
         """Close all mailboxes."""
         self.connector.close()
 
-    def _select_local(self) -> Selection:
+    def _select_local(self, taken_over: Selection) -> Selection:
         """Return what this process computes; the mapping is replaced when that changes."""
-        colocated = {} if self._colocated is None else self._colocated.selection()
-        overflow = {} if self._overflow is None else self._overflow.selection()
+        selections = (
+            NOTHING if self._colocated is None else self._colocated.selection(),
+            NOTHING if self._overflow is None else self._overflow.selection(),
+            taken_over,
+        )
         before = self._local_selections
-        if not (colocated is before[0] and overflow is before[1]):
-            self._local_selections = (colocated, overflow)
-            if colocated or overflow or self._local_selection:
-                self._local_selection = {**colocated, **overflow}
+        if not all(a is b for a, b in zip(selections, before, strict=True)):
+            self._local_selections = selections
+            merged = {key: value for part in selections for key, value in part.items()}
+            if merged or self._local_selection:
+                self._local_selection = merged
         return self._local_selection
+
+    def _watch_taken_over(self, taken_over: Selection) -> None:
+        """Count from now on the calls of these functions."""
+        numbers = frozenset(self._numbers.number(spec.id) for _, spec in taken_over)
+        if numbers != self._taken_numbers:
+            self._taken_numbers = numbers
+            self._n_taken_calls = self._sum_taken_calls()
+
+    def _sum_taken_calls(self) -> int:
+        _, functions = self._calls.totals(len(self._numbers))
+        return sum(functions[number].calls for number in self._taken_numbers)
 
     def _publish_routes(self, routing: RoutingIndex) -> None:
         mailboxes = self.connector.mailboxes()
@@ -342,9 +371,20 @@ class NativeDispatch:
         self._totals = totals
         self._metrics.calls.inc(totals.calls - before.calls)
         self._metrics.mailbox_calls.inc(totals.calls - before.calls)
-        self._metrics.colocated.inc(totals.local_calls - before.local_calls)
+        n_taken = self._count_taken_over()
+        self._metrics.colocated.inc(totals.local_calls - before.local_calls - n_taken)
         self._metrics.sent_bytes.inc(totals.sent_bytes - before.sent_bytes)
         self._metrics.received_bytes.inc(totals.received_bytes - before.received_bytes)
+
+    def _count_taken_over(self) -> int:
+        """Count what was computed in place of sandboxes since the last time; return how much."""
+        if not self._taken_numbers:
+            return 0
+        n_calls = self._sum_taken_calls()
+        n_new, self._n_taken_calls = n_calls - self._n_taken_calls, n_calls
+        self._metrics.local.inc(n_new)
+        self._load.local_calls += n_new
+        return n_new
 
     def _record_event(self, event: CallEvent) -> None:
         address = self._addresses.get(event.mailbox)

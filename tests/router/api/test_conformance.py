@@ -989,7 +989,9 @@ CLIENTS = """
 ## Clients
 
 `make test-clients` runs these libraries, unmodified, against `faasmoe up`, in an environment of its
-own (`tests/clients`; it needs npm). In the last run all 52 tests passed.
+own (`tests/clients`; it needs npm). In the last run, on 29 November 2026 at 21:26, all 52 tests
+passed. `FAASMOE_CLIENTS_ENGINE=vllm` and `FAASMOE_VLLM_PYTHON` run them on vLLM's engine, which has
+not been done yet.
 
 | client | version | uses |
 |---|---|---|

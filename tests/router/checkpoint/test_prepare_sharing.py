@@ -19,7 +19,6 @@ from faasmoe_contracts.store.references import CheckpointEntry, StoreMode
 from faasmoe_router.checkpoint.__main__ import main
 from faasmoe_router.checkpoint.prepare import prepare
 from faasmoe_router.checkpoint.reference_digests import verify_references
-from faasmoe_router.checkpoint.sharing import links
 
 MakeCheckpoint = Callable[..., Path]
 INT8 = QuantizationEntry("int8", "none")
@@ -243,7 +242,7 @@ def test_what_cannot_be_linked_is_not_shared(
     base, tuned = variants
     prepare_store(base, tmp_path / "a")
     expected = prepare_store(tuned, tmp_path / "alone")
-    monkeypatch.setattr(links.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     store = prepare_store(tuned, tmp_path / "b", share_with=[tmp_path / "a"])
     assert store.manifest == expected.manifest
     assert not (store.path / "shared").exists()
