@@ -91,8 +91,8 @@ $(VLLM_ENV)/.faasmoe: $(STAMP) benchmarks/peers/environments.py
 	$(BIN)/python -m benchmarks.peers.environments $(VLLM_ENV)
 	touch $@
 
-test-vllm-engine: $(if $(FAASMOE_VLLM_PYTHON),$(STAMP),$(VLLM_ENV)/.faasmoe) ## Compare the engine vllm with vLLM's own experts (FAASMOE_VLLM_PYTHON= takes an environment)
-	FAASMOE_VLLM_PYTHON=$(or $(FAASMOE_VLLM_PYTHON),$(abspath $(VLLM_ENV))/bin/python) $(BIN)/python -m pytest -m vllm -W default tests/vllm_engine
+test-vllm-engine: $(if $(FAASMOE_VLLM_PYTHON),$(STAMP),$(VLLM_ENV)/.faasmoe) ## Compare the engine vllm with vLLM's own experts, run every engine's suites on it (FAASMOE_VLLM_PYTHON= takes an environment)
+	FAASMOE_VLLM_PYTHON=$(or $(FAASMOE_VLLM_PYTHON),$(abspath $(VLLM_ENV))/bin/python) $(BIN)/python -m pytest -m vllm -W default tests/vllm_engine tests/integration tests/chaos
 
 BROWSER := .venv-browser
 $(BROWSER)/.installed: tests/browser/requirements.txt tests/browser/package.json
