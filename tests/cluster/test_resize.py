@@ -1,0 +1,73 @@
+"""Requests of sandbox pods follow what is attached, by the API server's pods/resize."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from apiserver import ApiServer, Object, eventually
+from chat_client import chat
+from fake_node import FakeNode
+from moemodels import function_by_pod, router_pods, sandbox_pods, wait_for_condition
+from operator_process import OperatorProcess
+
+from faasmoe_operator.kube.pod_resizer import pod_requests
+from faasmoe_operator.plan.pod_requests import PodRequests
+
+IDLE = PodRequests(50, 512 << 20)
+
+
+@pytest.fixture
+def requests_of(api: ApiServer, namespace: str) -> Callable[[], dict[str, PodRequests]]:
+    """Return what each sandbox pod requests."""
+
+    def read() -> dict[str, PodRequests]:
+        pods = sandbox_pods(api, namespace, "tiny")
+        return {pod["metadata"]["name"]: pod_requests(pod) for pod in pods}
+
+    return read
+
+
+def test_pods_grow_at_attach_and_shrink_at_detach(
+    api: ApiServer,
+    operator: OperatorProcess,
+    node: FakeNode,
+    namespace: str,
+    tiny_model: Callable[..., Object],
+    requests_of: Callable[[], dict[str, PodRequests]],
+) -> None:
+    if "pods/resize" not in api.core_resources():
+        pytest.skip("the API server has no pods/resize")
+    experts = {"warmPool": 4, "functionsPerSandbox": 1}
+    api.create("moemodels", tiny_model("tiny", experts=experts))
+    wait_for_condition(api, namespace, "tiny", "Ready")
+    eventually(requests_of, lambda pods: list(pods.values()) == [IDLE] * 4)
+    qos = {pod["status"]["qosClass"] for pod in sandbox_pods(api, namespace, "tiny")}
+    assert qos == {"Burstable"}
+
+    (router,) = router_pods(api, namespace, "tiny")
+    chat(router)
+    held = eventually(
+        lambda: {p for p, f in function_by_pod(api, namespace, "tiny").items() if f}, bool
+    )
+    grown = eventually(requests_of, lambda pods: any(pods.get(name, IDLE) != IDLE for name in held))
+    for requests in grown.values():
+        assert requests == IDLE or (
+            requests.cpu_millis == 1000 and requests.memory_bytes > IDLE.memory_bytes
+        )
+    eventually(requests_of, lambda pods: set(pods.values()) == {IDLE})
+
+
+def test_a_fixed_size_is_requested_from_the_start(
+    api: ApiServer,
+    operator: OperatorProcess,
+    node: FakeNode,
+    namespace: str,
+    tiny_model: Callable[..., Object],
+    requests_of: Callable[[], dict[str, PodRequests]],
+) -> None:
+    api.create("moemodels", tiny_model("tiny", experts={"warmPool": 1, "resize": "none"}))
+    pods = eventually(requests_of, lambda pods: len(pods) == 1)
+    (requests,) = pods.values()
+    assert requests.cpu_millis == 1000
+    assert requests.memory_bytes > IDLE.memory_bytes
