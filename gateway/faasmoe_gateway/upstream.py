@@ -51,7 +51,8 @@ class ResponseHead:
     @property
     def is_event_stream(self) -> bool:
         """Whether the body is server-sent events."""
-        return any(h[0] == b"content-type" and h[1] == b"text/event-stream" for h in self.headers)
+        types = (value for name, value in self.headers if name == b"content-type")
+        return any(t.partition(b";")[0].strip().lower() == b"text/event-stream" for t in types)
 
 
 class RouterConnection:

@@ -118,6 +118,31 @@ def test_part_of_a_record_is_not_passed_on(path: Path) -> None:
     run(work)
 
 
+@pytest.mark.parametrize(
+    "media_type",
+    [b"text/event-stream", b"Text/Event-Stream;charset=utf-8", b"text/event-stream ; a=b"],
+)
+def test_events_of_a_router_without_records_are_passed_on_at_once(
+    path: Path, media_type: bytes
+) -> None:
+    async def work() -> None:
+        client = Client()
+
+        async def answer(_: bytes, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\n" % media_type)
+            writer.write(b"transfer-encoding: chunked\r\n\r\n9\r\ndata: 1\n\n\r\n")
+            await writer.drain()
+            await client.has_body.wait()
+            writer.write(b"9\r\ndata: 2\n\n\r\n0\r\n\r\n")
+            await writer.drain()
+
+        async with FakeRouter(path, answer):
+            await app(path)(client.scope, client.receive, client.send)
+        assert client.body == b"data: 1\n\ndata: 2\n\n"
+
+    run(work)
+
+
 def test_request_without_an_answer_is_sent_again(path: Path) -> None:
     async def work() -> None:
         client = Client()

@@ -1,9 +1,7 @@
 // Calls the library with random shapes and exactly sized buffers, for a build with sanitizers.
 // Every output is compared with a plain double-precision reference.
 //
-//   fuzz SEED CASES
-#include <unistd.h>
-
+//   fuzz kernels SEED CASES
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -377,23 +375,19 @@ void fuzz_experts() {
 
 }  // namespace
 
-int main(int argc, char **argv) {
-  if (argc != 3) return 2;
-  random_bits.seed(std::strtoull(argv[1], nullptr, 10));
-  long cases = std::atol(argv[2]);
+void fuzz_kernels(uint64_t seed, int64_t cases) {
+  random_bits.seed(seed);
   std::vector<const char *> isas;
   for (const char *name : {"avx512_bf16", "avx512", "avx2", "neon", "portable"})
     if (!fk_set_isa(name)) isas.push_back(name);
-  for (long i = 0; i < cases; ++i) {
+  for (int64_t i = 0; i < cases; ++i) {
     fk_set_isa(isas[i % isas.size()]);
     if (pick(0, 1))
       fuzz_linear();
     else
       fuzz_experts();
   }
-  std::printf("%ld cases with", cases);
+  std::printf("%lld cases with", (long long)cases);
   for (const char *name : isas) std::printf(" %s", name);
   std::printf("\n");
-  std::fflush(stdout);
-  _exit(0);  // the library's threads sleep for as long as the process lives
 }

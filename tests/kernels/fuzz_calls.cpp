@@ -1,7 +1,7 @@
 // Random frames, and a router and a sandbox over one mailbox whose memory a third party overwrites,
 // for a build with sanitizers.
 //
-//   fuzz_calls SEED CASES
+//   fuzz calls SEED CASES
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -223,12 +223,9 @@ void fuzz_mailbox(int64_t cases) {
 
 }  // namespace
 
-int main(int argc, char **argv) {
-  if (argc != 3) return 2;
-  random_bits.seed(std::strtoull(argv[1], nullptr, 10));
-  int64_t cases = std::strtoll(argv[2], nullptr, 10);
+void fuzz_calls(uint64_t seed, int64_t cases) {
+  random_bits.seed(seed);
   fuzz_frames(cases);
   fuzz_mailbox(cases / 10);
   std::printf("%lld cases\n", (long long)cases);
-  return 0;
 }
