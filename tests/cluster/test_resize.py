@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from apiserver import ApiServer, Object, eventually
 from chat_client import chat
 from fake_node import FakeNode
+from model_contexts import make_context
 from moemodels import function_by_pod, router_pods, sandbox_pods, wait_for_condition
-from operator_process import OperatorProcess
+from operator_process import NAMESPACE, OperatorProcess
 
+from faasmoe_operator.kube.client import KubeClient
+from faasmoe_operator.kube.errors import KubeApiError
+from faasmoe_operator.kube.manifests import sandbox_pod
+from faasmoe_operator.kube.manifests.resources import request_quantities
+from faasmoe_operator.kube.manifests.sandbox import SANDBOX_CONTAINER
 from faasmoe_operator.kube.pod_resizer import pod_requests
+from faasmoe_operator.kube.transport import KubeTransport, load_client_configuration
+from faasmoe_operator.kube.types import POD_RESIZE
 from faasmoe_operator.plan.pod_requests import PodRequests
 
 IDLE = PodRequests(50, 512 << 20)
+GROWN = PodRequests(1000, 832 << 20)
 
 
 @pytest.fixture
@@ -26,6 +37,46 @@ def requests_of(api: ApiServer, namespace: str) -> Callable[[], dict[str, PodReq
         return {pod["metadata"]["name"]: pod_requests(pod) for pod in pods}
 
     return read
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_the_operators_account_may_resize_its_own_pods_alone(
+    api: ApiServer, service_account: str, namespace: str, tmp_path: Path, is_own: bool
+) -> None:
+    if "pods/resize" not in api.core_resources():
+        pytest.skip("the API server has no pods/resize")
+    pod = sandbox_pod(make_context(can_resize=True), name="sandbox")
+    del pod["metadata"]["ownerReferences"]
+    pod["metadata"]["namespace"] = namespace
+    if not is_own:
+        del pod["metadata"]["labels"]["app.kubernetes.io/managed-by"]
+    pod["spec"] |= {"serviceAccountName": "default", "nodeName": "elsewhere"}
+    api.create("pods", pod)
+    kubeconfig = tmp_path / "kubeconfig"
+    token = api.create_token(NAMESPACE, service_account)
+    kubeconfig.write_text(api.credentials.kubeconfig_for(token, namespace=namespace))
+
+    async def resize() -> Object:
+        configuration = await load_client_configuration({"KUBECONFIG": str(kubeconfig)})
+        async with KubeClient(KubeTransport(configuration)) as client:
+            assert await client.is_served(POD_RESIZE)
+            return await client.resize_pod(
+                namespace,
+                "sandbox",
+                container=SANDBOX_CONTAINER,
+                requests=request_quantities(GROWN),
+            )
+
+    if is_own:
+        assert pod_requests(asyncio.run(resize())) == GROWN
+        resized = api.get("pods", namespace, "sandbox")
+        assert pod_requests(resized) == GROWN
+        before = pod["spec"]["containers"][0]["resources"]["limits"]
+        assert resized["spec"]["containers"][0]["resources"]["limits"] == before
+    else:
+        with pytest.raises(KubeApiError, match="may change only objects with the label"):
+            asyncio.run(resize())
+    api.delete("pods", namespace, "sandbox")
 
 
 def test_pods_grow_at_attach_and_shrink_at_detach(

@@ -48,8 +48,8 @@ class Bucket(MemoryFileSystem):  # type: ignore[misc]
         return "/" + path.removeprefix("s3://").strip("/")
 
     def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
-        if type(self).error is not None:
-            raise type(self).error
+        if (error := type(self).error) is not None:
+            raise error
         self.opened.append(path.rpartition("/")[2])
         return super().open(path, mode, **options)
 

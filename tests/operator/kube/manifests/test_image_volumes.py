@@ -30,7 +30,8 @@ def volume(pod: Any, name: str) -> Object:
 
 
 def mount(pod: Any, name: str) -> Object:
-    (found,) = (m for m in pod["containers"][0]["volumeMounts"] if m["name"] == name)
+    mounts: list[Object] = pod["containers"][0]["volumeMounts"]
+    (found,) = (m for m in mounts if m["name"] == name)
     return found
 
 

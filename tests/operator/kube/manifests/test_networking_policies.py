@@ -119,7 +119,7 @@ def test_policies_precede_the_store_job() -> None:
     assert objects[-1]["kind"] == "Job"
 
 
-CACHES = {"store": {"cache": {}}}
+CACHES: dict[str, Any] = {"store": {"cache": {}}}
 STORE_SERVER = {**STORE, "app.kubernetes.io/component": "store-server"}
 
 
