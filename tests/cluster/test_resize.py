@@ -50,7 +50,9 @@ def test_the_operators_account_may_resize_its_own_pods_alone(
     pod["metadata"]["namespace"] = namespace
     if not is_own:
         del pod["metadata"]["labels"]["app.kubernetes.io/managed-by"]
-    pod["spec"] |= {"serviceAccountName": "default", "nodeName": "elsewhere"}
+    node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "resizing"}}
+    api.apply("nodes", node)
+    pod["spec"] |= {"serviceAccountName": "default", "nodeName": "resizing"}
     api.create("pods", pod)
     kubeconfig = tmp_path / "kubeconfig"
     token = api.create_token(NAMESPACE, service_account)
@@ -77,6 +79,7 @@ def test_the_operators_account_may_resize_its_own_pods_alone(
         with pytest.raises(KubeApiError, match="may change only objects with the label"):
             asyncio.run(resize())
     api.delete("pods", namespace, "sandbox")
+    api.delete("nodes", "", "resizing")
 
 
 def test_pods_grow_at_attach_and_shrink_at_detach(
