@@ -12,12 +12,15 @@ STAMP  := $(VENV)/.kernels
 TORCH  ?= torch==2.13.0
 DEMO   := .faasmoe/demo
 
-# Two processes, each with whole files; PARALLEL= runs one process with live output.
-PARALLEL ?= -n 2 --dist loadfile
+# Two processes, each with whole files in the order of tests/conftest.py; PARALLEL= runs one process
+# with live output.
+PARALLEL ?= -n 4 --dist loadfile --no-loadscope-reorder
+
+test-main test-emulated test-random test-slow: export OPENBLAS_NUM_THREADS := 1
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-slow test-clients test-vllm test-vllm-engine test-alerts test-publishers test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-blocks bench-call bench-cuda bench-day bench-elastic bench-fairness bench-gateway bench-growth bench-limited bench-many-models bench-paper bench-peers bench-prepare bench-reconcile bench-resize bench-seen bench-simulate bench-start bench-zero attack chaos soak trace-chat clean
+.PHONY: help setup demo test test-main test-random test-slow test-clients test-vllm test-vllm-engine test-alerts test-publishers test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-blocks bench-call bench-cuda bench-day bench-elastic bench-fairness bench-gateway bench-growth bench-limited bench-many-models bench-paper bench-peers bench-prepare bench-reconcile bench-resize bench-seen bench-simulate bench-start bench-variants bench-zero attack chaos soak trace-chat clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -107,6 +110,9 @@ $(PUBLISHERS)/.installed: tests/integration/published/requirements.txt
 
 test-publishers: $(STAMP) $(PUBLISHERS)/.installed ## Serve checkpoints that GPTQModel and Model Optimizer write
 	PYTHONPATH=$(PUBLISHERS) REQUIRE_PUBLISHERS=1 $(BIN)/python -m pytest -W default tests/integration/test_golden_publishers.py
+
+test-random: $(STAMP) ## Run the property-based tests with new random examples
+	$(BIN)/python -m pytest $(PARALLEL) --hypothesis-profile=random -m "hypothesis and not gpu and not cluster"
 
 test-slow: $(STAMP) ## Run the tests marked slow
 	$(BIN)/python -m pytest -m "slow and not gpu and not cluster and not browser"
@@ -201,6 +207,10 @@ bench-seen: $(STAMP) ## Measure what tracing and the live page cost (ARGS=); wri
 bench-many-models: $(STAMP) ## Serve 20 models with memory for three to six tenants (ARGS=); writes benchmarks/out/many_models.json
 	$(BIN)/faasmoe demo-model $(DEMO)-model
 	$(BIN)/python -m benchmarks.many_models $(ARGS)
+
+bench-variants: $(STAMP) ## Serve 8 variants that share 90 % of their experts (ARGS=); writes benchmarks/out/variants.json
+	$(BIN)/faasmoe demo-model $(DEMO)-model
+	$(BIN)/python -m benchmarks.variants $(ARGS)
 
 bench-elastic: $(STAMP) ## Measure activation, time to first token and memory; writes benchmarks/out/elastic.json
 	$(BIN)/python -m benchmarks.elastic

@@ -136,7 +136,7 @@ def _prepare(native: NativeLayer, group: Group, rows: Tensor) -> Callable[[], No
     pair_rows: NDArray[np.int64] = group.pair_row[order].astype(np.int64)  # [P]
     weights, sizes = group.pair_weight[order], sizes.astype(np.int64)
     x = rows[torch.from_numpy(group.rows)].contiguous()  # [R, H]
-    out = torch.empty_like(x)
+    out = torch.empty(x.shape)  # [R, H], float32
     library = load()
 
     def call() -> None:
@@ -155,6 +155,7 @@ def _prepare(native: NativeLayer, group: Group, rows: Tensor) -> Callable[[], No
             rows=len(x),
             is_reduced=True,
             out=out.data_ptr(),
+            out_dtype=DTYPES[out.dtype],
         )
 
     return call

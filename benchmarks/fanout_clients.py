@@ -254,12 +254,12 @@ class _FrameTemplate:
     @classmethod
     @functools.cache
     def for_body(cls, body_bytes: int) -> _FrameTemplate:
-        n_rows = body_bytes // (HIDDEN_SIZE * Dtype.BFLOAT16.itemsize)
+        n_rows = body_bytes // (HIDDEN_SIZE * Dtype.FLOAT32.itemsize)  # as answers are
         rows = np.arange(n_rows, dtype=np.int32).repeat(TOP_K)  # [P]
         experts = np.tile(np.arange(TOP_K, dtype=np.int32), n_rows)  # [P]
         weights = np.ones(len(rows), dtype=np.float32)  # [P]
         header = FrameHeader(
-            FrameKind.REQUEST, Dtype.BFLOAT16, OutputMode.REDUCED, 0, n_rows, len(rows), HIDDEN_SIZE
+            FrameKind.REQUEST, Dtype.FLOAT32, OutputMode.REDUCED, 0, n_rows, len(rows), HIDDEN_SIZE
         )
         return cls(header, rows, experts, weights)
 

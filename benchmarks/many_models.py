@@ -38,6 +38,7 @@ MAX_TOKENS = 8
 SAMPLE_S = 0.5
 SWAP_S = 0.5  # to the first token, above which a request has waited for a router or functions
 WARM_REQUESTS = 3
+SANDBOX_FUNCTIONS = 30  # three sandboxes of the demo model, as `faasmoe up MODEL` lays it out
 REQUEST_TIMEOUT_S = 120.0
 
 
@@ -79,7 +80,12 @@ def main() -> int:
 
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure one model alone, then all of them."""
-    files = write_models(folder, arguments.model.resolve(), arguments.models)
+    files = write_models(
+        folder,
+        arguments.model.resolve(),
+        arguments.models,
+        functions_per_sandbox=SANDBOX_FUNCTIONS,
+    )
     alone = files / "0.yaml"
     with running_up(alone, folder / "alone.log") as up:
         for _ in range(WARM_REQUESTS):

@@ -30,7 +30,7 @@ from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.control.sandbox_client import ModelStore, SandboxClient
 from faasmoe_operator.control.static_placement import StaticPlacement, place_all_functions
 from faasmoe_operator.platforms.process import ProcessPlatform
-from faasmoe_operator.platforms.zygote import run_zygote, shared_dir_variables
+from faasmoe_operator.platforms.zygote import ZYGOTE_COMMAND, run_zygote, shared_dir_variables
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,11 @@ async def resident_functions(moemodel: Path) -> AsyncIterator[ResidentFunctions]
         socket = Path(folder) / "zygote.sock"
         async with (
             run_zygote(
-                socket, token=token, store=store.path, device=deployment.template.device
+                socket,
+                token=token,
+                store=store.path,
+                device=deployment.template.device,
+                command=("env", "FAASMOE_METRICS_MIN_TOKENS=1", *ZYGOTE_COMMAND),  # exact counts
             ) as zygote,
             ProcessPlatform(socket=socket) as platform,
         ):

@@ -66,7 +66,9 @@ def main() -> int:
     return 0
 
 
-def write_models(folder: Path, model: Path, n_models: int) -> Path:
+def write_models(
+    folder: Path, model: Path, n_models: int, *, functions_per_sandbox: int = 8
+) -> Path:
     """Write MoEModels of the same checkpoint, with copies of one store; return their folder."""
     files, stores = folder / "models", folder / "stores"
     files.mkdir(parents=True)
@@ -84,7 +86,11 @@ def write_models(folder: Path, model: Path, n_models: int) -> Path:
             "model": {"source": model.as_uri()},
             "store": {"path": f"../stores/{index}"},
             "router": {"maxModelLen": 512, "scaling": {"idleSeconds": IDLE_SECONDS}},
-            "experts": {"warmPool": 0, "functionsPerSandbox": 8, "scaling": scaling},
+            "experts": {
+                "warmPool": 0,
+                "functionsPerSandbox": functions_per_sandbox,
+                "scaling": scaling,
+            },
         }
         document = {
             "apiVersion": "faasmoe.dev/v1alpha1",

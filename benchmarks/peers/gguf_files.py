@@ -2,8 +2,8 @@
 
 The converter is llama.cpp's own, from the source distribution of llama-cpp-python, which pip
 downloads into the benchmark's cache folder. Q8_0 and Q4_0 are made of the bfloat16 file with the
-package gguf, whose quantization equals llama.cpp's. Every matrix that is bfloat16 there is
-quantized, output head and embeddings included, as by `llama-quantize --pure`.
+package gguf, whose quantization equals llama.cpp's. Every matrix that is bfloat16 there gets the
+type that `llama-quantize` gives it by default: the head of a Q4_0 file is Q6_K.
 
 `python -m benchmarks.peers.gguf_files CHECKPOINT FILE PRECISION CONVERTER` makes one file.
 """
@@ -17,10 +17,14 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.q6_k import BLOCK_WEIGHTS, quantize_q6_k
+
 CONVERTER_PACKAGE = "llama-cpp-python==0.3.36"
 CONVERTER_MEMBERS = ("convert_hf_to_gguf.py", "conversion", "gguf-py")
 QUANTIZATIONS = {"int8": "Q8_0", "int4": "Q4_0"}
-GGUF_NAMES = {"bf16": "BF16", **QUANTIZATIONS}
+GGUF_NAMES = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0-default"}
+HEAD, EMBEDDINGS = "output.weight", "token_embd.weight"
+FEW_EXPERTS = 8  # of Mixtral: keys and values, which are small beside the experts, have 8 bits
 PRE_TOKENIZER = "smollm"  # the converter knows tokenizers by a hash, and not that of `qwen`
 DOWNLOAD_TIMEOUT_S = 600
 
@@ -97,18 +101,15 @@ def quantize(source: Path, target: Path, quantization: str) -> None:
     import gguf
 
     reader = gguf.GGUFReader(source)
-    kind = gguf.GGMLQuantizationType[quantization]
     architecture = reader.fields[gguf.Keys.General.ARCHITECTURE].contents()
     writer = gguf.GGUFWriter(target, arch=architecture, use_temp_file=False)
     _copy_metadata(reader, writer, file_type=gguf.LlamaFileType[f"MOSTLY_{quantization}"])
-    is_quantized = {
-        t.name: t.tensor_type == gguf.GGMLQuantizationType.BF16 and len(t.shape) > 1
-        for t in reader.tensors
-    }
+    kinds = {t.name: t.tensor_type for t in reader.tensors}
+    kinds |= _new_kinds(reader, architecture, quantization)
     for t in reader.tensors:
         # The reader shows the bytes of a bfloat16 matrix, two per value.
         shape = [int(size) for size in reversed(t.shape)]
-        new_kind = kind if is_quantized[t.name] else t.tensor_type
+        new_kind = kinds[t.name]
         byte_shape = gguf.quant_shape_to_byte_shape(shape, new_kind)
         n_bytes = t.n_bytes if new_kind == t.tensor_type else _product(byte_shape)
         raw = new_kind == gguf.GGMLQuantizationType.F32
@@ -119,11 +120,60 @@ def quantize(source: Path, target: Path, quantization: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for t in reader.tensors:
-        data = t.data
-        if is_quantized[t.name]:
-            data = gguf.quantize(gguf.dequantize(data, t.tensor_type), kind)
-        writer.write_tensor_data(data)
+        writer.write_tensor_data(_requantized(t, kinds[t.name]))
     writer.close()
+
+
+def _new_kinds(reader: Any, architecture: str, quantization: str) -> dict[str, Any]:
+    """Return the type of every matrix that is quantized, by name."""
+    import gguf
+
+    matrices = {
+        t.name: int(t.shape[0])  # columns
+        for t in reader.tensors
+        if t.tensor_type == gguf.GGMLQuantizationType.BF16 and len(t.shape) > 1
+    }
+    head = HEAD if any(t.name == HEAD for t in reader.tensors) else EMBEDDINGS
+    n_experts = reader.fields.get(gguf.Keys.LLM.EXPERT_COUNT.format(arch=architecture))
+    is_few_experts = n_experts is not None and n_experts.contents() == FEW_EXPERTS
+    return {
+        name: gguf.GGMLQuantizationType[
+            _default_kind(
+                name,
+                quantization,
+                n_columns=n_columns,
+                is_head=name == head,
+                is_few_experts=is_few_experts,
+            )
+        ]
+        for name, n_columns in matrices.items()
+    }
+
+
+def _default_kind(
+    name: str, quantization: str, *, n_columns: int, is_head: bool, is_few_experts: bool
+) -> str:
+    """Return the type that llama-quantize gives a matrix of a Q8_0 or Q4_0 file.
+
+    Those are the rules of llama.cpp's `llama_tensor_get_type` and `tensor_type_fallback`.
+    """
+    if is_head and quantization != "Q8_0":
+        return "Q6_K" if n_columns % BLOCK_WEIGHTS == 0 else "Q8_0"
+    if is_few_experts and name.endswith(("attn_k.weight", "attn_v.weight")):
+        return "Q8_0"
+    return quantization
+
+
+def _requantized(tensor: Any, kind: Any) -> Any:
+    """Return a tensor's data in another type, or as it is."""
+    import gguf
+
+    if tensor.tensor_type == kind:
+        return tensor.data
+    values = gguf.dequantize(tensor.data, tensor.tensor_type)
+    if kind != gguf.GGMLQuantizationType.Q6_K:
+        return gguf.quantize(values, kind)
+    return quantize_q6_k(values)
 
 
 def _copy_metadata(reader: Any, writer: Any, *, file_type: int) -> None:

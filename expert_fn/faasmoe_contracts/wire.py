@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FRAME_MAGIC = b"FMOE"
-FRAME_VERSION = 2
+FRAME_VERSION = 3
 HEADER_FIELDS = struct.Struct("<4sBBBBHHIIII")  # docs/wire.md, "A frame"
 CHECKSUM_FIELD = struct.Struct("<I")  # the last field of the header
 HEADER_FIELDS_BYTES = HEADER_FIELDS.size
@@ -68,7 +68,8 @@ class Dtype(IntEnum):
 class OutputMode(IntEnum):
     """Shape of a function's output.
 
-    REDUCED: the weighted sum over each row's pairs, one vector per row.
+    REDUCED: the weighted sum over each row's pairs, one vector per row, in float32 whatever the
+    dtype of the rows.
     UNREDUCED: the weighted output of each pair, one vector per pair, bit-identical regardless of
     the rest of the frame.
     """
@@ -86,7 +87,7 @@ class FrameHeader:
 
     Attributes:
         kind: request or response.
-        dtype: element type of the rows.
+        dtype: element type of the rows of a request, or of the outputs of a response.
         mode: reduced or unreduced.
         layer: MoE layer index, 0-based.
         n_rows: number of rows T of hidden states in the request, at least 1.
@@ -198,7 +199,7 @@ def encode_response(request: FrameHeader, outputs: Buffer) -> list[Buffer]:
 
     Args:
         request: header of the request.
-        outputs: bytes of the outputs in the request's dtype, [T, H] reduced or [P, H] unreduced.
+        outputs: bytes of the outputs: float32 [T, H] reduced, or [P, H] in the request's dtype.
 
     Raises:
         WireError: `outputs` has another size.
@@ -233,7 +234,9 @@ def max_rows_per_frame(*, hidden_size: int, dtype: Dtype, mode: OutputMode, top_
     """
     row_bytes = hidden_size * dtype.itemsize
     request_bytes = row_bytes + top_k * PAIR_BYTES
-    response_bytes = row_bytes * (top_k if mode is OutputMode.UNREDUCED else 1)
+    response_bytes = row_bytes * top_k
+    if mode is OutputMode.REDUCED:
+        response_bytes = hidden_size * Dtype.FLOAT32.itemsize
     rows = (MAX_FRAME_BYTES - HEADER_BYTES) // max(request_bytes, response_bytes)
     rows = min(rows, MAX_PAIRS_BYTES // (row_bytes * max(top_k, 1)))
     if rows < 1:
@@ -280,6 +283,8 @@ def _check_pairs_bytes(header: FrameHeader) -> None:
     """Bound the memory that a function allocates, which may far exceed the size of the frame."""
     row_bytes = header.hidden_size * header.dtype.itemsize
     is_unreduced = header.mode is OutputMode.UNREDUCED
+    if header.kind is FrameKind.RESPONSE and not is_unreduced:
+        return  # a row's vectors were added where they were computed
     limit = MAX_FRAME_BYTES - HEADER_BYTES if is_unreduced else MAX_PAIRS_BYTES
     if header.n_pairs * row_bytes > limit:
         raise WireError(
@@ -304,8 +309,10 @@ def _preview(values: Int32s | Float32s) -> str:
 
 
 def _response_header(request: FrameHeader) -> FrameHeader:
+    is_reduced = request.mode is OutputMode.REDUCED
+    dtype = Dtype.FLOAT32 if is_reduced else request.dtype
     return FrameHeader(
-        FrameKind.RESPONSE, request.dtype, request.mode, request.layer,
+        FrameKind.RESPONSE, dtype, request.mode, request.layer,
         request.n_rows, request.n_pairs, request.hidden_size,
     )  # fmt: skip
 

@@ -30,6 +30,8 @@ class SandboxConfig:
         host: address to listen on.
         port: TCP port to listen on; 0 lets the system choose.
         metrics_port: TCP port of /metrics alone; on the common port if None.
+        metrics_min_tokens: tokens that what /metrics shows of functions holds at least, 1 or more;
+            1 shows exact counts at once.
         capacity: maximum number of attached functions, 1 or more.
         device: device that experts are computed on: cpu, cuda, cuda:N or auto.
         threads: intra-op threads on the CPU, 1 or more.
@@ -55,6 +57,7 @@ class SandboxConfig:
     host: str = "127.0.0.1"
     port: int = 9090
     metrics_port: int | None = None
+    metrics_min_tokens: int = 256
     capacity: int = 1
     device: str = "auto"
     threads: int = 1
@@ -76,6 +79,7 @@ class SandboxConfig:
         """Validate all settings; raises SandboxConfigError."""
         _require_at_least("FAASMOE_CAPACITY", self.capacity, 1)
         _require_at_least("FAASMOE_THREADS", self.threads, 1)
+        _require_at_least("FAASMOE_METRICS_MIN_TOKENS", self.metrics_min_tokens, 1)
         if self.memory_bytes is not None:
             _require_at_least("FAASMOE_MEMORY_BYTES", self.memory_bytes, 1)
         _require_at_least("FAASMOE_MAX_CONNECTIONS", self.max_connections, 1)
@@ -120,6 +124,9 @@ class SandboxConfig:
             host=env.get("FAASMOE_HOST", default.host),
             port=env_int(env, "FAASMOE_PORT", default.port),
             metrics_port=env_optional_int(env, "FAASMOE_METRICS_PORT"),
+            metrics_min_tokens=env_int(
+                env, "FAASMOE_METRICS_MIN_TOKENS", default.metrics_min_tokens
+            ),
             capacity=env_int(env, "FAASMOE_CAPACITY", default.capacity),
             device=env.get("FAASMOE_DEVICE", default.device),
             threads=env_int(env, "FAASMOE_THREADS", default.threads),

@@ -31,7 +31,7 @@ from faasmoe_transformers.errors import CacheAllocationFailed, CacheTooSmall, Un
 from faasmoe_transformers.native_attention import use_native_attention
 from faasmoe_transformers.native_step import ComputeMode, restore_modules, use_native_step
 from faasmoe_transformers.prefix_cache import SaltTokens, salt_prefix_cache
-from faasmoe_transformers.scheduler import BatchCounter, register_scheduler
+from faasmoe_transformers.scheduler import BatchCounter, PromptDivider, register_scheduler
 from faasmoe_transformers.untouched_zeros import UntouchedZeros
 
 SamplerRow = tuple[int, Any, list[int], list[int]]
@@ -54,6 +54,15 @@ class TokenSampler(Protocol):
             rows: the rows whose requests have a sampling state.
         """
 
+    def sample_greedily(self, peaks: Sequence[float]) -> bool:
+        """Return whether every row's token is the argmax of its scores as they are.
+
+        `sample` is not called then.
+
+        Args:
+            peaks: the highest score of each row; NaN if one is.
+        """
+
     def sample(self, scores: Tensor) -> Tensor:
         """Return scores [N, V] whose argmax is each row's token; may modify them in place."""
 
@@ -70,7 +79,8 @@ class BatchLogitsProcessor(ContinuousBatchingLogitsProcessor):  # type: ignore[m
     def __init__(self, sampler: TokenSampler) -> None:
         self.supported_kwargs: dict[str, type] = {"logits_state": sampler.request_state_type}
         self._plan_batch = sampler.plan_batch
-        self._sample = sampler.sample
+        self.sample = sampler.sample
+        self.sample_greedily = sampler.sample_greedily
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
         """Zero the argument row that transformers reserves; it carries no information."""
@@ -78,6 +88,11 @@ class BatchLogitsProcessor(ContinuousBatchingLogitsProcessor):  # type: ignore[m
 
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
         """Pass the requests behind the rows of the next scores to the sampler; return zeros [N]."""
+        self.plan(requests_with_new_token)
+        return torch.zeros(len(requests_with_new_token), dtype=torch.int32)
+
+    def plan(self, requests_with_new_token: list[Any]) -> None:
+        """Pass the requests behind the rows of the next scores to the sampler."""
         request_ids: list[str] = []
         rows: list[SamplerRow] = []
         for row, request in enumerate(requests_with_new_token):
@@ -87,11 +102,10 @@ class BatchLogitsProcessor(ContinuousBatchingLogitsProcessor):  # type: ignore[m
             if logits_state is not None:
                 rows.append((row, logits_state, state.initial_tokens, state.generated_tokens))
         self._plan_batch(request_ids, rows)
-        return torch.zeros(len(request_ids), dtype=torch.int32)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         """Return scores whose argmax is each request's token, [N, V]."""
-        return self._sample(scores)
+        return self.sample(scores)
 
 
 NO_EOS_TOKEN_ID = -1
@@ -147,6 +161,7 @@ class ContinuousBatcher:
         sampler: samples the tokens of each batch, on the batcher's thread.
         salt_tokens: which requests share the prefix cache; None disables it.
         count_batch: receives each batch's request ids and token counts before it is computed.
+        divide_prompts: divides a batch between prompts; None computes them one after the other.
         error_policy: how errors of a batch are classified.
         compute: what computes the model.
         on_idle: releases what others keep for requests once none has been present for a while.
@@ -163,6 +178,7 @@ class ContinuousBatcher:
         sampler: TokenSampler,
         salt_tokens: SaltTokens | None = None,
         count_batch: BatchCounter | None = None,
+        divide_prompts: PromptDivider | None = None,
         error_policy: ErrorPolicy | None = None,
         compute: ComputeMode = "auto",
         on_idle: Callable[[], None] = lambda: None,
@@ -171,10 +187,12 @@ class ContinuousBatcher:
         self._limits = limits
         self._salt_tokens = salt_tokens
         self._count_batch = count_batch
+        self._divide_prompts = divide_prompts
         self._error_policy = error_policy or ErrorPolicy()
         self._on_idle = on_idle
         self._compute = compute
-        self._manager = self._make_manager(model, sampler)
+        self._logits_processor = BatchLogitsProcessor(sampler)
+        self._manager = self._make_manager(model)
 
     def start(self, loop: asyncio.AbstractEventLoop, on_outputs: OutputHandler) -> None:
         """Allocate the cache and start the thread.
@@ -201,11 +219,12 @@ class ContinuousBatcher:
         self._check_one_request_fits_cache()
         batch_processor = self._manager.batch_processor
         if self._compute == "auto":
-            use_native_step(self._manager.model, batch_processor)
+            use_native_step(self._manager.model, batch_processor, self._logits_processor)
         if self._salt_tokens is not None:
             salt_prefix_cache(batch_processor.cache, self._salt_tokens)
         if self._count_batch is not None:
             batch_processor.scheduler.count_batch = self._count_batch
+        batch_processor.scheduler.divide_prompts = self._divide_prompts
         batch_processor.scheduler.idle_reclaimer.on_reclaim = self._on_idle
         BatchErrorIsolation(self._manager, self._error_policy)
         # Requests that remain when the thread ends do not fail: another batcher resumes them.
@@ -304,10 +323,10 @@ class ContinuousBatcher:
         )
         return cached_tokens
 
-    def _make_manager(self, model: Any, sampler: TokenSampler) -> Any:
+    def _make_manager(self, model: Any) -> Any:
         restore_modules(model)
         # The manager asks the model for its processors once, when it is created.
-        processors = LogitsProcessorList([BatchLogitsProcessor(sampler)])
+        processors = LogitsProcessorList([self._logits_processor])
         model._get_logits_processor = lambda _: processors
         try:
             manager = _init_manager(model, self._batching_config())

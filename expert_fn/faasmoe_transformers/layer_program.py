@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from faasmoe_kernels import Activation, Matrix
 from faasmoe_kernels.library import to_struct
-from faasmoe_kernels.router_ops import MLP, Attention, Gate, Layer, Norm, Rope, Scoring
+from faasmoe_kernels.router_ops import MLP, Attention, Gate, Head, Layer, Norm, Rope, Scoring
 from faasmoe_transformers.experts_backend import SHARED_EXPERT_ATTRIBUTES, bound_layer
 from faasmoe_transformers.native_attention import describe_attention
 from faasmoe_transformers.native_linear import NativeLinear, matrix_of
@@ -110,6 +110,17 @@ class LayerDescriber:
                 setattr(described, name, self._norm(module))
         self._describe_feed_forward(described, _child(layer, *FEED_FORWARD_ATTRIBUTES), routing)
         return described
+
+    def describe_head(self, norm: nn.Module, linear: Any) -> Head:
+        """Return the last norm and the LM head, with scores that are not scaled.
+
+        Raises:
+            UnrecognizedLayer: they differ from what a description can express.
+        """
+        matrix = getattr(getattr(linear, "forward", None), "matrix", None)
+        if not isinstance(matrix, Matrix):
+            raise UnrecognizedLayer("the LM head is no native linear layer")
+        return Head(self._norm(norm), to_struct(matrix), 1.0)
 
     def _attention(self, module: Any) -> Attention:
         if getattr(getattr(module, "config", None), "clip_qkv", None) is not None:

@@ -102,6 +102,7 @@ class ObservedPass:
         angles: cosines and sines [T, angles] of each call.
         embedding_scale: factor between the embeddings and the first layer's input.
         output_type: class of the decoder's output.
+        scores: the model's scores of all rows, float32 [T, V].
     """
 
     kwargs: Mapping[str, Any]
@@ -111,6 +112,7 @@ class ObservedPass:
     angles: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     embedding_scale: float = 1.0
     output_type: Any = None
+    scores: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def restore_cache(self) -> None:
         """Put back what the pass has overwritten in the cache, to run it again."""
@@ -187,7 +189,8 @@ def _observe_pass(
         _watch(stack, decoder.embed_tokens, lambda _, __, output: embedded.append(output))
         _watch(stack, decoder.norm, lambda _, __, output: normed.append(output))
         _watch(stack, decoder, lambda _, __, output: _record_output(seen, output, normed))
-        model(**kwargs)
+        scores = model(**kwargs).logits  # [1, T, V]
+    seen.scores = scores.reshape(-1, scores.shape[-1]).float()
     if len(embedded) != 1 or not seen.layers:
         raise UnrecognizedLayer("the decoder has other inputs than its embeddings")
     embeddings, first = (

@@ -136,6 +136,64 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "finds the module with the decoder layers",
     ),
     *_names(
+        f"{_API}:ContinuousBatchProcessor.",
+        "_generation_step cache inputs_and_outputs model_runner",
+        "native_step",
+        "replaced: a program computes whole steps",
+    ),
+    *_names(
+        f"{_CB}.input_outputs:ContinuousBatchingIOs.",
+        "prepare_batch_tensors output_ids",
+        "native_step",
+        "replaced: prepares batches without torch; where the tokens of a batch are read",
+    ),
+    *_names(
+        f"{_CB}.input_outputs:ContinuousBatchingIOs.",
+        "input_ids position_ids cumulative_seqlens_q cumulative_seqlens_k logits_indices"
+        " read_index_storage write_index_storage requests_in_batch num_request_in_batch"
+        " attention_mask block_table return_logprobs device",
+        "batch_inputs",
+        "the static memory of a batch, and what batches may be",
+    ),
+    *_names(
+        f"{_CB}.model_runner:ModelRunner.",
+        "pad_inputs do_sample",
+        "batch_inputs",
+        "what batches may be",
+    ),
+    *_names(
+        f"{_CB}.cache_allocators:",
+        "FULL_ATTENTION",
+        "batch_inputs",
+        "the kind of cache whose slots follow from its block table",
+    ),
+    *_names(
+        _ALLOCATOR,
+        "index layer_type block_table block_physical_stride tokens_per_page get_seqlen_k"
+        " get_read_indices get_write_indices",
+        "batch_inputs",
+        "places of a request's tokens in a cache",
+    ),
+    *_names(_CACHE, "cache_allocators", "batch_inputs", "the caches of a batch"),
+    *_names(
+        f"{_CB}.requests:",
+        "TMP_TOKEN_ID",
+        "batch_inputs",
+        "stands for a request's next token while it is computed",
+    ),
+    *_names(
+        f"{_CB}.requests:RequestState.",
+        "request_id position_offset tokens_to_process",
+        "batch_inputs",
+        "the tokens of a request in a batch",
+    ),
+    *_names(
+        f"{_CB}.requests:FutureRequestState.",
+        "state query_length has_new_token",
+        "batch_inputs",
+        "the requests of a batch",
+    ),
+    *_names(
         f"{_CB}.requests:",
         "create_warmup_future_states FutureRequestState RequestStatus",
         "observation",
@@ -278,9 +336,10 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     *_names(
         f"{_CB}.scheduler:FIFOScheduler.",
-        "reset clear_cancelled_requests schedule_batch _infer_request_tokens",
+        "reset clear_cancelled_requests schedule_batch _infer_request_tokens"
+        " _process_candidates _schedule_request",
         "scheduler",
-        "overridden: preemption, token counts and prefix-cache hits",
+        "overridden: preemption, token counts, prefix-cache hits and the division between prompts",
     ),
     *_names(
         f"{_CB}.scheduler:FIFOScheduler.",

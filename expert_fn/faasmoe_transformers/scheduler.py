@@ -1,5 +1,6 @@
 """The scheduler of continuous batching: transformers' FIFO scheduler with preemption.
 
+The tokens of a batch that running requests leave are divided between prompts by the caller.
 Requests can be preempted: they leave the batch and the cache between two batches and are resumed
 later from the tokens they have, as transformers does itself when the cache is full. The scheduler
 also reports the tokens computed per request and how much of a prompt came from the prefix cache,
@@ -104,8 +105,17 @@ BatchCounter = Callable[[Sequence[tuple[str, int]]], None]
 """Receives each batch as (request id, number of tokens computed for it)."""
 
 
+PromptDivider = Callable[[Sequence[tuple[str, int]], Sequence[str], int], Mapping[str, int]]
+"""Returns how many tokens of which prompts the next batch computes, in the order to compute them.
+
+It receives the prompts as (request id, tokens that are left) in the order of their arrival, the ids
+of the requests that generate a token each, and the tokens of a batch; those together and what it
+returns are no more than that.
+"""
+
+
 class PreemptibleFIFOScheduler(FIFOScheduler):  # type: ignore[misc]
-    """Computes requests in the order of their arrival; admission and fairness are decided before.
+    """Computes requests in the order of their arrival, unless `divide_prompts` has another.
 
     When the cache is full, transformers admits no request until a running one finishes. If all
     running requests are cancelled or preempted instead, waiting ones would never be admitted; this
@@ -113,12 +123,14 @@ class PreemptibleFIFOScheduler(FIFOScheduler):  # type: ignore[misc]
 
     Attributes:
         count_batch: called with every batch before it is computed.
+        divide_prompts: divides a batch between prompts; None computes them one after the other.
         idle_reclaimer: releases memory once no request has been present for a while.
     """
 
     def __init__(self, cache: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(cache, *args, **kwargs)
         self.count_batch: BatchCounter = lambda _: None
+        self.divide_prompts: PromptDivider | None = None
         self.idle_reclaimer = IdleMemoryReclaimer(
             cache.cache_tensor,
             evict_cached_blocks=cache.evict_cached_blocks,
@@ -133,6 +145,7 @@ class PreemptibleFIFOScheduler(FIFOScheduler):  # type: ignore[misc]
         self._pending_actions: deque[tuple[Literal["preempt", "resume"], str]] = deque()
         self._preempted: dict[str, Any] = {}
         self._n_cached_tokens: dict[str, int] = {}
+        self._prompt_parts: Mapping[str, int] = {}  # of the batch that is being scheduled
 
     def preempt(self, request_id: str) -> None:
         """Remove a request from the batches, from the next one on; callable from any thread."""
@@ -162,6 +175,10 @@ class PreemptibleFIFOScheduler(FIFOScheduler):  # type: ignore[misc]
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[Any, ...]:
         """Schedule the next batch and report it to `count_batch`."""
         scheduled: tuple[Any, ...] = super().schedule_batch(token_budget, cache_budget)
+        if scheduled[0] is None and self._prompt_parts:  # the cache has no room for these prompts
+            divide_prompts, self.divide_prompts = self.divide_prompts, None
+            scheduled = super().schedule_batch(token_budget, cache_budget)
+            self.divide_prompts = divide_prompts
         batch = scheduled[0] or ()
         self.count_batch([(each.state.request_id, each.query_length) for each in batch])
         return scheduled
@@ -173,6 +190,31 @@ class PreemptibleFIFOScheduler(FIFOScheduler):  # type: ignore[misc]
             for request_id in request_ids
             if request_id in self._n_cached_tokens
         }
+
+    def _process_candidates(
+        self, candidates: list[Any], token_budget: int, *args: Any
+    ) -> tuple[Any, ...]:
+        n_running = sum(state.status == RequestStatus.DECODING for state in candidates)
+        prompts = candidates[n_running:]  # they come after
+        self._prompt_parts = {}
+        if prompts and self.divide_prompts is not None:
+            self._prompt_parts = self.divide_prompts(
+                [(state.request_id, len(state.remaining_prefill_tokens)) for state in prompts],
+                [state.request_id for state in candidates[:n_running]],
+                token_budget,
+            )
+            by_id = {state.request_id: state for state in prompts}
+            parts = [by_id[request_id] for request_id in self._prompt_parts]
+            candidates = [*candidates[:n_running], *parts]
+        scheduled: tuple[Any, ...] = super()._process_candidates(candidates, token_budget, *args)
+        return scheduled
+
+    def _schedule_request(
+        self, state: Any, request_tokens: list[int], token_budget: int, *args: Any
+    ) -> None:
+        if state.status != RequestStatus.DECODING:
+            token_budget = min(token_budget, self._prompt_parts.get(state.request_id, token_budget))
+        super()._schedule_request(state, request_tokens, token_budget, *args)
 
     def _infer_request_tokens(self, state: Any, *args: Any) -> list[int]:
         n_before = len(state.remaining_prefill_tokens)

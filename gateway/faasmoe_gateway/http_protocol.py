@@ -98,7 +98,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._is_rejected or self.parser is None:
             return
         self._fed_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._offers_upgrade:
+                self._read_without_upgrade(data[upgrade.args[0] :])
         if self._is_rejected or self.parser is None:
             return
         if self._is_message_complete:
@@ -135,6 +142,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Start answering, unless the head is refused."""
         self._is_reading_head = False
+        if self._offers_upgrade:
+            return
         if self._is_rejected or not self._check_head():
             return
         self._start_read_timer(self._limits.body_timeout_s)
@@ -152,6 +161,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Pass on the end of the request."""
+        if self._offers_upgrade:
+            return
         self._is_message_complete = True
         self._fed_bytes = 0
         self._cancel_read_timer()
@@ -188,6 +199,27 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     @property
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def _offers_upgrade(self) -> bool:
+        """Whether the client offers a protocol that is not spoken here for what follows the head.
+
+        Java's client offers HTTP/2 with its first request, body and all.
+        """
+        return bool(self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT")
+
+    def _read_without_upgrade(self, rest: bytes) -> None:
+        """Read a request again as if its client had offered nothing, then what follows its head.
+
+        The parser would take the body for the other protocol.
+        """
+        version = self.parser.get_http_version().encode()
+        begin = b" ".join((self.parser.get_method(), self.url, b"HTTP/" + version))
+        lines = [name + b": " + value for name, value in _without_upgrade(self.headers)]
+        self._fed_bytes -= len(rest)  # counted again
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        self.data_received(b"\r\n".join((begin, *lines, b"", b"")) + rest)
 
     def _check_head(self) -> bool:
         """Return whether all servers understand a head alike; refuses it otherwise."""
@@ -273,6 +305,19 @@ def bounded_protocol(limits: ConnectionLimits) -> Callable[..., BoundedHttpProto
         return BoundedHttpProtocol(limits=limits, table=table, **uvicorn_arguments)
 
     return create
+
+
+def _without_upgrade(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return the headers of a request without those that offer another protocol."""
+    kept = []
+    for name, value in headers:
+        if name == b"connection":
+            options = [option.strip() for option in value.split(b",")]
+            offers = (b"upgrade", b"http2-settings")
+            value = b", ".join(option for option in options if option.lower() not in offers)
+        if name not in (b"upgrade", b"http2-settings") and (name != b"connection" or value):
+            kept.append((name, value))
+    return kept
 
 
 def _is_reset(transport: asyncio.Transport) -> bool:

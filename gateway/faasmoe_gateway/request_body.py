@@ -8,6 +8,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
+from faasmoe_gateway.body_structure import MAX_CONTAINERS, MAX_VALUES, count_parts
 from faasmoe_gateway.refusal import Refusal
 
 MAX_BODY_BYTES = 8 << 20
@@ -46,7 +47,8 @@ async def read_work(body: bytes, *, encoding: str) -> RequestedWork:
         encoding: its Content-Encoding; empty for none.
 
     Raises:
-        Refusal: it is no JSON object, too large, or encoded in a way that the gateway cannot read.
+        Refusal: it is no JSON object, too large, of too many parts, or encoded in a way that the
+            gateway cannot read.
     """
     if len(body) <= INLINE_BYTES:
         return _parse(body, encoding)
@@ -55,6 +57,14 @@ async def read_work(body: bytes, *, encoding: str) -> RequestedWork:
 
 def _parse(body: bytes, encoding: str) -> RequestedWork:
     text = _decoded(body, encoding)
+    parts = count_parts(text)
+    if not parts.is_within_limits:
+        raise Refusal(
+            f"body: got {parts.n_values} values and {parts.n_containers} objects and lists, "
+            f"expected at most {MAX_VALUES} and {MAX_CONTAINERS}",
+            status=413,
+            code="request_too_large",
+        )
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

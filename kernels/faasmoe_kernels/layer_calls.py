@@ -21,6 +21,7 @@ from faasmoe_kernels.sandbox_loop import SlotStatus
 
 MAX_REPLICAS = 8
 N_SIZE_CLASSES = 16
+MAX_FUNCTIONS_PER_FRAME = 8
 MAX_EVENTS = 8192
 DONE, GENERAL = 0, 1  # results of begin and finish
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 OUT_OF_MEMORY = -2  # FK_E_MEMORY
 LIBRARY_NAME = "libfaasmoe_kernels.so"
 DISABLE_ENV = "FAASMOE_KERNELS"  # "off" leaves the library unused
@@ -116,6 +116,7 @@ class _Pairs(ctypes.Structure):
         ("rows", ctypes.c_void_p),
         ("positions", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
+        ("n_out", ctypes.c_int64),
     )
 
 
@@ -326,9 +327,10 @@ class KernelLibrary:
         rows: int,
         is_reduced: bool,
         out: int,
+        out_dtype: KernelDtype,
         n_threads: int = 1,
     ) -> None:
-        """Compute the pairs of a block's experts; the output has the type of the input.
+        """Compute the pairs of a block's experts.
 
         Args:
             first: address of the gate-up (or up) projection of each group's expert, `n_groups`
@@ -338,26 +340,28 @@ class KernelLibrary:
             n_groups: number of experts that have pairs.
             group_sizes: address of the pairs per group, int64 [n_groups].
             pair_rows: address of the input row of each pair, int64 [P], group after group.
-            pair_positions: address of the output row of each pair, int64 [P]; 0 if reduced.
+            pair_positions: address of the output row of each pair, int64 [P]; 0 if reduced, for
+                its input row.
             pair_weights: address of the routing weight of each pair, float32 [P].
             x: address of the input, [rows, hidden_size], contiguous.
-            x_dtype: its type, and the output's.
+            x_dtype: its type.
             hidden_size: H.
             rows: number of input rows.
             is_reduced: whether to sum each row's pairs, [rows, H]; else [P, H].
             out: address of the output.
+            out_dtype: its type.
             n_threads: threads to use at most, the caller's included.
 
         Raises:
             KernelError: a size, type or address that cannot be used.
             MemoryError: scratch memory could not be allocated.
         """
-        pairs = _Pairs(n_groups, group_sizes, pair_rows, pair_positions or None, pair_weights)
+        pairs = _Pairs(n_groups, group_sizes, pair_rows, pair_positions or None, pair_weights, rows)
         self.check(
             self._lib.fk_experts(
                 *(first, down, ctypes.byref(to_gating_struct(gating)), ctypes.byref(pairs)),
                 *(x, x_dtype, hidden_size, rows, is_reduced),
-                *(out, x_dtype, hidden_size),
+                *(out, out_dtype, hidden_size),
                 n_threads,
             )
         )

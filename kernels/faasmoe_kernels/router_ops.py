@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from enum import IntEnum
 
 from faasmoe_kernels.library import KernelDtype, KernelLibrary, Matrix, MatrixStruct, to_struct
@@ -106,6 +107,12 @@ class Layer(ctypes.Structure):
     )
 
 
+class Head(ctypes.Structure):
+    """The last norm and the LM head (`fk_head`)."""
+
+    _fields_ = (("norm", Norm), ("weight", MatrixStruct), ("scale", _f32))
+
+
 _ROWS = (_pointer, _i64, _i64, _i64, _i64, _pointer, _pointer, _pointer)
 ComputeExperts = ctypes.CFUNCTYPE(_i32, *_ROWS, _pointer)
 """context, layer, rows, hidden size, k, addresses of hidden, index, weight and output; a status."""
@@ -129,8 +136,46 @@ class _Step(ctypes.Structure):
         ("sines", _pointer),
         ("first_layer", _i64),
         ("n_layers", _i64),
+        ("n_scores", _i64),
+        *((name, _pointer) for name in ("score_rows", "scores", "peaks", "tokens")),
         ("n_threads", _i32),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ScorePlaces:
+    """Which rows' scores a program computes, and where to.
+
+    Attributes:
+        n_rows: number of rows N.
+        rows: address of the rows, int32 [N].
+        scores: address of the scores, float32 [N, V].
+        peaks: address of the highest score of each, NaN if one is, float32 [N].
+        tokens: address of the first index of that score, int32 [N].
+    """
+
+    n_rows: int
+    rows: int
+    scores: int
+    peaks: int
+    tokens: int
+
+
+class HighestScores:
+    """Finds the highest score of each row.
+
+    Args:
+        library: the kernel library.
+    """
+
+    def __init__(self, library: KernelLibrary) -> None:
+        self._check = library.check
+        arguments = (_pointer, _i64, _i64, _pointer, _pointer)
+        self._run = library.function("fk_highest_scores", arguments)
+
+    def __call__(self, scores: int, rows: int, vocabulary: int, *, peaks: int, tokens: int) -> None:
+        """Find them; arguments are described by ScorePlaces."""
+        self._check(self._run(scores, rows, vocabulary, peaks, tokens))
 
 
 class PreparedLinear:
@@ -232,6 +277,7 @@ class LayerProgram:
         begin: address of a native function that starts the experts of a layer; None for none.
         finish: address of the native function that ends them.
         context: first argument of both.
+        head: the last norm and the LM head; None for a program that computes no scores.
 
     Raises:
         KernelError: layers that cannot be run.
@@ -247,17 +293,20 @@ class LayerProgram:
         begin: int | None = None,
         finish: int | None = None,
         context: int | None = None,
+        head: Head | None = None,
     ) -> None:
         self._check = library.check
         self._compute = ComputeExperts(compute)  # kept alive as long as the program
-        create = library.function("fk_program_create", (_i64, _i64, _pointer, _pointer), _pointer)
+        arguments = (_i64, _i64, _pointer, _pointer, _pointer)
+        create = library.function("fk_program_create", arguments, _pointer)
         self._run = library.function("fk_program_run", (_pointer, _pointer))
         self._overlap = library.function("fk_program_overlap", (_pointer,))
         self._free = library.function("fk_program_free", (_pointer,), None)
         table = (Layer * len(layers))(*layers)
         port = _ExpertsPort(context, begin, finish, None, self._compute)
         self._program: int | None = create(
-            hidden_size, len(layers), ctypes.addressof(table), ctypes.addressof(port)
+            *(hidden_size, len(layers), ctypes.addressof(table), ctypes.addressof(port)),
+            None if head is None else ctypes.addressof(head),
         )
         if self._program is None:
             self._check(-1)
@@ -278,6 +327,7 @@ class LayerProgram:
         n_threads: int,
         first_layer: int = 0,
         n_layers: int | None = None,
+        scores: ScorePlaces | None = None,
     ) -> None:
         """Run layers on a batch.
 
@@ -289,6 +339,7 @@ class LayerProgram:
             n_threads: threads to use at most, the caller's included.
             first_layer: the first layer to run.
             n_layers: how many to run; None for all from there.
+            scores: which rows' scores to compute afterwards; None for none.
 
         Raises:
             KernelError: an argument that cannot be used, or experts that were not computed.
@@ -300,6 +351,7 @@ class LayerProgram:
             *(rows, hidden, len(groups), ctypes.addressof(group_table), len(angles)),
             *(ctypes.addressof(cosines), ctypes.addressof(sines), first_layer),
             self.n_layers - first_layer if n_layers is None else n_layers,
+            *((0, None, None, None, None) if scores is None else astuple(scores)),
             n_threads,
         )
         self._check(self._run(self._program, ctypes.addressof(step)))

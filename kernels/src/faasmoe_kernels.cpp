@@ -124,6 +124,8 @@ int32_t check_pairs(const fk_pairs &p, int64_t rows, bool is_reduced) {
   if (int32_t e = check_pointer("pairs.", "weights", p.weights)) return e;
   if (!is_reduced)
     if (int32_t e = check_pointer("pairs.", "positions", p.positions)) return e;
+  if (is_reduced && p.positions)
+    if (int32_t e = check_size("pairs.", "n_out", p.n_out)) return e;
   int64_t n = 0;
   for (int64_t g = 0; g < p.n_groups; ++g) {
     if (int32_t e = check_size("pairs.", "group_sizes", p.group_sizes[g])) return e;
@@ -132,9 +134,10 @@ int32_t check_pairs(const fk_pairs &p, int64_t rows, bool is_reduced) {
   for (int64_t i = 0; i < n; ++i) {
     if (p.rows[i] < 0 || p.rows[i] >= rows)
       return reject("pairs.rows: got %lld, expected 0 to %lld", (long long)p.rows[i], (long long)rows - 1);
-    if (!is_reduced && (p.positions[i] < 0 || p.positions[i] >= n))
+    int64_t n_out = is_reduced ? p.n_out : n;
+    if (p.positions && (p.positions[i] < 0 || p.positions[i] >= n_out))
       return reject("pairs.positions: got %lld, expected 0 to %lld", (long long)p.positions[i],
-                    (long long)n - 1);
+                    (long long)n_out - 1);
   }
   return 0;
 }

@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 // Raised whenever a structure or the meaning of an argument changes.
-#define FK_ABI_VERSION 5
+#define FK_ABI_VERSION 6
 
 enum fk_dtype { FK_FLOAT32 = 0, FK_BFLOAT16 = 1, FK_FLOAT16 = 2 };
 
@@ -109,15 +109,17 @@ typedef struct fk_pairs {
   int64_t n_groups;
   const int64_t *group_sizes;  // pairs of each group
   const int64_t *rows;         // input row of each pair
-  const int64_t *positions;    // output row of each pair; read in unreduced mode only
+  const int64_t *positions;    // output row of each pair; NULL in reduced mode: its input row
   const float *weights;        // routing weight of each pair
+  int64_t n_out;               // output rows in reduced mode with positions; else not read
 } fk_pairs;
 
 // The experts of a block, one matrix of `first` and `down` per group of pairs: `first[g]` is the
 // gate-up (or up) projection [2i or i, h] of the group's expert, `down[g]` its down projection [h, i].
 //
-// Reduced: out[rows, h] is the sum of each row's pairs, weighted, in float32, in the order of the
-// groups, rounded once. Unreduced: out[positions, h] is each pair's weighted output.
+// Reduced: out[rows, h], or out[n_out, h] with positions, is the sum of the pairs of each output row,
+// weighted, in float32, in the order of the groups, rounded once. Unreduced: out[positions, h] is each
+// pair's weighted output.
 int32_t fk_experts(const fk_matrix *first, const fk_matrix *down, const fk_gating *gating,
                    const fk_pairs *pairs, const void *x, int32_t x_dtype, int64_t x_stride,
                    int64_t rows, int32_t is_reduced, void *out, int32_t out_dtype,

@@ -11,7 +11,7 @@ namespace fk {
 namespace {
 
 constexpr uint32_t kMagic = 0x454f4d46;  // "FMOE"
-constexpr uint8_t kVersion = 2;
+constexpr uint8_t kVersion = 3;
 
 template <class T>
 T read(const uint8_t *bytes) {
@@ -93,7 +93,8 @@ const char *decode_header(const uint8_t *fields, int64_t size_bytes, uint8_t kin
   int64_t payload_bytes = read<uint32_t>(fields + 24);
   if (n_vectors * Wide(row_bytes) + Wide(header->pairs_bytes()) != Wide(payload_bytes)) return "payload_bytes";
   int64_t limit = header->mode == kUnreduced ? kMaxFrameBytes - kFrameHeaderBytes : kMaxPairsBytes;
-  if (int64_t(header->n_pairs) > limit / row_bytes) return "n_pairs";
+  bool gathers = kind == kRequest || header->mode == kUnreduced;  // a row per pair
+  if (gathers && int64_t(header->n_pairs) > limit / row_bytes) return "n_pairs";
   return size_bytes == kFrameHeaderBytes + payload_bytes ? nullptr : "frame";
 }
 
@@ -117,6 +118,13 @@ const char *check_pairs(const FrameRequest &request) {
 FrameHeader response_header(const FrameHeader &request) {
   FrameHeader header = request;
   header.kind = kResponse;
+  if (header.mode == kReduced) header.dtype = kFloat32;
+  return header;
+}
+
+FrameHeader response_header(const FrameHeader &request, int64_t n_vectors) {
+  FrameHeader header = response_header(request);
+  header.n_rows = uint32_t(n_vectors);
   return header;
 }
 
@@ -159,8 +167,7 @@ const char *decode_request(const uint8_t *frame, int64_t size_bytes, FrameReques
   return check_pairs(*request);
 }
 
-const char *check_response(const uint8_t *frame, int64_t size_bytes, const FrameHeader &request) {
-  FrameHeader expected = response_header(request);
+const char *check_response(const uint8_t *frame, int64_t size_bytes, const FrameHeader &expected) {
   if (size_bytes != expected.frame_bytes()) return "frame";
   uint8_t fields[kFrameHeaderBytes], wanted[kFrameHeaderBytes];
   std::memcpy(fields, frame, sizeof fields);
@@ -193,7 +200,7 @@ __attribute__((visibility("default"))) const char *fk_check_response_frame(const
                                                                            int64_t request_bytes) {
   fk::FrameRequest request;
   if (const char *field = fk::decode_request(request_frame, request_bytes, &request)) return field;
-  return fk::check_response(frame, size_bytes, request.header);
+  return fk::check_response(frame, size_bytes, fk::response_header(request.header));
 }
 
 }  // extern "C"

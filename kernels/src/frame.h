@@ -51,10 +51,14 @@ void write_checksum(uint8_t *frame, const FrameHeader &header);
 // checked to be non-negative.
 const char *decode_request(const uint8_t *frame, int64_t size_bytes, FrameRequest *request);
 
-// Checks the response frame to `request`, with the rows' sum; returns the invalid field, or nullptr.
-const char *check_response(const uint8_t *frame, int64_t size_bytes, const FrameHeader &request);
+// Checks a response frame that must have the header `expected`, with the rows' sum; returns the invalid
+// field, or nullptr.
+const char *check_response(const uint8_t *frame, int64_t size_bytes, const FrameHeader &expected);
 
+// The header of the response to a request of one function; sums are float32.
 FrameHeader response_header(const FrameHeader &request);
+// The same of a request of several functions: the sums of each, `n_vectors` rows in all.
+FrameHeader response_header(const FrameHeader &request, int64_t n_vectors);
 
 }  // namespace fk
 #endif

@@ -64,16 +64,30 @@ std::shared_ptr<FunctionWeights> copy_function(const char *id, const fk_function
   return function;
 }
 
-ComputeResult compute_reduced(const LayerWeights *const *parts, int n_parts, int64_t n_rows, int64_t n_pairs,
-                              const int32_t *pair_row, const int32_t *pair_expert, const float *pair_weight,
-                              const void *rows, void *out, int32_t n_threads, ComputeScratch *s) {
+int64_t place_sums(const LayerWeights *const *parts, int n_parts, const CallPairs &pairs, ComputeScratch *s) {
+  int64_t n_sums = 0;
+  s->part_of.assign(size_t(pairs.n_pairs), -1);
+  s->positions.resize(size_t(pairs.n_pairs));
+  for (int part = 0; part < n_parts; ++part) {
+    int32_t last_row = -1;
+    for (int64_t i = 0; i < pairs.n_pairs; ++i) {
+      if (s->part_of[size_t(i)] >= 0 || !parts[part]->has_expert(pairs.expert[i])) continue;
+      s->part_of[size_t(i)] = part;
+      if (pairs.row[i] != last_row) ++n_sums;
+      last_row = pairs.row[i];
+      s->positions[size_t(i)] = n_sums - 1;
+    }
+  }
+  bool is_complete = std::none_of(s->part_of.begin(), s->part_of.end(), [](int32_t part) { return part < 0; });
+  return is_complete ? n_sums : -1;
+}
+
+ComputeResult compute_sums(const LayerWeights *const *parts, int n_parts, const CallPairs &pairs, int64_t n_sums,
+                           const void *rows, float *out, int32_t n_threads, ComputeScratch *s) {
   int64_t n_experts = 0;
   for (int i = 0; i < n_parts; ++i) n_experts = std::max(n_experts, int64_t(parts[i]->first.size()));
   s->counts.assign(size_t(n_experts) + 1, 0);
-  for (int64_t i = 0; i < n_pairs; ++i) {
-    if (pair_expert[i] >= n_experts) return kNoSuchExpert;
-    ++s->counts[size_t(pair_expert[i]) + 1];
-  }
+  for (int64_t i = 0; i < pairs.n_pairs; ++i) ++s->counts[size_t(pairs.expert[i]) + 1];
   s->sizes.clear();
   s->first.clear();
   s->down.clear();
@@ -83,25 +97,25 @@ ComputeResult compute_reduced(const LayerWeights *const *parts, int n_parts, int
     s->counts[size_t(e) + 1] += s->counts[size_t(e)];
     if (!count) continue;
     if (limit && count > limit) return kTooManyRows;
-    const LayerWeights *part = nullptr;
-    for (int i = 0; i < n_parts && !part; ++i)
-      if (parts[i]->has_expert(e)) part = parts[i];
-    if (!part) return kNoSuchExpert;
+    int part = 0;
+    while (!parts[part]->has_expert(e)) ++part;  // one has it: the sums were placed
     s->sizes.push_back(count);
-    s->first.push_back(part->first[size_t(e)]);
-    s->down.push_back(part->down[size_t(e)]);
+    s->first.push_back(parts[part]->first[size_t(e)]);
+    s->down.push_back(parts[part]->down[size_t(e)]);
   }
-  s->rows.resize(size_t(n_pairs));
-  s->weights.resize(size_t(n_pairs));
-  for (int64_t i = 0; i < n_pairs; ++i) {
-    size_t position = size_t(s->counts[size_t(pair_expert[i])]++);
-    s->rows[position] = pair_row[i];
-    s->weights[position] = pair_weight[i];
+  s->rows.resize(size_t(pairs.n_pairs));
+  s->to.resize(size_t(pairs.n_pairs));
+  s->weights.resize(size_t(pairs.n_pairs));
+  for (int64_t i = 0; i < pairs.n_pairs; ++i) {
+    size_t place = size_t(s->counts[size_t(pairs.expert[i])]++);
+    s->rows[place] = pairs.row[i];
+    s->to[place] = s->positions[size_t(i)];
+    s->weights[place] = pairs.weight[i];
   }
-  fk_pairs pairs{int64_t(s->sizes.size()), s->sizes.data(), s->rows.data(), nullptr, s->weights.data()};
+  fk_pairs sorted{int64_t(s->sizes.size()), s->sizes.data(), s->rows.data(), s->to.data(), s->weights.data(), n_sums};
   const LayerWeights &layer = *parts[0];
-  int32_t status = fk_experts(s->first.data(), s->down.data(), &layer.gating, &pairs, rows, layer.dtype,
-                              layer.hidden_size, n_rows, 1, out, layer.dtype, layer.hidden_size, n_threads);
+  int32_t status = fk_experts(s->first.data(), s->down.data(), &layer.gating, &sorted, rows, layer.dtype,
+                              layer.hidden_size, pairs.n_rows, 1, out, FK_FLOAT32, layer.hidden_size, n_threads);
   return status ? kComputeFailed : kComputed;
 }
 

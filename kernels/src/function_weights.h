@@ -82,19 +82,29 @@ std::shared_ptr<FunctionWeights> copy_function(const char *id, const fk_function
 
 // Scratch memory of `compute_reduced`, reused from one call to the next.
 struct ComputeScratch {
-  std::vector<int64_t> counts, sizes, rows;
-  std::vector<int32_t> order;
+  std::vector<int64_t> counts, sizes, rows, to;
+  std::vector<int32_t> part_of;     // of each pair
+  std::vector<int64_t> positions;   // of each pair's sum
   std::vector<float> weights;
   std::vector<fk_matrix> first, down;
 };
 
-enum ComputeResult { kComputed, kNoSuchExpert, kTooManyRows, kComputeFailed };
+enum ComputeResult { kComputed, kTooManyRows, kComputeFailed };
 
-// The weighted sum over each row's pairs: out [n_rows, hidden_size] in the layer's dtype. The
-// experts of `parts` together hold those of the pairs.
-ComputeResult compute_reduced(const LayerWeights *const *parts, int n_parts, int64_t n_rows, int64_t n_pairs,
-                              const int32_t *pair_row, const int32_t *pair_expert, const float *pair_weight,
-                              const void *rows, void *out, int32_t n_threads, ComputeScratch *scratch);
+// The pairs of a call, rows ascending.
+struct CallPairs {
+  int64_t n_rows, n_pairs;
+  const int32_t *row, *expert;
+  const float *weight;
+};
+
+// Finds out where sums go: function after function, the rows that have pairs of it. Returns how many
+// sums that are, or -1 if none of `parts` has one of the experts.
+int64_t place_sums(const LayerWeights *const *parts, int n_parts, const CallPairs &pairs, ComputeScratch *scratch);
+
+// The weighted sums of each function, as placed: out [n_sums, hidden_size].
+ComputeResult compute_sums(const LayerWeights *const *parts, int n_parts, const CallPairs &pairs, int64_t n_sums,
+                           const void *rows, float *out, int32_t n_threads, ComputeScratch *scratch);
 
 }  // namespace fk
 #endif

@@ -234,9 +234,10 @@ struct ExpertsCall {
   }
 };
 
-// Writes a wave's outputs, or adds them to total[rows, h]; in parallel over columns.
+// Writes a wave's outputs, or adds them to rows of total[.., h]; in parallel over columns.
 static void collect(const fk_pairs &pairs, int64_t begin, int64_t n, const float *output, int64_t h, float *total,
                     void *out, int32_t out_dtype, int64_t out_stride, int32_t n_threads) {
+  const int64_t *to_rows = pairs.positions ? pairs.positions : pairs.rows;
   int64_t chunk = n * h < 64 << 10 ? h : aligned((h + n_threads - 1) / n_threads);
   fk::parallel((h + chunk - 1) / chunk, n_threads, [&](int64_t i) {
     int64_t c0 = i * chunk, count = std::min(chunk, h - c0);
@@ -245,11 +246,11 @@ static void collect(const fk_pairs &pairs, int64_t begin, int64_t n, const float
       float weight = pairs.weights[begin + p];
       const float *from = output + p * h + c0;
       if (total) {
-        float *sum = total + pairs.rows[begin + p] * h + c0;
+        float *sum = total + to_rows[begin + p] * h + c0;
         for (int64_t c = 0; c < count; ++c) sum[c] += from[c] * weight;
         continue;
       }
-      uint8_t *to = (uint8_t *)out + (pairs.positions[begin + p] * out_stride + c0) * dtype_bytes(out_dtype);
+      uint8_t *to = (uint8_t *)out + (to_rows[begin + p] * out_stride + c0) * dtype_bytes(out_dtype);
       for (int64_t c = 0; c < count; c += 256) {
         int64_t some = std::min<int64_t>(256, count - c);
         for (int64_t j = 0; j < some; ++j) scaled[j] = from[c + j] * weight;
@@ -264,11 +265,13 @@ static int32_t experts(const fk_matrix *first, const fk_matrix *down, const fk_g
                        int64_t rows, bool is_reduced, void *out, int32_t out_dtype,
                        int64_t out_stride, int32_t n_threads) {
   fk::Call threads(n_threads);
-  int64_t h = down[0].n;
+  int64_t h = down[0].n, n_out = pairs.positions ? pairs.n_out : rows;
   std::unique_ptr<int64_t[]> starts(new (std::nothrow) int64_t[pairs.n_groups + 1]);
-  Floats total;
-  if (!starts || (is_reduced && !allocate(total, rows * h))) return FK_E_MEMORY;
-  if (is_reduced) std::memset(total.get(), 0, rows * h * sizeof(float));
+  Floats sums;
+  bool is_direct = out_dtype == FK_FLOAT32 && out_stride == h;
+  if (!starts || (is_reduced && !is_direct && !allocate(sums, n_out * h))) return FK_E_MEMORY;
+  float *total = !is_reduced ? nullptr : is_direct ? (float *)out : sums.get();
+  if (total) std::memset(total, 0, n_out * h * sizeof(float));
   ExpertsCall call{first, down, gating, pairs, x, x_dtype, x_stride, rows, n_threads, {}, -1, {}, {}, {}};
   for (int64_t g = 0, begin = 0; g < pairs.n_groups;) {
     Wave wave{g, 0, starts.get()};
@@ -281,11 +284,11 @@ static int32_t experts(const fk_matrix *first, const fk_matrix *down, const fk_g
       ++wave.n_groups;
     }
     if (int32_t status = call.compute(wave, begin)) return status;
-    collect(pairs, begin, wave.n_pairs(), call.output.get(), h, total.get(), out, out_dtype, out_stride, n_threads);
+    collect(pairs, begin, wave.n_pairs(), call.output.get(), h, total, out, out_dtype, out_stride, n_threads);
     begin += wave.n_pairs();
   }
-  if (is_reduced)
-    for (int64_t r = 0; r < rows; ++r)
-      from_floats(total.get() + r * h, h, (uint8_t *)out + r * out_stride * dtype_bytes(out_dtype), out_dtype);
+  if (sums)
+    for (int64_t r = 0; r < n_out; ++r)
+      from_floats(total + r * h, h, (uint8_t *)out + r * out_stride * dtype_bytes(out_dtype), out_dtype);
   return 0;
 }

@@ -9,4 +9,5 @@
 #include "isa_table.h"
 
 const fk::Isa fk_isa_avx2 = {"avx2", fk_avx2::linear, fk_avx2::experts};
-const fk::RouterOps fk_router_ops_avx2 = {fk_avx2::attend, fk_avx2::normalize, fk_avx2::gate, fk_avx2::add_scaled, fk_avx2::multiply};
+const fk::RouterOps fk_router_ops_avx2 = {fk_avx2::attend, fk_avx2::normalize, fk_avx2::gate, fk_avx2::add_scaled,
+    fk_avx2::multiply, fk_avx2::find_highest};

@@ -10,4 +10,5 @@
 #include "isa_table.h"
 
 const fk::Isa fk_isa_avx512_bf16 = {"avx512_bf16", fk_avx512_bf16::linear, fk_avx512_bf16::experts};
-const fk::RouterOps fk_router_ops_avx512_bf16 = {fk_avx512_bf16::attend, fk_avx512_bf16::normalize, fk_avx512_bf16::gate, fk_avx512_bf16::add_scaled, fk_avx512_bf16::multiply};
+const fk::RouterOps fk_router_ops_avx512_bf16 = {fk_avx512_bf16::attend, fk_avx512_bf16::normalize, fk_avx512_bf16::gate, fk_avx512_bf16::add_scaled,
+    fk_avx512_bf16::multiply, fk_avx512_bf16::find_highest};

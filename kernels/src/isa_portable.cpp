@@ -9,4 +9,5 @@
 #include "isa_table.h"
 
 const fk::Isa fk_isa_portable = {"portable", fk_portable::linear, fk_portable::experts};
-const fk::RouterOps fk_router_ops_portable = {fk_portable::attend, fk_portable::normalize, fk_portable::gate, fk_portable::add_scaled, fk_portable::multiply};
+const fk::RouterOps fk_router_ops_portable = {fk_portable::attend, fk_portable::normalize, fk_portable::gate, fk_portable::add_scaled,
+    fk_portable::multiply, fk_portable::find_highest};

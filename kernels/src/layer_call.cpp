@@ -120,11 +120,20 @@ struct Part {
   std::vector<int32_t> rows;       // of the batch, ascending
   std::vector<int32_t> pair_row, pair_expert;
   std::vector<float> pair_weight;
-  std::vector<uint8_t> input, output;  // of this process only, in the store's dtype
+  int64_t n_sums = 0, n_added = 0;  // of its functions: one for each of their rows
+  std::vector<uint8_t> input;       // of this process only, in the store's dtype
+  std::vector<float> output;        // of this process only: the sums
+
+  FrameHeader answer() const { return response_header(header, n_sums); }
+  const float *sums() const {
+    if (!mailbox) return output.data();
+    return reinterpret_cast<const float *>(mailbox->memory.response(slot) + kFrameHeaderBytes);
+  }
 
   void reset() {
     mailbox.reset();
     is_sent = false;
+    n_sums = n_added = 0;
     positions.clear();
     rows.clear();
     pair_row.clear();
@@ -169,26 +178,8 @@ void copy_row(const uint8_t *from, int32_t from_dtype, uint8_t *to, int32_t to_d
   }
 }
 
-void add_row(float *total, const uint8_t *row, int32_t dtype, int64_t n) {
-  if (dtype == FK_BFLOAT16) {
-    for (int64_t i = 0; i < n; ++i) {
-      uint16_t bits;
-      std::memcpy(&bits, row + 2 * i, 2);
-      total[i] += from_bfloat16(bits);
-    }
-  } else if (dtype == FK_FLOAT16) {
-    for (int64_t i = 0; i < n; ++i) {
-      uint16_t bits;
-      std::memcpy(&bits, row + 2 * i, 2);
-      total[i] += from_float16(bits);
-    }
-  } else {
-    for (int64_t i = 0; i < n; ++i) {
-      float value;
-      std::memcpy(&value, row + 4 * i, 4);
-      total[i] += value;
-    }
-  }
+void add_row(float *total, const float *row, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) total[i] += row[i];
 }
 
 bool is_finite(const float *values, int64_t n) {
@@ -230,7 +221,9 @@ struct fk_calls {
   size_t n_parts = 0;
   std::vector<int32_t> part_of;      // by position in the layer's routes
   std::vector<int32_t> last_row;     // by position
-  std::vector<int64_t> n_pairs_of, n_rows_of;
+  std::vector<int64_t> n_pairs_of, n_rows_of;  // by position
+  std::vector<int64_t> rows_end;     // by position, in rows_of
+  std::vector<int32_t> rows_of;      // of the batch, ascending, position after position
   std::vector<int32_t> n_rows_of_expert;
   std::vector<float> total;
   ComputeScratch scratch;
@@ -370,7 +363,7 @@ bool fk_calls::reserve_slots() {
       if (parts[j].mailbox == part.mailbox) return false;
     const Mailbox &memory = part.mailbox->memory;
     if (part.header.frame_bytes() > int64_t(memory.request_bytes) ||
-        response_header(part.header).frame_bytes() > int64_t(memory.response_bytes) ||
+        part.answer().frame_bytes() > int64_t(memory.response_bytes) ||
         int64_t(part.header.n_pairs) * part.header.row_bytes() > kMaxPairsBytes)
       return false;
   }
@@ -379,11 +372,22 @@ bool fk_calls::reserve_slots() {
 
 void fk_calls::collect_pairs(const LayerRoutes &routes, int64_t rows, int64_t k, const int64_t *index,
                              const float *weight) {
-  int64_t n_experts = int64_t(routes.function_of.size());
+  int64_t n_experts = int64_t(routes.function_of.size()), n_sums = 0;
+  rows_end.resize(n_rows_of.size());
+  for (size_t position = 0; position < n_rows_of.size(); ++position) {
+    rows_end[position] = n_sums;  // where its rows begin, until they are there
+    n_sums += n_rows_of[position];
+    if (n_rows_of[position]) parts[size_t(part_of[position])].n_sums += n_rows_of[position];
+  }
+  rows_of.resize(size_t(n_sums));
+  last_row.assign(n_rows_of.size(), -1);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t j = r * k; j < (r + 1) * k; ++j) {
       if (index[j] < 0 || index[j] >= n_experts) continue;
-      Part &part = parts[size_t(part_of[size_t(routes.function_of[size_t(index[j])])])];
+      size_t position = size_t(routes.function_of[size_t(index[j])]);
+      if (last_row[position] != int32_t(r)) rows_of[size_t(rows_end[position]++)] = int32_t(r);
+      last_row[position] = int32_t(r);
+      Part &part = parts[size_t(part_of[position])];
       if (part.rows.empty() || part.rows.back() != int32_t(r)) part.rows.push_back(int32_t(r));
       part.pair_row.push_back(int32_t(part.rows.size()) - 1);
       part.pair_expert.push_back(int32_t(index[j]));
@@ -408,7 +412,7 @@ void fk_calls::encode(Part *part, const LayerRoutes &routes, const uint8_t *hidd
     rows = frame + kFrameHeaderBytes + 3 * size;
   } else {
     part->input.resize(size_t(row_bytes) * part->rows.size());
-    part->output.resize(part->input.size());
+    part->output.resize(size_t(part->n_sums * hidden_size));
     rows = part->input.data();
   }
   for (int32_t row : part->rows) {
@@ -566,10 +570,12 @@ bool fk_calls::compute_local(Part *part) {
     weights.push_back(found);
   }
   bool is_busy = n_parts > 1;  // functions of this machine compute beside this one
-  ComputeResult result = compute_reduced(
-      weights.data(), int(weights.size()), int64_t(part->rows.size()), int64_t(part->pair_row.size()),
-      part->pair_row.data(), part->pair_expert.data(), part->pair_weight.data(), part->input.data(),
-      part->output.data(), is_busy ? 1 : std::max(1, now.n_threads), &scratch);
+  CallPairs pairs{int64_t(part->rows.size()), int64_t(part->pair_row.size()), part->pair_row.data(),
+                  part->pair_expert.data(), part->pair_weight.data()};
+  int n_weights = int(weights.size());
+  if (place_sums(weights.data(), n_weights, pairs, &scratch) != part->n_sums) return false;
+  ComputeResult result = compute_sums(weights.data(), n_weights, pairs, part->n_sums, part->input.data(),
+                                      part->output.data(), is_busy ? 1 : std::max(1, now.n_threads), &scratch);
   if (result != kComputed) return false;
   return std::none_of(weights.begin(), weights.end(), [](const LayerWeights *w) { return w->is_changed(); });
 }
@@ -611,7 +617,7 @@ fk_call_end fk_calls::verify(const Part &part, uint32_t *status, char *detail) {
   if (*status > kFailed) return broken("status");
   if (*status != kOk) return FK_CALL_DECLINED;
   if (size > part.mailbox->memory.response_bytes) return broken("response_bytes");
-  const char *field = check_response(part.mailbox->memory.response(part.slot), size, part.header);
+  const char *field = check_response(part.mailbox->memory.response(part.slot), size, part.answer());
   return field ? broken(field) : FK_CALL_OK;
 }
 
@@ -622,7 +628,7 @@ void fk_calls::record(const Part &part, fk_call_end end, uint32_t status, const 
   std::lock_guard<std::mutex> lock(mutex);
   ++totals.calls;
   totals.sent_bytes += part.header.frame_bytes();
-  if (end == FK_CALL_OK) totals.received_bytes += response_header(part.header).frame_bytes();
+  if (end == FK_CALL_OK) totals.received_bytes += part.answer().frame_bytes();
   events.push_back(event);
   if (events.size() > kMaxEvents) events.pop_front();
 }
@@ -667,14 +673,14 @@ int32_t fk_calls::finish(int64_t l, uint8_t *out, int32_t dtype) {
     total.assign(size_t(size), 0.0f);
     sum = total.data();
   }
-  for (size_t i = 0; i < n_parts; ++i) {  // in the order of their first functions, whatever came first
-    const Part &part = parts[i];
-    const uint8_t *rows =
-        part.mailbox ? part.mailbox->memory.response(part.slot) + kFrameHeaderBytes : part.output.data();
-    for (int32_t row : part.rows) {
-      add_row(sum + row * hidden_size, rows, now.store_dtype, hidden_size);
-      rows += part.header.row_bytes();
-    }
+  for (size_t position = 0; position < n_rows_of.size(); ++position) {  // wherever each was computed
+    int64_t count = n_rows_of[position];
+    if (!count) continue;
+    Part &part = parts[size_t(part_of[position])];
+    const float *from = part.sums() + part.n_added * hidden_size;
+    const int32_t *rows = rows_of.data() + rows_end[position] - count;
+    for (int64_t i = 0; i < count; ++i) add_row(sum + rows[i] * hidden_size, from + i * hidden_size, hidden_size);
+    part.n_added += count;
   }
   if (!is_finite(sum, size)) return general();
   if (dtype != FK_FLOAT32)

@@ -167,6 +167,30 @@ int32_t check_layer(const fk_layer &l, int64_t hidden_size) {
   return 0;
 }
 
+int32_t check_head(const fk_head &h, int64_t hidden_size) {
+  if (int32_t e = check_matrix("head.weight.", h.weight)) return e;
+  if (h.weight.k != hidden_size)
+    return reject_argument("head.weight.k: got %lld, expected %lld", (long long)h.weight.k, (long long)hidden_size);
+  if (!h.norm.weight || h.norm.width != hidden_size)
+    return reject_argument("head.norm: expected the width %lld", (long long)hidden_size);
+  return 0;
+}
+
+int32_t check_scores(const fk_head &h, const fk_step &s) {
+  if (s.n_scores < 0) return reject_argument("step.n_scores: got %lld, expected 0 or more", (long long)s.n_scores);
+  if (s.n_scores && (!h.weight.codes || !s.score_rows || !s.scores || !s.peaks || !s.tokens))
+    return reject_argument("step.n_scores: got %lld without a head or places, expected 0", (long long)s.n_scores);
+  for (int64_t i = 0; i < s.n_scores; ++i)
+    if (s.score_rows[i] < 0 || s.score_rows[i] >= s.rows)
+      return reject_argument("step.score_rows: got %d, expected 0 to %lld", s.score_rows[i], (long long)s.rows - 1);
+  return 0;
+}
+
+void find_highest_scores(const float *scores, int64_t rows, int64_t vocabulary, float *peaks, int32_t *tokens) {
+  for (int64_t r = 0; r < rows; ++r)
+    router_ops().find_highest(scores + r * vocabulary, vocabulary, peaks + r, tokens + r);
+}
+
 }  // namespace
 }  // namespace fk
 
@@ -174,6 +198,7 @@ struct fk_program {
   int64_t hidden_size;
   std::vector<fk_layer> layers;
   fk_experts_port port;
+  fk_head head;
   fk::Buffers b;
   const fk::RouterOps *ops = nullptr;
   // The layer whose experts are being computed.
@@ -189,6 +214,22 @@ struct fk_program {
       if (int32_t e = attention(layer, step)) return e;
       if (int32_t e = feed_forward(layer, step)) return e;
     }
+    return step.n_scores ? score(step) : 0;
+  }
+
+  // The scores of some rows, and the highest of each.
+  int32_t score(const fk_step &step) {
+    int64_t n = step.n_scores, vocabulary = head.weight.n;
+    b.normed.resize(n * hidden_size);
+    for (int64_t i = 0; i < n; ++i)
+      ops->normalize(head.norm, step.hidden + step.score_rows[i] * hidden_size, hidden_size, 1,
+                     b.normed.data() + i * hidden_size, hidden_size);
+    const fk_matrix *weight = &head.weight;
+    float *scores = step.scores;
+    if (int32_t e = ops->multiply(&weight, &scores, 1, b.normed.data(), n, n_threads)) return e;
+    if (head.scale != 1.0f)
+      for (int64_t i = 0; i < n * vocabulary; ++i) scores[i] *= head.scale;
+    fk::find_highest_scores(scores, n, vocabulary, step.peaks, step.tokens);
     return 0;
   }
 
@@ -297,15 +338,17 @@ struct fk_program {
 extern "C" {
 
 FK_EXPORT fk_program *fk_program_create(int64_t hidden_size, int64_t n_layers, const fk_layer *layers,
-                                        const fk_experts_port *port) {
+                                        const fk_experts_port *port, const fk_head *head) {
   if (hidden_size < 1 || n_layers < 1 || !layers || !port || !port->compute) {
     fk::reject_argument("program: got no layers, port or compute, expected at least one layer");
     return nullptr;
   }
   for (int64_t i = 0; i < n_layers; ++i)
     if (fk::check_layer(layers[i], hidden_size)) return nullptr;
+  if (head && fk::check_head(*head, hidden_size)) return nullptr;
   try {
-    return new fk_program{hidden_size, std::vector<fk_layer>(layers, layers + n_layers), *port, {}};
+    return new fk_program{hidden_size, std::vector<fk_layer>(layers, layers + n_layers), *port,
+                          head ? *head : fk_head{}, {}};
   } catch (const std::bad_alloc &) {
     fk::reject_argument("program: out of memory");
     return nullptr;
@@ -321,6 +364,7 @@ FK_EXPORT int32_t fk_program_run(fk_program *program, const fk_step *step) {
       step->first_layer + step->n_layers > int64_t(program->layers.size()))
     return fk::reject_argument("step.n_layers: got layers %lld to %lld, expected up to %lld", (long long)step->first_layer,
                                (long long)(step->first_layer + step->n_layers), (long long)program->layers.size());
+  if (int32_t e = fk::check_scores(program->head, *step)) return e;
   for (int64_t i = 0; i < step->n_layers; ++i) {
     const fk_layer &l = program->layers[step->first_layer + i];
     if (l.attention_group < 0 || l.attention_group >= step->n_groups)
@@ -339,6 +383,15 @@ FK_EXPORT int32_t fk_program_run(fk_program *program, const fk_step *step) {
   } catch (const std::bad_alloc &) {
     return FK_E_MEMORY;
   }
+}
+
+FK_EXPORT int32_t fk_highest_scores(const float *scores, int64_t rows, int64_t vocabulary, float *peaks,
+                                    int32_t *tokens) {
+  if (!scores || !peaks || !tokens || rows < 0 || vocabulary < 1 || vocabulary > INT32_MAX)
+    return fk::reject_argument("scores: got %lld rows of %lld, expected addresses and at least one score",
+                               (long long)rows, (long long)vocabulary);
+  fk::find_highest_scores(scores, rows, vocabulary, peaks, tokens);
+  return 0;
 }
 
 FK_EXPORT int32_t fk_program_overlap(fk_program *program) { return program->overlap(); }

@@ -11,7 +11,7 @@
 namespace fk {
 
 constexpr uint32_t kMailboxMagic = 0x58424d46;  // "FMBX"
-constexpr uint32_t kMailboxVersion = 1;
+constexpr uint32_t kMailboxVersion = 2;
 constexpr uint32_t kMaxSlots = 16;
 constexpr uint32_t kMaxSlotBytes = 8 << 20;  // of one frame
 constexpr int64_t kPageBytes = 4096;

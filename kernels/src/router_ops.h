@@ -111,6 +111,13 @@ typedef struct fk_experts_port {
                      float *out);
 } fk_experts_port;
 
+// The last norm and the LM head: scores are head(norm(x)) * scale.
+typedef struct fk_head {
+  fk_norm norm;
+  fk_matrix weight;  // [vocabulary, hidden]; codes NULL: none
+  float scale;
+} fk_head;
+
 typedef struct fk_step {
   int64_t rows;
   float *hidden;                      // [rows, hidden_size], modified in place
@@ -119,18 +126,28 @@ typedef struct fk_step {
   int64_t n_rope_tables;
   const float *const *cosines, *const *sines;  // per table [rows, angles of the layer's kind]
   int64_t first_layer, n_layers;      // the layers to run
+  int64_t n_scores;                   // rows whose scores are wanted, after the layers
+  const int32_t *score_rows;          // [n_scores]
+  float *scores;                      // [n_scores, vocabulary]
+  float *peaks;                       // [n_scores], see fk_highest_scores
+  int32_t *tokens;                    // [n_scores]
   int32_t n_threads;
 } fk_step;
 
 typedef struct fk_program fk_program;
 
-// A program over `layers`, which are copied; what they point to is not. NULL: see fk_last_error.
+// A program over `layers`, which are copied; what they point to is not. `head` may be NULL. NULL: see
+// fk_last_error.
 fk_program *fk_program_create(int64_t hidden_size, int64_t n_layers, const fk_layer *layers,
-                              const fk_experts_port *port);
+                              const fk_experts_port *port, const fk_head *head);
 void fk_program_free(fk_program *program);
 
 // Runs layers on a batch; one call at a time. 0, an FK_E_* code, or what the port returned as error.
 int32_t fk_program_run(fk_program *program, const fk_step *step);
+
+// Of each of `rows` rows of `scores` [rows, vocabulary] the highest score, NaN if one is, and its first
+// index.
+int32_t fk_highest_scores(const float *scores, int64_t rows, int64_t vocabulary, float *peaks, int32_t *tokens);
 
 // Computes the shared expert of the layer whose experts are being computed, unless it was. To be
 // called from within `compute`.
@@ -152,6 +169,8 @@ struct RouterOps {
   // out[p][rows, w[p]->n] = x[rows, k] times each of up to three matrices [n, k]; FK_E_MEMORY or 0.
   int32_t (*multiply)(const fk_matrix *const *w, float *const *out, int64_t count, const float *x, int64_t rows,
                       int32_t n_threads);
+  // The highest of `count` scores, NaN if one is, and its first index.
+  void (*find_highest)(const float *scores, int64_t count, float *peak, int32_t *index);
 };
 
 const RouterOps &router_ops();            // of the instruction set in use

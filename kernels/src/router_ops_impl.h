@@ -305,6 +305,44 @@ static void gate(int32_t activation, const float *gates, const float *ups, int64
   std::memcpy(to + whole, result, (count - whole) * sizeof(float));
 }
 
+constexpr int64_t kHighestChunk = 1024;
+
+// The highest of some scores, or NaN if one is, and the first place where it is found.
+static void find_highest(const float *scores, int64_t count, float *peak, int32_t *index) {
+  float highest = -INFINITY;
+  bool is_any_nan = false;
+  int64_t found = 0;  // first score of the chunk with the highest
+  for (int64_t begin = 0; begin < count; begin += kHighestChunk) {
+    int64_t end = std::min(begin + kHighestChunk, count), i = begin;
+    vf best = splat(-INFINITY), sum{};
+    for (; i + L <= end; i += L) {
+      vf x = load<vf>(scores + i);
+      best = x > best ? x : best;
+      sum += x * 0.0f;  // NaN where x is, and where it is infinite
+    }
+    float values[L], sums[L], of_chunk = -INFINITY;
+    store(values, best);
+    store(sums, sum);
+    bool is_doubtful = false;
+    for (int64_t lane = 0; lane < L; ++lane) {
+      of_chunk = std::max(of_chunk, values[lane]);
+      is_doubtful |= std::isnan(sums[lane]);
+    }
+    for (; i < end; ++i) {
+      of_chunk = scores[i] > of_chunk ? scores[i] : of_chunk;
+      is_doubtful |= std::isnan(scores[i]);
+    }
+    if (is_doubtful) is_any_nan |= std::any_of(scores + begin, scores + end, [](float x) { return std::isnan(x); });
+    if (of_chunk > highest) {
+      highest = of_chunk;
+      found = begin;
+    }
+  }
+  while (found + 1 < count && scores[found] != highest) ++found;
+  *peak = is_any_nan ? NAN : highest;
+  *index = int32_t(found);
+}
+
 static void add_scaled(const float *from, float scale, int64_t count, float *to) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i] * scale;
 }

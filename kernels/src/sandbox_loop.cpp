@@ -189,8 +189,6 @@ SlotStatus fk_sandbox::compute(Served *served, uint32_t index, FrameRequest *req
   if (const char *field = decode_request(served->mailbox.request(index), size, request)) return bad(field);
   const FrameHeader &header = request->header;
   if (header.mode != kReduced) return kNotOrdinary;
-  FrameHeader response = response_header(header);
-  if (response.frame_bytes() > int64_t(served->mailbox.response_bytes)) return kNotOrdinary;
   Lease held;
   if (!lease(slot, &held)) return kUnknownFunction;
   const LayerWeights *parts[kMaxFunctionsPerFrame];
@@ -200,12 +198,16 @@ SlotStatus fk_sandbox::compute(Served *served, uint32_t index, FrameRequest *req
     if (header.dtype != kFrameDtypes[parts[i]->dtype]) return bad("dtype");
     if (int64_t(header.hidden_size) != parts[i]->hidden_size) return bad("hidden_size");
   }
+  CallPairs pairs{header.n_rows, header.n_pairs, request->pair_row, request->pair_expert, request->pair_weight};
+  int64_t n_sums = place_sums(parts, held.n, pairs, scratch);
+  if (n_sums < 0) return bad("pair_expert");
+  FrameHeader response = response_header(header, n_sums);
+  if (response.frame_bytes() > int64_t(served->mailbox.response_bytes)) return kNotOrdinary;
   uint8_t *out = served->mailbox.response(index);
+  auto *sums = reinterpret_cast<float *>(out + kFrameHeaderBytes);
   std::lock_guard<std::mutex> computing(compute_mutex);
   int64_t start_ns = monotonic_ns();
-  switch (compute_reduced(parts, held.n, header.n_rows, header.n_pairs, request->pair_row, request->pair_expert,
-                          request->pair_weight, request->rows, out + kFrameHeaderBytes, n_threads, scratch)) {
-    case kNoSuchExpert: return bad("pair_expert");
+  switch (compute_sums(parts, held.n, pairs, n_sums, request->rows, sums, n_threads, scratch)) {
     case kTooManyRows: return kNotOrdinary;
     case kComputeFailed:
       std::snprintf(detail, sizeof slot.detail, "%s", fk_last_error());

@@ -162,6 +162,7 @@ class EngineMetrics:
         self._model_name = model_name
         self._running = gauge("num_requests_running", "Number of running requests.")
         self._waiting = gauge("num_requests_waiting", "Number of waiting requests.")
+        self._add_states(registry)
         self._kv_cache_usage = gauge(
             "kv_cache_usage_perc", "Part of the KV cache that requests take, from 0 to 1."
         )
@@ -181,6 +182,16 @@ class EngineMetrics:
             counter(name, "Prompt tokens found in the prefix cache.")
             for name in ("prefix_cache_hits", "gpu_prefix_cache_hits")
         ]
+        self._cached_tokens = counter("prompt_tokens_cached", "Prompt tokens found in a cache.")
+        sources = Counter(
+            "vllm:prompt_tokens_by_source",
+            "Prompt tokens computed, and found in the prefix cache.",
+            ["model_name", "source"],
+            registry=registry,
+        )
+        self._computed_source, self._cached_source = (
+            sources.labels(model_name, source) for source in ("local_compute", "local_cache_hit")
+        )
         self._rate = RequestRate()
         self._add_server_gauges(registry)
         self._success = Counter(
@@ -233,6 +244,30 @@ class EngineMetrics:
         """Read the numbers of running and waiting requests whenever metrics are scraped."""
         self._running.set_function(lambda: read_counts()[0])
         self._waiting.set_function(lambda: read_counts()[1])
+        self._waiting_for["capacity"].set_function(lambda: read_counts()[1])
+
+    def observe_held(self, read_count: Callable[[], int]) -> None:
+        """Read the number of requests that wait for functions whenever metrics are scraped."""
+        self._waiting_for["deferred"].set_function(read_count)
+
+    def _add_states(self, registry: CollectorRegistry) -> None:
+        """Add what requests wait for, and that the engine is awake, which vLLM's may not be."""
+        waiting = Gauge(
+            "vllm:num_requests_waiting_by_reason",
+            "Waiting requests: for capacity, or deferred until functions are active.",
+            ["model_name", "reason"],
+            registry=registry,
+        )
+        self._waiting_for = {
+            reason: waiting.labels(self._model_name, reason) for reason in ("capacity", "deferred")
+        }
+        state = Gauge(
+            "vllm:engine_sleep_state",
+            "Whether the engine is awake: always, while it runs.",
+            ["model_name", "sleep_state"],
+            registry=registry,
+        )
+        state.labels(self._model_name, "awake").set(1)
 
     def _add_server_gauges(self, registry: CollectorRegistry) -> None:
         """Add what production-stack's router says of each server, here of this one."""
@@ -270,6 +305,9 @@ class EngineMetrics:
         for queries, hits in zip(self._prefix_queries, self._prefix_hits, strict=True):
             queries.inc(n_tokens)
             hits.inc(n_cached)
+        self._cached_tokens.inc(n_cached)
+        self._cached_source.inc(n_cached)
+        self._computed_source.inc(n_tokens - n_cached)
 
     def observe_kv_cache(self, read_usage: Callable[[], float]) -> None:
         """Read the taken part of the KV cache, from 0 to 1, whenever metrics are scraped."""

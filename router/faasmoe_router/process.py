@@ -15,6 +15,7 @@ from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_contracts.store import Store
 from faasmoe_expert.config import SandboxConfigError as DeviceError
 from faasmoe_expert.device import resolve_device
+from faasmoe_expert.malloc import trim_heap
 from faasmoe_kernels import describe_cpu_kernels
 from faasmoe_router.api.app import create_app
 from faasmoe_router.api.http_server import create_http_server
@@ -97,6 +98,7 @@ class RouterProcess:
         )
         if link is not None:
             link.is_busy = lambda: self._engine.is_busy
+            self._engine.metrics.observe_held(lambda: link.n_held)
         tenants = None
         if tenant_registry is not None:
             tenants = create_tenant_service(
@@ -140,6 +142,7 @@ class RouterProcess:
         """Serve until SIGTERM or SIGINT; return whether that ended it, rather than a failure."""
         gc.collect()
         gc.freeze()  # model and libraries: a collection of all their objects would stall the loop
+        trim_heap()  # what loading has left: half of a tokenizer's memory and more
         try:
             self._server.run(sockets=self._listeners)
         finally:

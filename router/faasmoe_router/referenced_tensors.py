@@ -14,7 +14,7 @@ from torch import Tensor
 
 from faasmoe_contracts.store import MappedLayer, Store
 from faasmoe_contracts.store.digests import page_sum_digest
-from faasmoe_contracts.store.references import REMEDY
+from faasmoe_contracts.store.referenced_files import REMEDY
 from faasmoe_expert.functions.verification import WatchedFile
 from faasmoe_expert.functions.weights import tensor_view
 from faasmoe_router.errors import RouterWeightsChanged
@@ -74,7 +74,7 @@ class RouterWeightsWatch:
 
 
 def map_referenced_tensors(store: Store) -> tuple[dict[str, Tensor], RouterWeightsWatch | None]:
-    """Map and verify the router's tensors that lie in the checkpoint.
+    """Map and verify the router's tensors that the store refers to.
 
     Returns:
         The tensors by name, and their watch; none and None if the store holds all tensors.

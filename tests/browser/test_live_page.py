@@ -21,11 +21,10 @@ AXE = Path(__file__).parent / "node_modules/axe-core/axe.min.js"
 SCREENSHOTS = os.environ.get("SCREENSHOTS", "")  # folder to write them to; empty for none
 TIMEOUT_S = 60
 MIN_TOKENS = 64
+PAGE_KEY, TENANT_KEY = "page-" + "k" * 32, "acme-" + "k" * 32
 
 
-@pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
-    folder = tmp_path_factory.mktemp("page")
+def write_model(folder: Path, **spec: Any) -> Path:
     model = save_tiny_chat_model(folder / "model", max_model_len=1024)
     document = {
         "apiVersion": "faasmoe.dev/v1alpha1",
@@ -37,12 +36,30 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
             "router": {"device": "cpu"},
             "experts": {"device": "cpu", "scaling": {"initialScale": 0, "minScale": 0}},
             "granularity": {"expertsPerFunction": 1},
+            **spec,
         },
     }
     file = folder / "model.yaml"
     file.write_text(json.dumps(document))  # JSON is YAML
-    log = folder / "up.log"
-    with running_up(file, log, "--live-page-min-tokens", str(MIN_TOKENS)) as running:
+    return file
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
+    folder = tmp_path_factory.mktemp("page")
+    options = ("--live-page-min-tokens", str(MIN_TOKENS))
+    with running_up(write_model(folder), folder / "up.log", *options) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def up_with_keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
+    """A model of the tenant acme, and a page with a key."""
+    folder = tmp_path_factory.mktemp("keys")
+    (folder / "acme").mkdir()
+    (folder / "acme" / "key").write_text(TENANT_KEY)
+    file = write_model(folder, tenants=[{"name": "acme", "apiKeysPath": str(folder / "acme")}])
+    with running_up(file, folder / "up.log", "--live-page-key", PAGE_KEY) as running:
         yield running
 
 
@@ -115,3 +132,17 @@ def test_only_the_pages_own_files_are_loaded(up: FaasmoeUp, browser: Any) -> Non
     )
     assert all(name.startswith(up.base_url) for name, _ in loaded)
     assert sum(size for _, size in loaded) <= 200_000
+
+
+def test_the_key_of_the_page_shows_all_tenants(up_with_keys: FaasmoeUp, browser: Any) -> None:
+    browser.get(f"{up_with_keys.base_url}/ui/")
+    wait_for(browser, "!document.getElementById('key-form').hidden")
+    browser.find_element("id", "key").send_keys(PAGE_KEY)
+    browser.find_element("css selector", "#key-form button").click()
+    wait_for(browser, "document.querySelectorAll('#map rect').length === 8")
+    browser.find_element("id", "api-key").send_keys(TENANT_KEY)
+    browser.find_element("id", "message").submit()
+    wait_for(browser, "document.querySelectorAll('#tenant dd').length === 4")
+    wait_for(browser, "document.querySelectorAll('#tenants td').length >= 5")
+    assert browser.find_element("css selector", "#tenants td").text == "acme"
+    assert wait_for(browser, "document.querySelector('#sandboxes td:last-child')?.textContent")

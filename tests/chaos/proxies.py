@@ -217,7 +217,7 @@ class SandboxProxy:
 class ZygoteProxy:
     """Relays the control process's connection to the zygote and puts a proxy in front of sandboxes.
 
-    Every second proxy also listens on a Unix socket.
+    Proxies also listen on a Unix socket, as sandboxes on the router's machine do.
 
     Args:
         socket: Unix socket on which to listen.
@@ -227,6 +227,8 @@ class ZygoteProxy:
 
     Attributes:
         sandboxes: proxies of the running sandboxes by sandbox id.
+        has_remote: whether every second proxy from now on has no Unix socket, as if its sandbox
+            were on another machine.
     """
 
     def __init__(
@@ -236,6 +238,7 @@ class ZygoteProxy:
         self._sandbox_socket_dir = sandbox_socket_dir
         self._n_proxies = 0
         self.sandboxes: dict[str, SandboxProxy] = {}
+        self.has_remote = True
         self._socket = socket
         self._zygote = zygote
         self._server: asyncio.Server | None = None
@@ -293,7 +296,8 @@ class ZygoteProxy:
     async def _proxy_address(self, sandbox: dict[str, Any]) -> str:
         proxy = self.sandboxes.get(sandbox["id"])
         if proxy is None:
-            socket_dir = self._socket_dir if self._n_proxies % 2 == 0 else None
+            is_remote = self.has_remote and self._n_proxies % 2 == 1
+            socket_dir = None if is_remote else self._socket_dir
             self._n_proxies += 1
             proxy = SandboxProxy(
                 int(sandbox["pid"]),

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import tempfile
 import time
 from collections import defaultdict
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from faasmoe_up import free_port
 from moemodel_files import write_moemodel
 from tests.chaos.proxies import ZygoteProxy
 from tests.chaos.tenants import ChaosTenant, write_tenant_keys
@@ -113,6 +113,7 @@ async def running_chaos_stack(
     capacity: int,
     replicated_layers: str,
     folder: Path,
+    has_remote: bool = True,
 ) -> AsyncIterator[ChaosStack]:
     """Run all processes for the lifetime of the context.
 
@@ -124,6 +125,7 @@ async def running_chaos_stack(
         capacity: functions per sandbox.
         replicated_layers: layers whose functions have two replicas, such as 0-3.
         folder: folder for the copy of the store, API keys and logs.
+        has_remote: whether every second sandbox seems to be on another machine, from the start.
     """
     store_copy = folder / "copy"
     shutil.rmtree(store_copy, ignore_errors=True)
@@ -163,11 +165,12 @@ async def running_chaos_stack(
             socket_dir=proxy_sockets,
             sandbox_socket_dir=private_dir / SANDBOX_SOCKET_DIR,
         )
+        proxy.has_remote = has_remote
         zygote_child = await processes.zygote()
         await proxy.open()
         stack.push_async_callback(proxy.close)
         control_child = await processes.control(control_model)
-        endpoint = router.Endpoint("127.0.0.1", _free_port())
+        endpoint = router.Endpoint("127.0.0.1", free_port())
         behind = router.RouterSocket(private_dir / "router.sock", "chaos-front-token")
         router_child = await processes.start_router(router_model, endpoint, behind)
         await processes.start_gateway(router_model, endpoint, behind)
@@ -303,8 +306,3 @@ async def _wait_until_active(url: str, *, token: str) -> None:
             return
         assert time.monotonic() < end_s, "functions are not active"
         await asyncio.sleep(0.1)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])

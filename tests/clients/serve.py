@@ -3,6 +3,8 @@
     python tests/clients/serve.py FOLDER PORT API_KEY
 
 The model is random, so its texts mean nothing; that a client accepts the answers is what counts.
+FAASMOE_CLIENTS_ENGINE names the router's engine: transformers, or vllm, for which
+FAASMOE_VLLM_PYTHON names the interpreter that has it.
 """
 
 import os
@@ -22,7 +24,7 @@ spec:
   model: {{source: "file://{model}"}}
   store: {{path: "{store}"}}
   granularity: {{expertsPerFunction: 2, layersPerFunction: 1}}
-  router: {{device: cpu, maxNumSeqs: 8, kvCacheMemory: 256Mi}}
+  router: {{device: cpu, engine: {engine}, maxNumSeqs: 8, kvCacheMemory: 256Mi}}
   experts: {{device: cpu, functionsPerSandbox: 8}}
 """
 
@@ -34,7 +36,8 @@ def main() -> None:
     if not model.exists():
         save_tiny_chat_model(model, max_model_len=CONTEXT_TOKENS)
     file = folder / "tiny.yaml"
-    file.write_text(MOEMODEL.format(model=model, store=folder / "store"))
+    engine = os.environ.get("FAASMOE_CLIENTS_ENGINE", "transformers")
+    file.write_text(MOEMODEL.format(model=model, store=folder / "store", engine=engine))
     up = ["-m", "faasmoe_operator.cli", "up", "-f", str(file), "--port", port]
     os.execv(sys.executable, [sys.executable, *up, "--api-key", api_key])
 

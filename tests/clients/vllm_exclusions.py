@@ -37,6 +37,8 @@ FILES = (
     "tool_use/test_parallel_tool_calls.py",
     "entrypoints/anthropic/test_messages.py",
     "entrypoints/serve/tokenize/test_tokenization.py",
+    "entrypoints/serve/instrumentator/test_basic.py",
+    "entrypoints/serve/instrumentator/test_metrics.py",
 )
 
 NOT_RUN: tuple[tuple[str, str], ...] = (
@@ -53,7 +55,13 @@ NOT_RUN: tuple[tuple[str, str], ...] = (
     ("entrypoints/multimodal, pooling, speech_to_text", "models of other kinds"),
     ("entrypoints/tool_parsers", "the models of these parsers"),
     ("entrypoints/openai/completion/test_token_in_token_out.py", _OPTION),
-    ("entrypoints/serve, but tokenize", "metrics and endpoints with names of vLLM's own"),
+    (
+        "entrypoints/serve/instrumentator/test_orca_metrics.py, test_uds.py, middleware/"
+        "test_optional_middleware.py",
+        _OPTION,
+    ),
+    ("entrypoints/serve/lora", "LoRA"),
+    ("entrypoints/serve/sagemaker, dev", "endpoints of vLLM's own"),
 )
 """Files with HTTP-level tests that are left out, and why."""
 
@@ -107,6 +115,11 @@ NOT_APPLICABLE: tuple[tuple[str, str], ...] = (
     ("*test_structured_outputs_choice_chat*", f"{_MODEL}: two different choices"),
     ("*test_response_format_json_schema*", f"{_MODEL}: 1 + 1"),
     ("*test_complex_message_content*", f"{_MODEL}: 1 + 1"),
+    ("*/test_basic.py::test_show_version*", "vLLM's version"),
+    ("*/test_basic.py::test_request_cancellation*", "10,000 tokens; the demo model has 8192"),
+    ("*/test_metrics.py::*multimodal*", "models of other kinds"),
+    ("*/test_metrics.py::*--[es]*", _OPTION),
+    ("*/test_metrics.py::test_metrics_exist_run_batch*", _OPTION),
 )
 
 NOT_SUPPORTED: tuple[tuple[str, str], ...] = (
@@ -114,4 +127,5 @@ NOT_SUPPORTED: tuple[tuple[str, str], ...] = (
     ("*test_long_seed*", "the error is another text"),
     ("*test_empty_prompt*", "the error is another text"),
     ("*test_enable_response_messages*", "`enable_response_messages` is refused by name"),
+    ("*test_metrics_exist*", "families and labels that no dashboard reads"),
 )

@@ -59,6 +59,7 @@ class RemoteOpenAIServer:
     """
 
     DUMMY_API_KEY = "token-abc123"
+    show_hidden_metrics = False
     folder: Path
     checkpoint: Path
 
@@ -172,7 +173,7 @@ class _StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def find_spec(self, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
         """Return the spec of a module of vLLM; None for others."""
-        is_vllm = name.partition(".")[0] in ("vllm", "tblib", "pybase64")
+        is_vllm = name.partition(".")[0] in ("vllm", "tblib", "pybase64", "fastapi")
         return importlib.machinery.ModuleSpec(name, self, is_package=True) if is_vllm else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
@@ -216,6 +217,7 @@ def install_stand_ins(sdist: Path, checkpoint: Path, folder: Path) -> None:
     test_utils.ROCM_EXTRA_ARGS = []
     test_utils.VLLM_PATH = sdist
     sys.modules["tests.utils"] = test_utils
+    sys.modules["tests.conftest"] = _StandIn("tests.conftest")
 
 
 def _failure(report: pytest.TestReport) -> str:
@@ -232,6 +234,10 @@ class VllmSuite:
         self.outcomes: dict[str, str] = {}
         self.skipped: Counter[str] = Counter()
         self._write: Callable[[str], None] = print
+
+    @pytest.fixture(scope="session")
+    def local_asset_server(self) -> None:
+        """Serve no images: tests of texts ask for the fixture as well."""
 
     @pytest.hookimpl(trylast=True)
     def pytest_configure(self, config: pytest.Config) -> None:

@@ -39,7 +39,7 @@ def test_kills_the_child_when_its_parent_is_killed() -> None:
         child = int(parent.stdout.readline())
         assert is_running(child)
         parent.kill()
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 120
     while is_running(child):
         assert time.monotonic() < deadline_s, "the child outlived its parent"
         os.sched_yield()

@@ -64,7 +64,7 @@ def small_frame(**changes: Any) -> bytes:
     """Return a small frame with raw values for some header fields."""
     values = {
         "magic": b"FMOE",
-        "version": 2,
+        "version": 3,
         "kind": 1,
         "dtype": 3,
         "mode": 0,
@@ -103,8 +103,7 @@ def test_request_round_trips(fields: dict[str, Any]) -> None:
 @given(requests(), st.data())
 def test_response_round_trips(fields: dict[str, Any], data: st.DataObject) -> None:
     header = decode_request(encode(fields)).header
-    vectors = header.n_pairs if header.mode is OutputMode.UNREDUCED else header.n_rows
-    size_bytes = vectors * header.hidden_size * header.dtype.itemsize
+    size_bytes = _response_bytes(header)
     outputs = data.draw(st.binary(min_size=size_bytes, max_size=size_bytes))
     frame = b"".join(encode_response(header, outputs))
     assert bytes(decode_response(frame, header)) == outputs
@@ -176,8 +175,9 @@ def test_rejects_a_response_with_another_header(
 
 
 def _response_bytes(header: FrameHeader) -> int:
-    vectors = header.n_pairs if header.mode is OutputMode.UNREDUCED else header.n_rows
-    return vectors * header.hidden_size * header.dtype.itemsize
+    if header.mode is OutputMode.UNREDUCED:
+        return header.n_pairs * header.hidden_size * header.dtype.itemsize
+    return header.n_rows * header.hidden_size * 4  # sums are float32
 
 
 def assert_decodes_or_raises_wire_error(frame: bytes) -> None:
@@ -210,7 +210,7 @@ def _decode(frame: bytes) -> ExpertRequest | WireError:
         pytest.param(bytes(MAX_FRAME_BYTES + 1), "frame", id="oversized"),
         pytest.param(small_frame(magic=b"HTTP"), "magic", id="no frame at all"),
         pytest.param(small_frame(version=0), "version", id="version 0"),
-        pytest.param(small_frame(version=3), "version", id="version to come"),
+        pytest.param(small_frame(version=4), "version", id="version to come"),
         pytest.param(small_frame(kind=2), "kind", id="a response"),
         pytest.param(small_frame(dtype=0), "dtype", id="dtype 0"),
         pytest.param(small_frame(dtype=4), "dtype", id="dtype unknown"),
@@ -300,8 +300,12 @@ def test_max_rows_per_frame_is_the_largest_that_fits(
 def fits_in_a_frame(
     n_rows: int, hidden_size: int, dtype: Dtype, mode: OutputMode, top_k: int
 ) -> bool:
-    shape = (dtype, mode, 0, n_rows, n_rows * top_k, hidden_size)
-    sizes = [HEADER_BYTES + FrameHeader(kind, *shape).payload_bytes for kind in FrameKind]
+    shape = (mode, 0, n_rows, n_rows * top_k, hidden_size)
+    answer = Dtype.FLOAT32 if mode is OutputMode.REDUCED else dtype
+    sizes = [
+        FrameHeader(FrameKind.REQUEST, dtype, *shape).frame_bytes,
+        FrameHeader(FrameKind.RESPONSE, answer, *shape).frame_bytes,
+    ]
     gathered = n_rows * top_k * hidden_size * dtype.itemsize
     return max(sizes) <= MAX_FRAME_BYTES and gathered <= MAX_PAIRS_BYTES
 

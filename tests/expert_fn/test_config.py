@@ -31,6 +31,7 @@ def test_every_variable_is_read() -> None:
         "FAASMOE_STORE_PEERS": "http://store:9092,http://[::1]:9093",
         "FAASMOE_CACHE_DIR": "/cache/blocks",
         "FAASMOE_CACHE_BYTES": "5000",
+        "FAASMOE_METRICS_MIN_TOKENS": "8",
     }
     assert SandboxConfig.from_env(variables) == SandboxConfig(
         id="s7",
@@ -50,6 +51,7 @@ def test_every_variable_is_read() -> None:
         store_peers=("http://store:9092", "http://[::1]:9093"),
         cache_dir=Path("/cache/blocks"),
         cache_bytes=5000,
+        metrics_min_tokens=8,
     )
 
 
@@ -79,6 +81,7 @@ def test_empty_variables_mean_defaults() -> None:
         ("FAASMOE_IDLE_TIMEOUT_S", "nan"),
         ("FAASMOE_MAX_CONNECTIONS", "0"),
         ("FAASMOE_MAILBOX", "no"),
+        ("FAASMOE_METRICS_MIN_TOKENS", "0"),
         ("FAASMOE_DRAIN_S", "-1"),
         ("FAASMOE_DRAIN_S", "nan"),
         ("FAASMOE_DRAIN_S", "inf"),

@@ -47,7 +47,7 @@ async def listening(path: Path) -> AsyncIterator[asyncio.Queue[RouterDemand]]:
 
 
 async def until(reports: asyncio.Queue[RouterDemand], expected: dict[str, int]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while (await reports.get()).models != expected:
             pass
 
@@ -107,7 +107,7 @@ def test_running_routers_are_followed_and_confirmed(path: Path) -> None:
         reporter.on_routers = told.append
         task = asyncio.create_task(reporter.run())
         with reporter.sent("a", "1"):
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 while (report := await reports.get()).seen != 7:
                     pass
             assert report.routers == {"a": {"1": 1}}

@@ -104,7 +104,7 @@ def tenant(folder: Path, name: str, *models: TenantModelEntry, **fields: Any) ->
 
 def run(system: System, work: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(30), AsyncExitStack() as stack:
+        async with asyncio.timeout(120), AsyncExitStack() as stack:
             for router in system.routers.values():
                 await stack.enter_async_context(router)
             await work()

@@ -65,7 +65,14 @@ class FakeTransport(asyncio.Transport):
 
 
 class App:
-    """Reads bodies and answers; checks what it is given."""
+    """Reads bodies and answers; checks what it is given.
+
+    Args:
+        bodies: receives the bodies.
+    """
+
+    def __init__(self, bodies: list[bytes]) -> None:
+        self._bodies = bodies
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         names = [name for name, _ in scope["headers"]]
@@ -73,15 +80,25 @@ class App:
         codings = [value for name, value in scope["headers"] if name == b"transfer-encoding"]
         assert [c.lower() for c in codings] in ([], [b"chunked"])
         message: Any = {"more_body": True}
+        body = b""
         while message.get("more_body"):
             message = await receive()
+            body += message.get("body", b"")
+        self._bodies.append(body)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"an answer"})
 
 
-async def serve(parts: list[bytes]) -> FakeTransport:
-    """Return the transport of a connection that was sent some parts and then lost."""
-    config = Config(App(), ws="none", lifespan="off", log_level="critical")
+async def serve(parts: list[bytes], bodies: list[bytes] | None = None) -> FakeTransport:
+    """Return the transport of a connection that was sent some parts and then lost.
+
+    Args:
+        parts: what was sent.
+        bodies: receives the bodies of the requests.
+    """
+    config = Config(
+        App([] if bodies is None else bodies), ws="none", lifespan="off", log_level="critical"
+    )
     config.load()
     failures: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
@@ -133,3 +150,20 @@ def test_requests_are_read_however_they_are_cut(places: list[float]) -> None:
     transport = asyncio.run(serve(cut(whole + chunked + whole, places)))
     assert transport.written.count(b"HTTP/1.1 200 OK") == 3
     assert transport.written.count(b"an answer") == 3
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), max_size=6), st.sampled_from(["h2c", "websocket", "TLS/1.0"]))
+def test_request_that_offers_an_upgrade_is_answered_with_its_body(
+    places: list[float], protocol: str
+) -> None:
+    offer = (
+        f"Upgrade: {protocol}\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABk"
+    )
+    head = b"POST / HTTP/1.1\r\nHost: a\r\n"
+    offering = head + offer.encode() + b"\r\nContent-Length: 3\r\n\r\nabc"
+    bodies: list[bytes] = []
+    parts = cut(offering * 2 + head + b"Content-Length: 3\r\n\r\ndef", places)
+    transport = asyncio.run(serve(parts, bodies))
+    assert transport.written.count(b"HTTP/1.1 200 OK") == 3
+    assert bodies == [b"abc", b"abc", b"def"]

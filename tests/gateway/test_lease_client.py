@@ -19,7 +19,7 @@ from faasmoe_gateway.accounts import Accounts
 from faasmoe_gateway.lease_client import LeaseClient
 from faasmoe_gateway.refusal import Refusal
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 ACME = TenantEntry(
     "acme",
     "/keys",

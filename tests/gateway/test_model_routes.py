@@ -67,7 +67,7 @@ def test_request_of_a_router_that_dies_goes_to_another() -> None:
             demand=DemandReporter(None),
         )
         moved.set_running(["gone"])
-        async with asyncio.timeout(30), FakeRouter(folder / "here.sock", reply(b"{}")) as here:
+        async with asyncio.timeout(120), FakeRouter(folder / "here.sock", reply(b"{}")) as here:
             call = asyncio.create_task(system.call({"model": "org/a"}, key="key-acme"))
             while not moved.waiting.n:  # noqa: ASYNC110  # it has no event
                 await asyncio.sleep(0.001)

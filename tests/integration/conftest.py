@@ -1,21 +1,20 @@
-"""Fixtures: the exact demo model, kept in pytest's cache, and a single torch thread."""
+"""Fixture: the exact demo model, kept in pytest's cache."""
 
 from pathlib import Path
 
 import pytest
-import torch
 
-from faasmoe_router.checkpoint.demo import make_demo_model
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _single_torch_thread() -> None:
-    """Use one thread: for tiny tensors, more are up to ten times slower on a busy machine."""
-    torch.set_num_threads(1)
+from faasmoe_router.checkpoint.demo import make_demo_model, moefication
 
 
 @pytest.fixture(scope="session")
 def exact_demo_model(request: pytest.FixtureRequest) -> Path:
-    """SmolLM2-135M split into experts that are all active, with the logits of the dense model."""
+    """SmolLM2-135M split into experts that are all active, with the logits of the dense model.
+
+    Short answers to the calibration's prompts suffice: they only decide which neurons are together.
+    """
     assert request.config.cache is not None
-    return make_demo_model(request.config.cache.mkdir("demo-models") / "exact", exact=True)
+    folder = request.config.cache.mkdir("demo-models") / "exact-of-short-answers"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moefication, "ANSWER_TOKENS", 8)
+        return make_demo_model(folder, exact=True)

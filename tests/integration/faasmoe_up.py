@@ -91,7 +91,9 @@ class FaasmoeUp:
         """
         headers = {"Authorization": f"Bearer {self._runtime_info['token']}"}
         url = self._runtime_info["control_url"] + path
-        response = httpx.request(method, url, headers=headers, json=body, trust_env=False)
+        response = httpx.request(
+            method, url, headers=headers, json=body, timeout=60, trust_env=False
+        )
         return response.raise_for_status()
 
     def status(self) -> dict[str, Any]:
@@ -105,7 +107,9 @@ class FaasmoeUp:
 
     def router_metric(self, name: str) -> float:
         """Return a sample of the router, named without its prefix but with its labels."""
-        return parse_sample(httpx.get(f"{self.base_url}/metrics").text, f"faasmoe_router_{name}")
+        return parse_sample(
+            httpx.get(f"{self.base_url}/metrics", timeout=60).text, f"faasmoe_router_{name}"
+        )
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
@@ -189,7 +193,7 @@ def running_up(
         instance.process.send_signal(signal.SIGINT)
         status = _exit_status(instance.process)
     assert status == 0, instance.log.read_text()
-    wait_until(lambda: all_gone(processes), timeout_s=10, what="all processes to exit")
+    wait_until(lambda: all_gone(processes), timeout_s=60, what="all processes to exit")
 
 
 def _exit_status(process: subprocess.Popen[bytes]) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import socket
 import sys
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import AsyncIterator, Callable
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from aiohttp import web
+from faasmoe_up import free_port
 from fake_kube_api import FakeKubeApi
 from fake_platform import SandboxServer
 from sandbox_processes import sandbox_env
@@ -26,14 +26,6 @@ from faasmoe_operator.kube.types import POD, Kind, Object
 
 NAMESPACE = "llm"
 _hosts = (f"127.0.{net}.{host}" for net in itertools.count(1) for host in range(1, 255))
-
-
-def free_port() -> int:
-    """Return a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class PodRunner(Protocol):

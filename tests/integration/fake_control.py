@@ -11,7 +11,7 @@ from aiohttp import web
 
 from faasmoe_contracts.routing_table import FunctionEndpoints, RoutingTable
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 ABORT = b"\0cut"
 """Line of the stream that aborts the connection."""
 END_OF_STREAM = b"\0end"

@@ -36,7 +36,7 @@ from faasmoe_operator.scaling import ScalingSettings
 
 DIGEST = "sha256:0"
 TOKEN = "secret"
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 CLOCK_SPEED = 20.0
 """Seconds of the controller's clock per real second."""
 TIMING = ControllerTiming(
@@ -45,10 +45,10 @@ TIMING = ControllerTiming(
     drain_s=0.2,
     probe_interval_s=0.05,
     start_deadline_s=5 * CLOCK_SPEED,
-    adopt_timeout_s=5.0,
+    adopt_timeout_s=20.0,
 )
 TIMEOUTS = SandboxClientTimeouts(
-    connect_timeout_s=5.0, list_timeout_s=0.5, attach_timeout_s=1.0, detach_timeout_s=1.0
+    connect_timeout_s=60.0, list_timeout_s=0.5, attach_timeout_s=4.0, detach_timeout_s=4.0
 )
 FAST_SCALING = ScalingSettings(
     initial_scale=0,

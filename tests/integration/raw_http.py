@@ -1,8 +1,12 @@
 """Request frames and raw HTTP over sockets, for tests of the sandbox server."""
 
+import os
+import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +15,7 @@ from sandbox_processes import SandboxProcess
 
 from faasmoe_contracts.wire import Dtype, OutputMode, encode_request
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 TOKEN = "a-token"
 TIMEOUT_S = 0.5  # FAASMOE_REQUEST_TIMEOUT_S of the sandbox
 HIDDEN = 32
@@ -77,6 +81,26 @@ def wait_until(condition: Callable[[], bool], *, deadline_s: float = DEADLINE_S)
     while not condition():
         assert time.monotonic() < end_s, "timed out waiting for the condition"
         time.sleep(0.01)
+
+
+@contextmanager
+def stopped(sandbox: SandboxProcess) -> Iterator[None]:
+    """Stop a sandbox for the lifetime of the context.
+
+    Waits for all of its threads: each stops when it is next scheduled, and may answer until then.
+    """
+    threads = Path(f"/proc/{sandbox.process.pid}/task")
+    os.kill(sandbox.process.pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: all(_state(thread) == "T" for thread in threads.iterdir()))
+        yield
+    finally:
+        os.kill(sandbox.process.pid, signal.SIGCONT)
+
+
+def _state(thread: Path) -> str:
+    """Return the state of a thread of /proc, such as R (running) or T (stopped)."""
+    return (thread / "stat").read_text().rpartition(") ")[2][0]
 
 
 def n_connections(sandbox: SandboxProcess) -> int:

@@ -98,10 +98,11 @@ def running_sandbox(log: Path, *, token: str = "", **variables: object) -> Itera
         log: file for its output.
         token: bearer token.
         variables: further settings, such as capacity=4 for FAASMOE_CAPACITY. It waits for no client
-            at its end unless drain_s says so.
+            at its end unless drain_s says so, and its metrics are exact unless metrics_min_tokens
+            says otherwise.
     """
     defaults: dict[str, object] = {"port": 0, "device": "cpu", "token": token, "drain_s": 0}
-    settings = {**defaults, **variables}
+    settings = {**defaults, "metrics_min_tokens": 1, **variables}
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "faasmoe_expert"],

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from faasmoe_gateway.server import Server
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 
 
 @contextmanager

@@ -22,9 +22,9 @@ N_TOKENS = 12
 WINDOW_S = 6  # Knative's minimum
 GRACE_S = 1
 TARGET = 4  # calls in flight per replica; with 70 % utilization, 2.8
-SLACK_S = 40.0  # for autoscaler ticks, report intervals, draining and a busy machine
-ACTIVATION_TIMEOUT_S = 60.0
-REPLACED_TIMEOUT_S = 90.0
+SLACK_S = 110.0  # for autoscaler ticks, report intervals, draining and a busy machine
+ACTIVATION_TIMEOUT_S = 120.0
+REPLACED_TIMEOUT_S = 120.0
 BURST = 32
 PROMPTS = tuple(f"the quick fox number {n} jumps over {n * 7} dogs" for n in range(BURST))
 

@@ -4,7 +4,6 @@ It also checks what dispatch relies on for each family: the arguments of experts
 of their parameters, and that work can be split by token-expert pairs and by blocks of experts.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,15 +39,6 @@ class ModelSample:
     model: PreTrainedModel
     calls: list[RecordedCall]
     logits: Tensor
-
-
-@pytest.fixture(scope="module", autouse=True)
-def single_torch_thread() -> Iterator[None]:
-    """Use one thread, which is faster for tiny tensors."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)

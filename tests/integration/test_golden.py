@@ -7,8 +7,10 @@ all families in turn; functions are attached to them alternately, called and det
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +32,32 @@ EXPERTS_PER_FUNCTION = (3, 5, 8)  # experts a function: 3+3+2, 5+3, 8 of 8
 TOLERANCE = 1e-3
 Sandboxes = tuple[SandboxProcess, ...]
 
+QUICK_FAMILIES = {
+    "mixtral": "gated",
+    "nemotron_h": "plain",
+    "aria": "transposed",
+    "gpt_oss": "clamped, with biases",
+    "deepseek_v4": "computed by its module",
+    "muse_spark": "computed by its module, with shared parameters",
+}
+"""A family for each way to compute experts; of the others, some cases are slow."""
+
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+
+
+def family_cases(quick: Sequence[Any], slow: Sequence[Any]) -> Iterator[Any]:
+    """Yield (family, case) for all cases; those of `slow` are marked so for most families."""
+    for family in FAMILIES:
+        for case in (*quick, *slow):
+            is_slow = case in slow and family.name not in QUICK_FAMILIES
+            marks = [pytest.mark.slow] if is_slow else []
+            yield pytest.param(family, case, id=f"{family.name}-{case}", marks=marks)
+
+
+@cache
+def in_process_logits(family: Family) -> Tensor:
+    """Return the logits [B, S, V] of a family's model in this process."""
+    return forward_logits(family, family.build(), prompts())
 
 
 @pytest.fixture(scope="module")
@@ -86,29 +113,29 @@ def logits_through_functions(
         return logits
 
 
-@every_family
-def test_logits_equal_the_in_process_models_for_every_block_size(
-    family: Family, sandboxes: Sandboxes, prepared_store: PreparedStore
+@pytest.mark.parametrize(("family", "block"), list(family_cases([3], [5, 8])))
+def test_logits_equal_the_in_process_models(
+    family: Family, block: int, sandboxes: Sandboxes, prepared_store: PreparedStore
 ) -> None:
-    store = prepared_store(family.name)
-    expected = forward_logits(family, family.build(), prompts())  # [B, S, V]
-    for block in EXPERTS_PER_FUNCTION:
-        got = logits_through_functions(
-            family, store, sandboxes, block=block, mode=OutputMode.REDUCED
-        )  # [B, S, V]
-        assert (got - expected).abs().max() <= TOLERANCE
-        assert torch.equal(got.argmax(-1), expected.argmax(-1))
+    store, expected = prepared_store(family.name), in_process_logits(family)  # [B, S, V]
+    got = logits_through_functions(
+        family, store, sandboxes, block=block, mode=OutputMode.REDUCED
+    )  # [B, S, V]
+    assert (got - expected).abs().max() <= TOLERANCE
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
 
 
-@every_family
+@pytest.mark.parametrize(("family", "blocks"), list(family_cases([(3, 8)], [(5, 8)])))
 def test_unreduced_logits_are_bit_identical_across_block_sizes(
-    family: Family, sandboxes: Sandboxes, prepared_store: PreparedStore
+    family: Family,
+    blocks: tuple[int, ...],
+    sandboxes: Sandboxes,
+    prepared_store: PreparedStore,
 ) -> None:
-    store = prepared_store(family.name)
-    expected = forward_logits(family, family.build(), prompts())  # [B, S, V]
+    store, expected = prepared_store(family.name), in_process_logits(family)  # [B, S, V]
     first, *others = (
         logits_through_functions(family, store, sandboxes, block=block, mode=OutputMode.UNREDUCED)
-        for block in EXPERTS_PER_FUNCTION
+        for block in blocks
     )
     assert (first - expected).abs().max() <= TOLERANCE
     assert torch.equal(first.argmax(-1), expected.argmax(-1))

@@ -117,3 +117,26 @@ def test_both_stores_are_of_one_checkpoint_and_only_one_has_weights(tmp_path: Pa
         for store in (reference, copy)
     ]
     assert sizes[0] < sizes[1] - reference.manifest.checkpoint.size_bytes * 0.9
+
+
+@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("mode", [StoreMode.AUTO, StoreMode.COPY])
+def test_logits_of_a_variant_that_shares_equal_those_of_one_that_does_not(
+    name: str, mode: StoreMode, sandboxes: Sandboxes, tmp_path: Path
+) -> None:
+    family = next(family for family in FAMILIES if family.name == name)
+    model = family.build().to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    base = prepare(str(tmp_path / "base"), tmp_path / "a", mode=mode)
+    for layer in base.manifest.layers:
+        for parameter in model.get_submodule(layer.name).parameters():
+            parameter.data[0] *= 1.5
+    model.save_pretrained(tmp_path / "tuned")
+    tuned = str(tmp_path / "tuned")
+    alone = prepare(tuned, tmp_path / "alone", mode=mode)
+    store = prepare(tuned, tmp_path / "b", mode=mode, share_with=[base.path])
+    assert any((store.path / "shared").iterdir())
+    for places in ((), sandboxes):
+        expected = logits(family, alone, places)  # [B, S, V]
+        assert torch.equal(logits(family, store, places), expected)
+        assert not torch.equal(logits(family, base, places), expected)

@@ -15,7 +15,13 @@ from families.inputs import prompts
 from families.reference import upcast_model
 from families.registry import FAMILIES, Family, experts_modules, forward_logits
 from sandbox_processes import PreparedStore, StartSandbox, block_specs
-from test_golden import EXPERTS_PER_FUNCTION, TOLERANCE, Sandboxes, logits_through_functions
+from test_golden import (
+    EXPERTS_PER_FUNCTION,
+    QUICK_FAMILIES,
+    TOLERANCE,
+    Sandboxes,
+    logits_through_functions,
+)
 from torch import Tensor
 
 from faasmoe_contracts.store import Store
@@ -25,14 +31,6 @@ from faasmoe_kernels import KernelsUnavailable, load
 
 SCHEMES = ("none", "int8", "int4", "mxfp4")
 N_ROWS = 11
-QUICK_FAMILIES = {
-    "mixtral": "gated",
-    "nemotron_h": "plain",
-    "aria": "transposed",
-    "gpt_oss": "clamped, with biases",
-    "deepseek_v4": "computed by its module",
-    "muse_spark": "computed by its module, with shared parameters",
-}
 WIRE_DTYPES = {torch.float32: Dtype.FLOAT32, torch.bfloat16: Dtype.BFLOAT16}
 
 families = pytest.mark.parametrize(

@@ -20,9 +20,9 @@ COMPLETION: dict[str, Any] = {
     "temperature": 0,
 }
 N_PREPARING = 6  # requests after which the router knows how long calls take
-LIMIT_S = (
-    9.0  # thrice 2 s: in the mailbox, over HTTP, for a prompt and a token; a call may take 10 s
-)
+LIMIT_S = 25.0
+"""On a busy machine. It takes thrice 2 s: in the mailbox, over HTTP, for a prompt and a token;
+waits for the time-out of each call, 10 s, would be thrice as long."""
 
 
 def write_model(folder: Path) -> Path:
@@ -68,4 +68,4 @@ def test_router_computes_for_stopped_sandboxes(tmp_path: Path, mailbox: str) -> 
             print(f"mailbox {mailbox}, {len(sandboxes)} sandboxes stopped: {elapsed_s:.2f} s")
             assert text == expected
             assert elapsed_s < LIMIT_S
-            wait_until(lambda: have_returned(up), timeout_s=30, what="all sandboxes")
+            wait_until(lambda: have_returned(up), timeout_s=120, what="all sandboxes")

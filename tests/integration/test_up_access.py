@@ -49,7 +49,9 @@ def test_keys_are_not_logged(up: FaasmoeUp) -> None:
 
 def test_served_name_is_listed_and_printed(up: FaasmoeUp) -> None:
     headers = {"Authorization": "Bearer sk-one"}
-    models = httpx.get(f"{up.base_url}/v1/models", headers=headers, trust_env=False).json()
+    models = httpx.get(
+        f"{up.base_url}/v1/models", headers=headers, trust_env=False, timeout=60
+    ).json()
     assert [model["id"] for model in models["data"]] == [NAME]
     assert f"model            {NAME}" in up.log.read_text()
 

@@ -82,7 +82,7 @@ def count_admitted(up: FaasmoeUp, key: str) -> tuple[int, float]:
 
 def used_requests(up: FaasmoeUp, key: str) -> Any:
     headers = {"Authorization": f"Bearer {key}"}
-    response = httpx.get(f"{up.base_url}/v1/usage", headers=headers, trust_env=False)
+    response = httpx.get(f"{up.base_url}/v1/usage", headers=headers, trust_env=False, timeout=60)
     return response.json()["day"]["requests"]
 
 

@@ -55,8 +55,10 @@ def test_a_gguf_file_takes_the_options_that_people_know(file: Path, tmp_path: Pa
     authorized = {"Authorization": "Bearer s3cret"}
     with running_up(str(file), tmp_path / "log", *OPTIONS, variables=variables) as up:
         assert first_text(up, "tiny", **authorized)
-        assert httpx.get(f"{up.base_url}/v1/models").status_code == 401
-        (card,) = httpx.get(f"{up.base_url}/v1/models", headers=authorized).json()["data"]
+        assert httpx.get(f"{up.base_url}/v1/models", timeout=60).status_code == 401
+        (card,) = httpx.get(f"{up.base_url}/v1/models", headers=authorized, timeout=60).json()[
+            "data"
+        ]
         assert (card["id"], card["max_model_len"]) == ("tiny", 64)
         assert len(up.status()["functions"]) == 4  # 2 layers of 4 experts
     (path,) = (tmp_path / "cache").rglob("manifest.json")
@@ -76,6 +78,6 @@ def test_a_file_of_a_hub_repository_is_served(file: Path, tmp_path: Path) -> Non
         }
         with running_up(model, log, variables=variables) as up:
             assert first_text(up, model)
-            (card,) = httpx.get(f"{up.base_url}/v1/models").json()["data"]
+            (card,) = httpx.get(f"{up.base_url}/v1/models", timeout=60).json()["data"]
             assert card["id"] == model
     assert f"preparing hf://{model} in " in log.read_text()

@@ -102,8 +102,10 @@ def test_a_folder_is_served_and_its_store_used_again(user: User, tmp_path: Path)
         assert "preparing" not in log.read_text()
         authorized = {"Authorization": "Bearer s3cret"}
         assert first_text(up, "acme/chat", **authorized) == text
-        assert httpx.get(f"{up.base_url}/v1/models").status_code == 401
-        (card,) = httpx.get(f"{up.base_url}/v1/models", headers=authorized).json()["data"]
+        assert httpx.get(f"{up.base_url}/v1/models", timeout=60).status_code == 401
+        (card,) = httpx.get(f"{up.base_url}/v1/models", headers=authorized, timeout=60).json()[
+            "data"
+        ]
         assert (card["id"], card["max_model_len"]) == ("acme/chat", 64)
     assert (store / "manifest.json").stat() == manifest
 

@@ -74,7 +74,7 @@ def children(up: FaasmoeUp) -> list[psutil.Process]:
 
 def get(up: FaasmoeUp, path: str, key: str) -> Any:
     headers = {"Authorization": f"Bearer {key}"}
-    return httpx.get(f"{up.base_url}{path}", headers=headers, trust_env=False).json()
+    return httpx.get(f"{up.base_url}{path}", headers=headers, trust_env=False, timeout=60).json()
 
 
 def test_each_model_answers_under_its_names(up: FaasmoeUp) -> None:
@@ -203,7 +203,7 @@ def test_router_that_dies_is_replaced_and_the_other_model_goes_on(up: FaasmoeUp)
 def test_metrics_of_functions_are_those_of_all_models(up: FaasmoeUp) -> None:
     match = re.search(r"functions +(http://\S+/metrics)", Path(up.log).read_text())
     assert match is not None
-    text = httpx.get(match[1], trust_env=False).text
+    text = httpx.get(match[1], trust_env=False, timeout=60).text
     for name in ("first", "second"):
         assert f'faasmoe_control_functions{{model="{name}",namespace="local"' in text
 

@@ -55,7 +55,7 @@ def test_models_take_turns_within_the_memory_limit(tmp_path: Path) -> None:
                 seen.add(complete(up, name))
                 assert len(routers(up)) == 1
         assert {len(seen) for seen in texts.values()} == {1}
-        page = httpx.get(f"{up.base_url}/ui/models", trust_env=False)
+        page = httpx.get(f"{up.base_url}/ui/models", trust_env=False, timeout=60)
         assert page.json() == {"models": ["first", "second"]}
 
 

@@ -36,7 +36,7 @@ def complete(up: FaasmoeUp) -> str:
 
 
 def list_models(up: FaasmoeUp) -> list[str]:
-    response = httpx.get(f"{up.base_url}/v1/models", trust_env=False)
+    response = httpx.get(f"{up.base_url}/v1/models", trust_env=False, timeout=60)
     return [model["id"] for model in response.json()["data"]]
 
 

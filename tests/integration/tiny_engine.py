@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 )
 MAX_MODEL_LEN = 256
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 
 
 async def run_here(work: Callable[[], CompiledGrammar], *, timeout_s: float) -> CompiledGrammar:

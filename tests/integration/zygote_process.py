@@ -16,7 +16,7 @@ from typing import Any
 from faasmoe_contracts.parent_death import PARENT_PID_ENV
 from faasmoe_expert.zygote import SOCKET_ENV
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 
 
 class ZygoteClient:

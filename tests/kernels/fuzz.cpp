@@ -341,13 +341,18 @@ void fuzz_experts() {
   std::shuffle(positions.begin(), positions.end(), random_bits);
   int32_t is_reduced = int32_t(pick(0, 1));
   int64_t n_pairs = int64_t(pair_rows.size()), out_rows = is_reduced ? rows : n_pairs;
+  bool is_placed = is_reduced && pick(0, 1);  // sums of pairs go to rows of their own choice
+  if (is_placed) {
+    out_rows = pick(1, 12);
+    for (int64_t &position : positions) position = pick(0, out_rows - 1);
+  }
   Buffer<float> wide(out_rows * h);
   Buffer<uint16_t> narrow;
   int32_t dtype = x.dtype;
   if (dtype != FK_FLOAT32) narrow.resize(out_rows * h);
   void *out = dtype == FK_FLOAT32 ? (void *)wide.data() : (void *)narrow.data();
-  fk_pairs pairs{n_groups, sizes.data(), pair_rows.data(), is_reduced ? nullptr : positions.data(),
-                 weights.data()};
+  fk_pairs pairs{n_groups, sizes.data(), pair_rows.data(), is_reduced && !is_placed ? nullptr : positions.data(),
+                 weights.data(), out_rows};
   int32_t n_threads = int32_t(pick(1, 3));
   if (fk_experts(first_matrices.data(), down_matrices.data(), &gating, &pairs, x.bytes.data(), dtype, h, rows,
                  is_reduced, out, dtype, h, n_threads))
@@ -361,7 +366,7 @@ void fuzz_experts() {
     for (int64_t i = 0; i < sizes[g]; ++i, ++p) {
       std::vector<double> hidden = gated(gating, product(first[g], &x.values[pair_rows[p] * h]), inter);
       std::vector<double> result = product(down[g], hidden.data());
-      int64_t row = is_reduced ? pair_rows[p] : positions[p];
+      int64_t row = is_reduced && !is_placed ? pair_rows[p] : positions[p];
       double size = 0;  // of what is summed: large terms may cancel
       for (double v : hidden) size += std::abs(v);
       for (int64_t c = 0; c < h; ++c) {

@@ -150,6 +150,7 @@ def call_experts(
         "rows": 2,
         "is_reduced": False,
         "out": out.data_ptr(),
+        "out_dtype": KernelDtype.FLOAT32,
     }
     arguments |= {"first": tables[0].ctypes.data, "down": tables[1].ctypes.data, "gating": gating}
     library.experts(**{**arguments, **changes})

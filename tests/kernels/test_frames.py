@@ -115,7 +115,7 @@ def test_changed_requests_are_judged_alike(library: ctypes.CDLL, data: st.DataOb
 def test_response_to_another_request_is_refused(library: ctypes.CDLL) -> None:
     frame = request_frame()
     header = decode_request(frame).header
-    response = b"".join(bytes(part) for part in encode_response(header, bytes(30)))
+    response = b"".join(bytes(part) for part in encode_response(header, bytes(60)))
     check = library.fk_check_response_frame
     assert check(response, len(response), frame, len(frame)) is None
     assert check(response[:-1], len(response) - 1, frame, len(frame)) == b"frame"

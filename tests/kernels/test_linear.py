@@ -228,7 +228,10 @@ def test_a_row_that_is_not_finite_spoils_no_other(
 
 
 @given(data=st.data())
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 def test_any_shape_equals_the_reference(library: KernelLibrary, data: st.DataObject) -> None:
     scheme, group = data.draw(st.sampled_from(SCHEMES))
     n, rows = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 30))

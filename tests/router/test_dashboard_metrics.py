@@ -1,16 +1,19 @@
 """Every metric that the dashboards of vLLM and production-stack read is in /metrics.
 
 `dashboard_metrics.json` has the names that the dashboards' queries use, with their source; the
-dashboards themselves are not copied. Each exists from the start, before the first request.
+dashboards themselves are not copied. Each exists from the start, before the first request, but for
+those of HTTP requests. `absent` names what a dashboard reads of things that the router has not.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from faasmoe_router.api.http_metrics import HttpMetrics
 from faasmoe_router.metrics import EngineMetrics, RequestRate, new_registry, render_metrics
 from faasmoe_router.sequence_times import SequenceCounts, SequenceTimes
 
@@ -24,9 +27,12 @@ TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 def rendered(metrics_accept: str = "", *, trace_id: str = "") -> str:
     registry = new_registry()
     metrics = EngineMetrics(registry, "tiny")
-    metrics.observe_requests(lambda: (0, 0))
+    metrics.observe_requests(lambda: (0, 2))
+    metrics.observe_held(lambda: 4)
     metrics.observe_kv_cache(lambda: 0.5)
     metrics.observe_health(lambda: True)
+    metrics.set_cache_config(n_pages=8, page_tokens=16)
+    HttpMetrics(registry).record("/v1/models", "GET", 200, 0.1)
     metrics.record_request(1, 0.0)
     metrics.record_prompt(5, 3)
     if trace_id:
@@ -46,7 +52,7 @@ def samples(text: str) -> dict[str, float]:
 @pytest.mark.parametrize("accept", ["", OPENMETRICS])
 def test_every_metric_of_a_dashboard_is_exported(dashboard: dict[str, Any], accept: str) -> None:
     text = rendered(accept)
-    exported = {line.partition("{")[0] for line in text.splitlines()}
+    exported = {re.split("[{ ]", line)[0] for line in text.splitlines()}
     assert len(dashboard["metrics"]) >= 5
     assert set(dashboard["metrics"]) <= exported
 
@@ -88,9 +94,14 @@ def test_a_request_s_times_and_tokens_are_recorded() -> None:
         "request_params_max_tokens_sum": 16,
         "prefix_cache_hits_total": 3,
         "gpu_prefix_cache_queries_total": 5,
+        "prompt_tokens_cached_total": 3,
     }
     assert {name: found[f"vllm:{name}{label}"] for name in expected} == expected
     assert found['vllm:healthy_pods_total{server="tiny"}'] == 1
+    by_source = 'vllm:prompt_tokens_by_source_total{model_name="tiny",source="%s"}'
+    assert (found[by_source % "local_compute"], found[by_source % "local_cache_hit"]) == (2, 3)
+    waiting = 'vllm:num_requests_waiting_by_reason{model_name="tiny",reason="%s"}'
+    assert (found[waiting % "capacity"], found[waiting % "deferred"]) == (2, 4)
 
 
 def test_the_request_rate_is_of_the_last_window() -> None:

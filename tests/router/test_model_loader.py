@@ -27,14 +27,6 @@ CPU = torch.device("cpu")
 SAMPLE = ["deepseek_v3", "gpt_oss", "zaya", "muse_spark", "diffusion_gemma"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture(scope="module")
 def sandbox_server(sandbox: StartSandbox) -> Iterator[SandboxProcess]:
     with sandbox(capacity=1000) as server:

@@ -19,7 +19,7 @@ from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.errors import GenerationFailed, StoreCorrupted
 from faasmoe_transformers.error_isolation import MAX_ISOLATED_FAILURES
 
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 Maker = Callable[..., Engine]
 Greedy = Callable[[tuple[int, ...], int], list[int]]
 

@@ -54,6 +54,9 @@ class ArgmaxSampler:
     def plan_batch(self, request_ids: list[str], rows: Sequence[Any]) -> None:
         """Nothing to prepare."""
 
+    def sample_greedily(self, peaks: Sequence[float]) -> bool:
+        return False
+
     def sample(self, scores: Tensor) -> Tensor:
         self.scores.append(scores.clone())
         return scores
@@ -301,7 +304,8 @@ def test_scores_do_not_depend_on_the_number_of_threads(
         assert isinstance(model.model.forward, NativeForward)
     for alone, divided, reference in zip(*scores, expected, strict=True):
         assert torch.equal(alone, divided)
-        torch.testing.assert_close(alone, reference, rtol=1e-4, atol=1e-4)
+        # transformers computes a row for each request, also for those within their prompts.
+        torch.testing.assert_close(alone, reference[: len(alone)], rtol=1e-4, atol=1e-4)
 
 
 def test_an_error_of_the_experts_fails_the_request(loop: asyncio.AbstractEventLoop) -> None:

@@ -20,7 +20,7 @@ from faasmoe_router.engine.fair_queue import Share
 from faasmoe_router.engine.generation import GenerationRequest
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 Maker = Callable[..., Engine]
 Greedy = Callable[[tuple[int, ...], int], list[int]]
 GROUPS = {"a": "a", "b": "b,c", "c": "b,c", "d": "d"}

@@ -81,7 +81,7 @@ def test_a_tenant_chats_under_its_alias_and_its_tokens_are_counted(up: FaasmoeUp
     def counted() -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {KEYS['acme']}"}
         url = f"{up.base_url}/v1/usage"
-        return dict(httpx.get(url, headers=headers, trust_env=False).json())
+        return dict(httpx.get(url, headers=headers, trust_env=False, timeout=60).json())
 
     wait_until(lambda: counted()["requests"]["completed"] == 1, timeout_s=60, what="the usage")
     assert counted()["completion_tokens"] == 8
@@ -130,7 +130,9 @@ def test_functions_are_called_and_not_computed_in_vllm(up: FaasmoeUp) -> None:
     headers = {"Authorization": f"Bearer {KEYS['acme']}"}
 
     def metrics() -> str:
-        return httpx.get(f"{up.base_url}/metrics", headers=headers, trust_env=False).text
+        return httpx.get(
+            f"{up.base_url}/metrics", headers=headers, trust_env=False, timeout=60
+        ).text
 
     wait_until(lambda: "function_calls_total" in metrics(), timeout_s=60, what="metrics")
     assert parse_sample(metrics(), "faasmoe_router_function_calls_total") > 0

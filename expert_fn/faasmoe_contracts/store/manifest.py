@@ -22,6 +22,7 @@ from faasmoe_contracts.store.quantization import (
     TensorQuantization,
     quantizations_from_json,
 )
+from faasmoe_contracts.store.referenced_files import FilePlace
 from faasmoe_contracts.store.references import BLOCK_DIGEST, CheckpointEntry
 from faasmoe_contracts.text import short_repr
 
@@ -103,7 +104,7 @@ class LayerEntry:
         index: MoE layer index, 0-based, as in routing tables and wire frames.
         name: qualified name of the module in the model.
         file: name of its safetensors file in the store; empty, and absent from the JSON, if the
-            layer's parameters lie in the checkpoint.
+            layer's parameters lie in the checkpoint or partly in shared files.
         num_experts: number of experts in the layer.
         top_k: experts per token.
         hidden_size: elements of one hidden state.
@@ -189,8 +190,8 @@ class Manifest:
         files: every other file of the store, by its path relative to the store.
         quantization: what the store was asked to quantise; absent from the JSON if nothing.
         router: the router's quantised modules; absent from the JSON if there are none.
-        checkpoint: the tensors that lie in the checkpoint, of which the store holds no copy; None,
-            and absent from the JSON, if it holds all.
+        checkpoint: the tensors that lie in the checkpoint or in shared files, of which the store
+            holds no copy; None, and absent from the JSON, if it holds all.
         published: what became of the checkpoint's formats; absent from the JSON if it has none.
     """
 
@@ -205,20 +206,20 @@ class Manifest:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all files of the store, and of what it refers to in the checkpoint."""
+        """Bytes of all files of the store, and of what it refers to beyond them."""
         files = sum(entry.size_bytes for entry in self.files.values())
         return files + (self.checkpoint.size_bytes if self.checkpoint else 0)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all tensor files of the store, and of what it refers to in the checkpoint."""
+        """Bytes of all tensor files of the store, and of what it refers to beyond them."""
         files = self.files.items()
         stored = sum(entry.size_bytes for name, entry in files if name.endswith(".safetensors"))
         return stored + (self.checkpoint.size_bytes if self.checkpoint else 0)
 
     @property
     def router_bytes(self) -> int:
-        """Bytes of the router's tensors, in the store and in the checkpoint."""
+        """Bytes of the router's tensors, in the store and where it refers to."""
         files = sum(e.size_bytes for name, e in self.files.items() if name.startswith("router/"))
         return files + (self.checkpoint.router_bytes if self.checkpoint else 0)
 
@@ -288,6 +289,12 @@ class Manifest:
                     f"layers[{layer.index}].file: got {layer.file!r}, expected a name in files, or "
                     "none and an entry of checkpoint.layers"
                 )
+        for i, file in enumerate(self.checkpoint.files if self.checkpoint else ()):
+            entry = self.files.get(file.name)
+            is_own = entry is not None and entry.size_bytes == file.size_bytes
+            if file.place is FilePlace.STORE and not is_own:
+                what = f"got {file.name!r}, expected a name in files, of the same size"
+                raise StoreError(f"checkpoint.files[{i}].name: {what}")
         expected = manifest_digest(self.to_json())
         if self.digest != expected:
             raise StoreError(

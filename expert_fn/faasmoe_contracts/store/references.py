@@ -1,8 +1,10 @@
-"""References of a manifest into a checkpoint: tensors that the store holds no copy of.
+"""References of a manifest: tensors that lie in a checkpoint, or in files shared with other stores.
 
 A store by reference names the checkpoint's folder and files, and where each tensor's bytes lie in
-them. What is referred to must be a regular file below that folder, of its recorded size: no path in
-a manifest leads out of it, and no symbolic link is followed on the way.
+them. A store that shares experts has hard links of other stores' files below its own folder, and
+refers to these and to its own files in the same way. What is referred to must be a regular file
+below its folder, of its recorded size: no path in a manifest leads out of it, and no symbolic link
+is followed on the way.
 """
 
 from __future__ import annotations
@@ -11,17 +13,17 @@ import math
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from faasmoe_contracts.store.json_fields import JsonFields, StoreError
+from faasmoe_contracts.store.referenced_files import CheckpointFile, FilePlace
 from faasmoe_contracts.store.tensors import DTYPE_SIZES
 from faasmoe_contracts.text import short_repr
 
-REMEDY = "restore the checkpoint as it was, or prepare the store again with --force"
 BLOCK_DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
@@ -40,21 +42,13 @@ STORE_MODES = tuple(mode.value for mode in StoreMode)
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointFile:
-    """A file of the checkpoint: its path in the checkpoint's folder, and its size."""
-
-    name: str
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class TensorReference:
     """Where the bytes of one tensor lie: pieces of equal size that follow each other.
 
     Attributes:
         dtype: safetensors dtype name.
         shape: dimensions.
-        pieces: index of the checkpoint's file and offset in it, of each piece; one for the whole
+        pieces: index of the file and offset in it, of each piece; one for the whole
             tensor, or one or several for each index of dimension 0.
     """
 
@@ -141,12 +135,13 @@ class RouterReference:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointEntry:
-    """The checkpoint that a store refers to.
+    """What a store refers to: files of its checkpoint, of itself, and shared ones.
 
     Attributes:
         root: its folder: an absolute path, or relative to the store's folder if both lie in one
-            folder and so are moved and mounted together.
-        files: its files, by their index in references.
+            folder and so are moved and mounted together; empty, and absent from the JSON, if the
+            store refers to its own files and to shared ones only.
+        files: the files, by their index in references.
         layers: the parameters of MoE layers that the store holds no copy of, by the layer's index,
             then by name.
         router: the router's tensors that the store holds no copy of, by name.
@@ -162,28 +157,43 @@ class CheckpointEntry:
 
     @property
     def router_bytes(self) -> int:
-        """Bytes of the router's tensors in the checkpoint."""
+        """Bytes of the router's tensors that the store refers to."""
         return sum(reference.tensor.size_bytes for reference in self.router.values())
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all tensors that the store refers to."""
-        layers = (tensor for layer in self.layers.values() for tensor in layer.values())
-        return self.router_bytes + sum(tensor.size_bytes for tensor in layers)
+        """Bytes of all tensors that the store refers to, without those in files of its own."""
+        return self.bytes_in(FilePlace.CHECKPOINT) + self.bytes_in(FilePlace.SHARED)
+
+    def bytes_in(self, *places: FilePlace) -> int:
+        """Return the bytes of all tensors that the store refers to in these places."""
+        return sum(
+            tensor.piece_bytes
+            for tensor in self._tensors()
+            for file, _ in tensor.pieces
+            if self.files[file].place in places
+        )
+
+    def _tensors(self) -> Iterator[TensorReference]:
+        for layer in self.layers.values():
+            yield from layer.values()
+        for reference in self.router.values():
+            yield reference.tensor
 
     @classmethod
     def from_json(cls, value: object, *, path: str = "checkpoint") -> CheckpointEntry:
         """Parse the entry; raises StoreError naming the field."""
         fields = JsonFields(value, path)
-        root, entries = fields.pop_string("root"), fields.pop_array("files")
+        root = fields.pop_string("root") if fields.has("root") else ""
+        entries = fields.pop_array("files")
         layers, router = fields.pop_object("layers"), fields.pop_object("router")
         copied = fields.pop_object("copied")
         fields.reject_unknown()
-        if "\0" in root or not (os.path.isabs(root) or _is_beside(root)):
-            raise fields.error("root", root, "an absolute path, or ../NAME")
-        if Path(root).anchor == root:
-            raise fields.error("root", root, "a folder below the root of the file system")
-        files = tuple(_parse_file(v, f"{path}.files[{i}]") for i, v in enumerate(entries))
+        files = tuple(
+            CheckpointFile.from_json(v, path=f"{path}.files[{i}]") for i, v in enumerate(entries)
+        )
+        if root or any(file.place is FilePlace.CHECKPOINT for file in files):
+            _check_root(root, fields)
         return cls(
             root,
             files,
@@ -207,7 +217,7 @@ class CheckpointEntry:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of this entry."""
-        files = [{"name": file.name, "size_bytes": file.size_bytes} for file in self.files]
+        files = [file.to_json() for file in self.files]
         layers = {
             str(index): {name: tensor.to_json() for name, tensor in sorted(layer.items())}
             for index, layer in sorted(self.layers.items())
@@ -215,7 +225,7 @@ class CheckpointEntry:
         router = {name: reference.to_json() for name, reference in sorted(self.router.items())}
         copied = {reason: list(names) for reason, names in sorted(self.copied.items())}
         return {
-            "root": self.root,
+            **({"root": self.root} if self.root else {}),
             "files": files,
             "layers": layers,
             "router": router,
@@ -226,6 +236,13 @@ class CheckpointEntry:
         """Return the checkpoint's folder, without symbolic links, for the store's folder."""
         return Path(os.path.realpath(os.path.join(os.path.realpath(store), self.root)))
 
+    def path_of(self, store: Path, index: int) -> Path:
+        """Return the path of a file for the store's folder, unchecked."""
+        file = self.files[index]
+        if file.place is FilePlace.CHECKPOINT:
+            return self.folder(store) / file.name
+        return Path(os.path.realpath(store)) / file.name
+
     def check_file(self, store: Path, index: int) -> Path:
         """Return the path of a file after checking it.
 
@@ -234,16 +251,15 @@ class CheckpointEntry:
             index: index of the file.
 
         Raises:
-            StoreError: it is missing, no regular file, outside the folder or of another size.
+            StoreError: it is missing, no regular file, outside its folder or of another size.
         """
-        file, folder = self.files[index], self.folder(store)
-        path = folder / file.name
+        file, path = self.files[index], self.path_of(store, index)
         try:
             status = path.lstat()
         except OSError as error:
             raise StoreError(
                 f"{path}: cannot be read: {error.strerror}: the store {store} refers to this file "
-                f"of its checkpoint; {REMEDY}"
+                f"{file.kind}; {file.remedy}"
             ) from error
         if Path(os.path.realpath(path)) != path:
             raise StoreError(f"{path}: got a path through a symbolic link, expected none")
@@ -251,10 +267,18 @@ class CheckpointEntry:
             raise StoreError(f"{path}: got no regular file, expected one")
         if status.st_size != file.size_bytes:
             raise StoreError(
-                f"{path}: size: got {status.st_size} bytes, expected {file.size_bytes}: the "
-                f"checkpoint changed since {store} was prepared from it; {REMEDY}"
+                f"{path}: size: got {status.st_size} bytes, expected {file.size_bytes}: "
+                f"{file.subject} changed since {store} was prepared; {file.remedy}"
             )
         return path
+
+
+def _check_root(root: str, fields: JsonFields) -> None:
+    """Raise StoreError unless a checkpoint's folder is absolute or beside the store's."""
+    if not root or "\0" in root or not (os.path.isabs(root) or _is_beside(root)):
+        raise fields.error("root", root, "an absolute path, or ../NAME")
+    if Path(root).anchor == root:
+        raise fields.error("root", root, "a folder below the root of the file system")
 
 
 def _references_from_json(
@@ -277,17 +301,6 @@ def _layer_index(text: str, path: str) -> int:
     if not text.isascii() or not text.isdigit() or str(int(text)) != text:
         raise StoreError(f"{path}.layers: got the index {text!r}, expected an integer")
     return int(text)
-
-
-def _parse_file(value: object, path: str) -> CheckpointFile:
-    fields = JsonFields(value, path)
-    file = CheckpointFile(fields.pop_string("name"), fields.pop_integer("size_bytes", minimum=1))
-    fields.reject_unknown()
-    name = PurePosixPath(file.name)
-    is_inside = not name.is_absolute() and ".." not in name.parts and str(name) == file.name
-    if not is_inside or file.name == "." or "\0" in file.name:
-        raise fields.error("name", file.name, "a path inside the checkpoint's folder")
-    return file
 
 
 def checkpoint_root(checkpoint: Path, store: Path) -> str:
@@ -317,7 +330,7 @@ def _is_count(value: object) -> bool:
 
 
 def describe_files(paths: tuple[Path, ...]) -> str:
-    """Return the names of the files of a layer for a message."""
+    """Return the names of files for a message."""
     return ", ".join(map(str, paths[:2])) + (" and others" if len(paths) > 2 else "")
 
 
@@ -331,13 +344,30 @@ def describe_weights(layers: int, checkpoint: CheckpointEntry | None) -> list[st
     if checkpoint is None:
         return ["copied into the store"]
     lines = []
-    if checkpoint.size_bytes:
+    if size_bytes := checkpoint.bytes_in(FilePlace.CHECKPOINT):
+        referring = [_has_piece(checkpoint, tensor) for tensor in checkpoint.layers.values()]
+        router = [_has_piece(checkpoint, {"": r.tensor}) for r in checkpoint.router.values()]
         lines.append(
-            f"{checkpoint.size_bytes / 1e9:.2f} GB by reference to {checkpoint.root}, which must "
-            f"stay: {len(checkpoint.layers)} of {layers} MoE layers, {len(checkpoint.router)} "
+            f"{size_bytes / 1e9:.2f} GB by reference to {checkpoint.root}, which must "
+            f"stay: {sum(referring)} of {layers} MoE layers, {sum(router)} "
             "tensors of the router"
+        )
+    if size_bytes := checkpoint.bytes_in(FilePlace.SHARED):
+        origins = tuple(Path(file.origin) for file in checkpoint.files if file.origin)
+        lines.append(
+            f"{size_bytes / 1e9:.2f} GB shared with other stores, by hard links of "
+            f"{describe_files(origins)}"
         )
     for reason, names in checkpoint.copied.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         lines.append(f"copied: {names[0]}{more}: {reason}")
     return lines
+
+
+def _has_piece(checkpoint: CheckpointEntry, tensors: Mapping[str, TensorReference]) -> bool:
+    """Return whether some of these tensors' bytes lie in the checkpoint."""
+    return any(
+        checkpoint.files[file].place is FilePlace.CHECKPOINT
+        for tensor in tensors.values()
+        for file, _ in tensor.pieces
+    )

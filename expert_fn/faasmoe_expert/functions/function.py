@@ -122,7 +122,8 @@ class ExpertFunction:
         """Compute one frame.
 
         Returns:
-            Contiguous CPU tensor in the frame's dtype, [T, H] in reduced, [P, H] in unreduced mode.
+            Contiguous CPU tensor: float32 [T, H] in reduced mode, [P, H] in the frame's dtype in
+            unreduced mode.
 
         Raises:
             BadFrame: the frame does not match this function.
@@ -252,7 +253,7 @@ class ExpertKernel(Protocol):
         """Return the weighted output of each pair, [P, H]."""
 
     def compute_reduced(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
-        """Return the weighted sum over each row's experts, [T, H]."""
+        """Return the weighted sum over each row's experts, float32 [T, H]."""
 
 
 def select_kernel(
@@ -362,9 +363,8 @@ class GatedKernel:
         return output.to(hidden.dtype)
 
     def compute_reduced(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
-        """Return the weighted sum over each row's experts, [T, H]."""
-        output = gated_reduced(self._spec, self._weights, self._cast(hidden), pairs)
-        return output.to(hidden.dtype)
+        """Return the weighted sum over each row's experts, float32 [T, H]."""
+        return gated_reduced(self._spec, self._weights, self._cast(hidden), pairs)
 
     def _cast(self, hidden: Tensor) -> Tensor:
         return hidden if self._dtype is None else hidden.to(self._dtype)
@@ -391,7 +391,7 @@ class DeviceKernel:
         )
 
     def compute_reduced(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
-        """Return the weighted sum over each row's experts, [T, H]."""
+        """Return the weighted sum over each row's experts, float32 [T, H]."""
         return to_host(
             self._kernel.compute_reduced(
                 to_device(hidden, self._device), self._pairs_to_device(pairs)

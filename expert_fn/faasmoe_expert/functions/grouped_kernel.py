@@ -136,7 +136,7 @@ class GroupedKernel:
         )
 
     def compute_reduced(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
-        """Return the weighted sum over each row's experts, [T, H]."""
+        """Return the weighted sum over each row's experts, float32 [T, H]."""
         sorted_pairs = SortedPairs.from_pairs(
             pairs, self._position, n_rows=len(hidden), n_experts=self._n_experts
         )
@@ -150,7 +150,7 @@ class GroupedKernel:
         total = padded[slots[:, 0]]  # [T, H]
         for slot in range(1, slots.shape[1]):
             total += padded[slots[:, slot]]
-        return to_host(total.to(hidden.dtype))
+        return to_host(total)
 
     def _sorted_pairs_to_device(self, sorted_pairs: SortedPairs) -> tuple[Tensor, ...]:
         packed = to_device(torch.from_numpy(sorted_pairs.pack()), self._device)

@@ -208,9 +208,9 @@ def gated_per_pair(
 def gated_reduced(
     spec: KernelSpec, weights: Mapping[str, StackedParameter], hidden: Tensor, pairs: RoutedPairs
 ) -> Tensor:
-    """Return the weighted sum over each row's experts, [T, H] in the dtype of `hidden`.
+    """Return the weighted sum over each row's experts, float32 [T, H].
 
-    Sums in float32, experts ascending. For the arguments see `gated_per_pair`.
+    Experts are added in ascending order. For the arguments see `gated_per_pair`.
     """
     total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)  # [T, H]
     for group in pairs.padded_groups(pad_row_count, max_rows=MAX_GROUP_ROWS):
@@ -218,7 +218,7 @@ def gated_reduced(
         scale = pairs.weight[index_tensor(group.positions, hidden.device), None]  # [n, 1]
         result = _group_mlp(spec, weights, group, hidden[index])  # [n, H]
         total.index_add_(0, index, result.float().mul_(scale))
-    return total.to(hidden.dtype)
+    return total
 
 
 def pad_row_count(n_rows: int) -> int:

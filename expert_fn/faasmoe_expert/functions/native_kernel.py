@@ -1,8 +1,8 @@
 """The native kernel: computes gated experts on the mapped store with the kernel library.
 
 One call of the library computes a frame: it reads the weights as they lie in the store, multiplies
-and sums in float32, and rounds the result once. The bits of a row do not depend on the other rows
-of a frame, in either mode.
+and sums in float32, which is what reduced frames return. The bits of a row do not depend on the
+other rows of a frame, in either mode.
 
 Where oneDNN is fast in the layer's dtype, torch's blocked products overtake from some rows per
 expert on: reduced frames with more are computed by the gated kernel there. Unreduced frames never
@@ -103,7 +103,7 @@ class LargeBatchKernel(Protocol):
     """Computes reduced frames with many rows per expert."""
 
     def compute_reduced(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
-        """Return the weighted sum over each row's experts, [T, H]."""
+        """Return the weighted sum over each row's experts, float32 [T, H]."""
 
 
 class UnsupportedLayer(Exception):
@@ -223,16 +223,20 @@ class NativeKernel:
 
     def compute_per_pair(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
         """Return the weighted output of each pair, [P, H]."""
-        return self._compute(hidden, pairs, hidden.new_empty(len(pairs), hidden.shape[1]), False)
+        out = hidden.new_empty(len(pairs), hidden.shape[1])  # [P, H]
+        return self._compute(hidden, pairs, out, is_reduced=False)
 
     def compute_reduced(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
-        """Return the weighted sum over each row's experts, summed in float32, [T, H]."""
+        """Return the weighted sum over each row's experts, float32 [T, H]."""
         large = self._large_batch_kernel
         if large is not None and self._is_onednn_fast and _max_rows(pairs) > MAX_ROWS_PER_EXPERT:
             return large.compute_reduced(hidden, pairs)
-        return self._compute(hidden, pairs, hidden.new_empty(hidden.shape), True)
+        out = hidden.new_empty(hidden.shape, dtype=torch.float32)  # [T, H]
+        return self._compute(hidden, pairs, out, is_reduced=True)
 
-    def _compute(self, hidden: Tensor, pairs: RoutedPairs, out: Tensor, is_reduced: bool) -> Tensor:
+    def _compute(
+        self, hidden: Tensor, pairs: RoutedPairs, out: Tensor, *, is_reduced: bool
+    ) -> Tensor:
         hidden = hidden.contiguous()
         order = np.argsort(pairs.expert, kind="stable")  # [P]
         expert = pairs.expert[order]  # [P]
@@ -256,6 +260,7 @@ class NativeKernel:
             rows=hidden.shape[0],
             is_reduced=is_reduced,
             out=out.data_ptr(),
+            out_dtype=DTYPES[out.dtype],
             n_threads=torch.get_num_threads(),
         )
         return out

@@ -86,7 +86,7 @@ class TransformersKernel:
 
     @torch.inference_mode()
     def compute_reduced(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
-        """Return the weighted sum of each row's experts, [T, H]; see gated_reduced."""
+        """Return the weighted sum of each row's experts, float32 [T, H]; see gated_reduced."""
         row = index_tensor(pairs.row, hidden.device)  # [P]
         local = np.array([self._local_index[int(e)] for e in pairs.expert])
         expert = index_tensor(local, hidden.device)[:, None]  # [P, 1]
@@ -95,7 +95,7 @@ class TransformersKernel:
         for _, positions in pairs.by_expert():
             index = index_tensor(positions, hidden.device)  # [n]
             total.index_add_(0, row[index], outputs[index].float())
-        return total.to(hidden.dtype)
+        return total
 
 
 class QuantizedTransformersKernel:
@@ -136,7 +136,7 @@ class QuantizedTransformersKernel:
 
     @torch.inference_mode()
     def compute_reduced(self, hidden: Tensor, pairs: RoutedPairs) -> Tensor:
-        """Return the weighted sum of each row's experts, [T, H]; see gated_reduced."""
+        """Return the weighted sum of each row's experts, float32 [T, H]; see gated_reduced."""
         total = torch.zeros(hidden.shape, dtype=torch.float32)  # [T, H]
         rows = hidden.float()
         with self._lock:
@@ -145,7 +145,7 @@ class QuantizedTransformersKernel:
                 index = index_tensor(pairs.row[positions], hidden.device)  # [n]
                 weight = pairs.weight[index_tensor(positions, hidden.device), None]  # [n, 1]
                 total.index_add_(0, index, self._compute(rows[index], weight))
-        return total.to(hidden.dtype)
+        return total
 
     def _load(self, expert: int) -> None:
         for name, stack in self._stacks.items():

@@ -22,7 +22,7 @@ import numpy
 
 from faasmoe_contracts.store import LayerEntry, MappedLayer, Store
 from faasmoe_contracts.store.digests import block_buffers, page_sum_digest
-from faasmoe_contracts.store.references import REMEDY
+from faasmoe_contracts.store.referenced_files import REMEDY
 from faasmoe_contracts.store.tensors import MappedFile
 from faasmoe_expert.errors import BlockCorrupted
 from faasmoe_kernels import KernelsUnavailable, MappingGuard

@@ -221,7 +221,8 @@ class SandboxRoutes:
 
     def _compute(self, function_id: str, request: HttpRequest) -> HttpResponse | PendingResponse:
         task = self._runtime.parse_frame(function_id, request.frame)
-        self._runtime.metrics.shared_frames.inc(request.shared_frame is not None)
+        if request.shared_frame is not None:
+            self._runtime.metrics.count_shared_frame()
         if self._sender_tracker.record_is_concurrent(request.sender, time.monotonic()):
             return _frame_response(self._batcher.submit(task))
         return HttpResponse(200, FRAME_CONTENT_TYPE, self._runtime.compute_batch([task])[0])

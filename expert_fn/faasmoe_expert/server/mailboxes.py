@@ -18,7 +18,7 @@ from faasmoe_expert.config import SandboxConfig
 from faasmoe_expert.errors import MailboxRefused
 from faasmoe_expert.functions import ExpertFunction
 from faasmoe_expert.functions.native_kernel import NativeLayer
-from faasmoe_expert.server.metrics import BUCKETS_S
+from faasmoe_expert.server.shown_work import BUCKETS_S
 from faasmoe_kernels import KernelsUnavailable, load
 from faasmoe_kernels.function_layers import CallsError, FunctionLayer
 from faasmoe_kernels.sandbox_loop import SandboxCounters, SandboxLoop

@@ -1,23 +1,24 @@
 """Prometheus metrics of one sandbox: what Python computed, and what its mailboxes did.
 
 Mailboxes are served without Python, so their counts are read when the metrics are rendered.
-Metrics are aggregates that reveal neither experts nor tokens.
+Metrics reveal neither experts nor tokens: what follows the gates' choices, such as frames, rows and
+which functions are attached, is shown by windows of many tokens (`shown_work`), refusals at once.
 """
 
 from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from faasmoe_expert.server.shown_work import BUCKETS_S, Work, WorkWindow
 from faasmoe_kernels.sandbox_loop import SandboxCounters, SlotStatus
-
-BUCKETS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 REFUSED_CODES = {
     SlotStatus.UNKNOWN_FUNCTION: "unknown_function",
@@ -32,39 +33,100 @@ ReadCounters = Callable[[], SandboxCounters]
 
 
 class SandboxMetrics:
-    """Prometheus metrics of one sandbox, in their own registry."""
+    """Prometheus metrics of one sandbox, in their own registry.
 
-    def __init__(self) -> None:
+    Args:
+        min_tokens: tokens of the windows in which work is shown; 1 shows it at once.
+    """
+
+    def __init__(self, *, min_tokens: int = 1) -> None:
         self.registry = CollectorRegistry()
-        self.frames = Counter(
-            "faasmoe_expert_frames_total", "Frames computed.", registry=self.registry
-        )
-        self.shared_frames = Counter(
-            "faasmoe_expert_shared_frames_total",
-            "Frames computed from shared memory.",
-            registry=self.registry,
-        )
-        self.mailbox_frames = Counter(
-            "faasmoe_expert_mailbox_frames_total",
-            "Frames computed from mailboxes, without Python.",
-            registry=self.registry,
-        )
         self.mailboxes = Gauge(
             "faasmoe_expert_mailboxes", "Mailboxes of routers.", registry=self.registry
-        )
-        self.mailbox_frames_in_flight = Gauge(
-            "faasmoe_expert_mailbox_frames_in_flight",
-            "Frames of mailboxes being computed or waiting for their turn.",
-            registry=self.registry,
-        )
-        self.rows = Counter(
-            "faasmoe_expert_rows_total", "Rows of hidden states computed.", registry=self.registry
         )
         self.refused = Counter(
             "faasmoe_expert_refused_total", "Requests refused.", ["code"], registry=self.registry
         )
-        self.compute_seconds = ComputeSeconds()
-        self.registry.register(self.compute_seconds)
+        self.functions = FunctionMetrics()
+        self._window = WorkWindow(min_tokens)
+        self._shown = ShownMetrics(self._window, self.functions.registry)
+        self.registry.register(self._shown)
+        self._python_frames = self._python_rows = self._shared_frames = 0
+        self._computations = [0] * (len(BUCKETS_S) + 1)
+        self._compute_s = 0.0
+        self._read_counters: ReadCounters | None = None
+        self._counted_statuses = dict.fromkeys(SlotStatus, 0)
+
+    def include_mailboxes(self, read: ReadCounters) -> None:
+        """Add from now on what mailboxes count."""
+        self._read_counters = read
+
+    def count_batch(self, *, n_frames: int, n_rows: int, seconds: float) -> None:
+        """Count frames that Python computed as one batch."""
+        self._python_frames += n_frames
+        self._python_rows += n_rows
+        self._computations[bisect.bisect_left(BUCKETS_S, seconds)] += 1
+        self._compute_s += seconds
+
+    def count_shared_frame(self) -> None:
+        """Count a frame that came in shared memory."""
+        self._shared_frames += 1
+
+    def set_functions(self, sizes_bytes: Iterable[int], *, n_layers: int) -> None:
+        """Say which functions are attached.
+
+        Args:
+            sizes_bytes: the size of each one's parameters.
+            n_layers: layers that they have together.
+        """
+        sizes = list(sizes_bytes)
+        self.functions.n_attached.set(len(sizes))
+        self.functions.n_bytes.set(sum(sizes))
+        self._window.set_layers(n_layers)
+
+    def render(self) -> bytes:
+        """Return the metrics in Prometheus' text format."""
+        counters = None if self._read_counters is None else self._read_counters()
+        if counters is not None:
+            self.mailboxes.set(counters.n_mailboxes)
+            self._count_refused(counters)
+        if self._window.end(self._done(counters), time.monotonic()):
+            self._shown.take_functions()
+        return generate_latest(self.registry)
+
+    def _done(self, counters: SandboxCounters | None) -> Work:
+        python = Work(
+            python_frames=self._python_frames,
+            shared_frames=self._shared_frames,
+            more_rows=self._python_rows - self._python_frames,
+            computations=tuple(self._computations),
+            compute_s=self._compute_s,
+        )
+        if counters is None:
+            return python
+        return python + Work(
+            mailbox_frames=counters.frames,
+            more_rows=counters.rows - counters.frames,
+            computations=counters.seconds_buckets,
+            compute_s=counters.seconds_sum,
+        )
+
+    def _count_refused(self, counters: SandboxCounters) -> None:
+        for status, code in REFUSED_CODES.items():
+            new = counters.statuses[status] - self._counted_statuses[status]
+            if new:
+                self.refused.labels(code).inc(new)
+        self._counted_statuses = counters.statuses
+
+
+class FunctionMetrics:
+    """Metrics of the attached functions, in their own registry.
+
+    Which functions are attached follows calls, so they are shown as they were at a window's end.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
         self.attach_seconds = Histogram(
             "faasmoe_expert_attach_seconds",
             "Time to attach a function.",
@@ -82,69 +144,49 @@ class SandboxMetrics:
             "Bytes of blocks fetched from block servers.",
             registry=self.registry,
         )
-        self.functions = Gauge(
+        self.n_attached = Gauge(
             "faasmoe_expert_functions", "Functions attached.", registry=self.registry
         )
-        self.function_bytes = Gauge(
+        self.n_bytes = Gauge(
             "faasmoe_expert_function_bytes",
             "Bytes of the attached functions' parameters.",
             registry=self.registry,
         )
-        self._read_counters: ReadCounters | None = None
-        self._counted_frames = self._counted_rows = 0
-        self._counted_statuses = dict.fromkeys(SlotStatus, 0)
-
-    def include_mailboxes(self, read: ReadCounters) -> None:
-        """Add from now on what mailboxes count."""
-        self._read_counters = read
-
-    def render(self) -> bytes:
-        """Return the metrics in Prometheus' text format."""
-        if self._read_counters is not None:
-            self._count_mailboxes(self._read_counters())
-        return generate_latest(self.registry)
-
-    def _count_mailboxes(self, counters: SandboxCounters) -> None:
-        new_frames = counters.frames - self._counted_frames
-        self.frames.inc(new_frames)
-        self.mailbox_frames.inc(new_frames)
-        self.rows.inc(counters.rows - self._counted_rows)
-        self.mailboxes.set(counters.n_mailboxes)
-        self.mailbox_frames_in_flight.set(counters.n_running)
-        for status, code in REFUSED_CODES.items():
-            new = counters.statuses[status] - self._counted_statuses[status]
-            if new:
-                self.refused.labels(code).inc(new)
-        self._counted_frames, self._counted_rows = counters.frames, counters.rows
-        self._counted_statuses = counters.statuses
-        self.compute_seconds.set_mailboxes(counters.seconds_buckets, counters.seconds_sum)
 
 
-class ComputeSeconds(Collector):
-    """Histogram of compute times, whose counts partly come from mailboxes as a whole."""
+class ShownMetrics(Collector):
+    """The metrics of a window's work, and of the functions at its end."""
 
-    def __init__(self) -> None:
-        self._counts = [0] * (len(BUCKETS_S) + 1)  # not cumulative
-        self._sum_s = 0.0
-        self._mailbox_counts: tuple[int, ...] = (0,) * len(self._counts)
-        self._mailbox_sum_s = 0.0
+    def __init__(self, window: WorkWindow, functions: CollectorRegistry) -> None:
+        self._window = window
+        self._functions = functions
+        self._families: list[Metric] = []
+        self.take_functions()
 
-    def observe(self, seconds: float) -> None:
-        """Record one computation."""
-        self._counts[bisect.bisect_left(BUCKETS_S, seconds)] += 1
-        self._sum_s += seconds
+    def take_functions(self) -> None:
+        """Show the functions as they are now."""
+        self._families = list(self._functions.collect())
 
-    def set_mailboxes(self, counts: tuple[int, ...], sum_s: float) -> None:
-        """Replace the totals of mailboxes: computations by bucket, and their time."""
-        self._mailbox_counts, self._mailbox_sum_s = counts, sum_s
-
-    def collect(self) -> Iterator[HistogramMetricFamily]:
-        """Yield the histogram."""
-        counts = [a + b for a, b in zip(self._counts, self._mailbox_counts, strict=True)]
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics."""
+        shown = self._window.shown
+        counters = {
+            "frames": ("Frames computed.", shown.frames),
+            "shared_frames": ("Frames computed from shared memory.", shown.shared_frames),
+            "mailbox_frames": (
+                "Frames computed from mailboxes, without Python.",
+                shown.mailbox_frames,
+            ),
+            "rows": ("Rows of hidden states computed.", shown.rows),
+        }
+        for name, (text, value) in counters.items():
+            yield CounterMetricFamily(f"faasmoe_expert_{name}", text, value=value)
         bounds = [*map(floatToGoString, BUCKETS_S), "+Inf"]
+        totals = itertools.accumulate(shown.computations)
         yield HistogramMetricFamily(
             "faasmoe_expert_compute_seconds",
             "Time to compute a batch of frames.",
-            buckets=list(zip(bounds, itertools.accumulate(counts), strict=True)),
-            sum_value=self._sum_s + self._mailbox_sum_s,
+            buckets=list(zip(bounds, totals, strict=True)),
+            sum_value=shown.compute_s,
         )
+        yield from self._families

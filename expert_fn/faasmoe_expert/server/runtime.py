@@ -102,7 +102,7 @@ class SandboxRuntime:
     ) -> None:
         self.config = config
         self.device = device
-        self.metrics = SandboxMetrics()
+        self.metrics = SandboxMetrics(min_tokens=config.metrics_min_tokens)
         self._functions: dict[str, ExpertFunction] = {}
         self._stores: dict[
             tuple[Path, str], Store
@@ -200,7 +200,7 @@ class SandboxRuntime:
         self._memory_budget.add(function.size_bytes)
         self._functions[function.spec.id] = function
         self._stores[loaded.store_path, function.model_digest] = loaded.store
-        self.metrics.attach_seconds.observe(loaded.load_s)
+        self.metrics.functions.attach_seconds.observe(loaded.load_s)
         self._update_gauges()
         if self.mailboxes is not None:
             self.mailboxes.publish(function)
@@ -259,9 +259,11 @@ class SandboxRuntime:
         finally:
             if self.mailboxes is not None and function.spec.id in self._functions:
                 self.mailboxes.refresh(function)
-        self.metrics.compute_seconds.observe(time.perf_counter() - start_s)
-        self.metrics.frames.inc(len(tasks))
-        self.metrics.rows.inc(sum(r.header.n_rows for r in requests))
+        self.metrics.count_batch(
+            n_frames=len(tasks),
+            n_rows=sum(r.header.n_rows for r in requests),
+            seconds=time.perf_counter() - start_s,
+        )
         return [
             encode_response(request.header, output.view(torch.uint8).numpy().data)
             for request, output in zip(requests, outputs, strict=True)
@@ -289,8 +291,8 @@ class SandboxRuntime:
         start_s = time.perf_counter()
         cached = self._cache.ensure(spec, model_digest)
         if cached.fetched:
-            self.metrics.fetch_seconds.observe(time.perf_counter() - start_s)
-            self.metrics.fetched_bytes.inc(cached.fetched_bytes)
+            self.metrics.functions.fetch_seconds.observe(time.perf_counter() - start_s)
+            self.metrics.functions.fetched_bytes.inc(cached.fetched_bytes)
         verified = process_verified_blocks()
         for block in cached.fetched:  # while it was written
             verified.add((file_identity(block.path),), block.block, block.digest)
@@ -321,8 +323,10 @@ class SandboxRuntime:
         return store
 
     def _update_gauges(self) -> None:
-        self.metrics.functions.set(len(self._functions))
-        self.metrics.function_bytes.set(sum(f.size_bytes for f in self._functions.values()))
+        functions = self._functions.values()
+        self.metrics.set_functions(
+            (f.size_bytes for f in functions), n_layers=sum(len(f.spec.layers) for f in functions)
+        )
 
     def _function_status(self, function: ExpertFunction) -> dict[str, Any]:
         n_native = self.mailboxes.function_frames(function.spec.id) if self.mailboxes else 0

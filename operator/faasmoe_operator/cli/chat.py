@@ -7,13 +7,13 @@ tokens per second after it. Without a terminal it answers one message of standar
 from __future__ import annotations
 
 import argparse
+import http
 import json
-import os
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -21,7 +21,6 @@ from typing import Any, TextIO
 from faasmoe_operator.cli import kubectl_plugin, running_models
 from faasmoe_operator.errors import CommandError
 
-KEY_VARIABLE = "FAASMOE_API_KEY"
 COLD_START_HEADER = "X-FaaSMoE-Cold-Start"
 TIMEOUT_S = 600.0
 PROMPT = "> "
@@ -58,10 +57,12 @@ class ChatSession:
         try:
             with self._open() as response:
                 timing.held_s = float(response.headers.get(COLD_START_HEADER) or 0.0)
-                for piece in _pieces(response):
-                    timing.count()
-                    answer += piece
-                    write(piece)
+                for event in _events(response):
+                    timing.count_tokens(event.get("usage"))
+                    for piece in _pieces(event):
+                        timing.mark_piece()
+                        answer += piece
+                        write(piece)
         except BaseException:
             self.messages.pop()
             raise
@@ -73,6 +74,7 @@ class ChatSession:
             "messages": self.messages,
             "max_tokens": self.max_tokens,
             "stream": True,
+            "stream_options": {"include_usage": True},
         }
         if self.model is not None:
             body["model"] = self.model
@@ -85,7 +87,10 @@ class ChatSession:
         try:
             return urllib.request.urlopen(request, timeout=TIMEOUT_S)
         except urllib.error.HTTPError as error:
-            raise CommandError(f"{error.code}: {_message_of(error.read())}") from error
+            hint = ""
+            if error.code == http.HTTPStatus.UNAUTHORIZED:
+                hint = f" (--api-key or {running_models.KEY_VARIABLE} has the key)"
+            raise CommandError(f"{error.code}: {_message_of(error.read())}{hint}") from error
         except OSError as error:
             raise CommandError(f"{self.url}: {getattr(error, 'reason', error)}") from error
 
@@ -94,25 +99,31 @@ class _Timing:
     def __init__(self) -> None:
         self.held_s = 0.0
         self._started_s = time.monotonic()
-        self._first_s = self._last_s = self._started_s
-        self._n = 0
+        self._first_s: float | None = None
+        self._last_s = self._started_s
+        self._n_tokens = 0
 
-    def count(self) -> None:
+    def mark_piece(self) -> None:
+        """Note that a piece of text has arrived now."""
         self._last_s = time.monotonic()
-        if not self._n:
-            self._first_s = self._last_s
-        self._n += 1
+        self._first_s = self._first_s or self._last_s
+
+    def count_tokens(self, usage: Mapping[str, Any] | None) -> None:
+        """Take the number of tokens from the usage that a stream ends with."""
+        self._n_tokens = (usage or {}).get("completion_tokens", self._n_tokens)
 
     def __str__(self) -> str:
-        held = f"waited {self.held_s:.2f} s for functions, " if self.held_s else ""
-        text = f"{held}first token {self._first_s - self._started_s:.2f} s"
-        if self._n > 1 and self._last_s > self._first_s:
-            text += f", then {(self._n - 1) / (self._last_s - self._first_s):.1f} pieces/s"
+        text = f"waited {self.held_s:.2f} s for functions, " if self.held_s else ""
+        if self._first_s is None:
+            return f"{text}no text within {time.monotonic() - self._started_s:.2f} s"
+        text += f"first token {self._first_s - self._started_s:.2f} s"
+        if self._n_tokens > 1 and self._last_s > self._first_s:
+            text += f", then {(self._n_tokens - 1) / (self._last_s - self._first_s):.1f} tokens/s"
         return text
 
 
-def _pieces(lines: Iterator[bytes]) -> Iterator[str]:
-    """Yield the texts of a stream of chat chunks; raises CommandError for an error event."""
+def _events(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
+    """Yield the chunks of a streamed chat; raises CommandError for an error event."""
     for line in lines:
         data = line.decode("utf-8", "replace").strip().removeprefix("data:").strip()
         if not line.startswith(b"data:") or data == "[DONE]":
@@ -120,10 +131,15 @@ def _pieces(lines: Iterator[bytes]) -> Iterator[str]:
         event = json.loads(data)
         if "error" in event:
             raise CommandError(str(event["error"]["message"]))
-        for choice in event["choices"]:
-            delta = choice["delta"]
-            if text := (delta.get("reasoning_content") or "") + (delta.get("content") or ""):
-                yield text
+        yield event
+
+
+def _pieces(event: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the texts of a chunk, reasoning included."""
+    for choice in event["choices"]:
+        delta = choice["delta"]
+        if text := (delta.get("reasoning_content") or "") + (delta.get("content") or ""):
+            yield text
 
 
 def _message_of(body: bytes) -> str:
@@ -144,12 +160,12 @@ def add_commands(commands: Any) -> None:
         "  faasmoe chat\n"
         '  faasmoe chat qwen-moe --message "Why is the sky blue?"\n'
         "  faasmoe chat qwen-moe -n models --tenant research   # a MoEModel of the cluster\n"
-        f"  {KEY_VARIABLE}=s3cret faasmoe chat --url http://127.0.0.1:8000/v1",
+        f"  {running_models.KEY_VARIABLE}=s3cret faasmoe chat --url http://127.0.0.1:8000/v1",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     running_models.add_model(parser)
     parser.add_argument("--url", help="base URL of any OpenAI-compatible API, with /v1")
-    parser.add_argument("--api-key", default="", help=f"API key (default: {KEY_VARIABLE})")
+    running_models.add_api_key(parser)
     parser.add_argument("--tenant", default="", help="tenant, of a MoEModel of a cluster")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--message", metavar="TEXT", help="send this message and end")
@@ -165,7 +181,7 @@ def run(arguments: argparse.Namespace) -> int:
         session = ChatSession(
             url,
             model,
-            arguments.api_key or os.environ.get(KEY_VARIABLE, ""),
+            running_models.api_key_of(arguments),
             arguments.max_tokens,
             _opening(arguments.system),
         )

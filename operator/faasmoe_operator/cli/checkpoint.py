@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +18,8 @@ from faasmoe_contracts.store.references import STORE_MODES
 from faasmoe_operator.cli import model_arguments
 from faasmoe_operator.cli.logs import print_progress
 from faasmoe_operator.cli.model_source import ModelSource
+from faasmoe_operator.cli.store_cache import stores_folder
+from faasmoe_operator.errors import CommandError
 
 NO_QUANTIZATION = QuantizationEntry()
 COMMAND = (sys.executable, "-m", "faasmoe_router.checkpoint")
@@ -39,7 +41,8 @@ def add_commands(commands: Any) -> None:
         "  faasmoe prepare ./checkpoint ./store\n"
         "  faasmoe prepare ./model-Q8_0.gguf ./store\n"
         "  faasmoe prepare hf://Qwen/Qwen1.5-MoE-A2.7B ./store --dtype bfloat16\n"
-        "  faasmoe prepare ./checkpoint ./store --quantize int8 --quantize-router int8",
+        "  faasmoe prepare ./checkpoint ./store --quantize int8 --quantize-router int8\n"
+        "  faasmoe prepare ./fine-tune ./stores/tuned --share-with ./stores",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help=model_arguments.MODEL_HELP)
@@ -57,6 +60,19 @@ def add_commands(commands: Any) -> None:
         help="as spec.store.mode: auto refers to tensors that lie in the checkpoint as they are "
         "served, so that the checkpoint must stay where it is, and copies the rest; reference does "
         "the same, but fails if experts must be copied; copy copies all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--share-with",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="share files with a store, or with all stores of a folder, where experts or tensors "
+        "of the router are equal, as those of fine-tunes are: by hard links, so that the other "
+        "store may be removed; repeat it for several (default: without STORE, the stores of "
+        "`faasmoe up MODEL`)",
+    )
+    parser.add_argument(
+        "--no-sharing", action="store_true", help="share no files with other stores"
     )
     parser.add_argument(
         "--force", action="store_true", help="overwrite a store made from another source"
@@ -95,6 +111,7 @@ def prepare_command(
     mode: str = "auto",
     force: bool = False,
     allows_nonfinite: bool = False,
+    share_with: Iterable[str | Path] = (),
 ) -> list[str]:
     """Return the command line that converts a checkpoint into a store.
 
@@ -108,6 +125,7 @@ def prepare_command(
         mode: whether to refer to the checkpoint's tensors or to copy them, see STORE_MODES.
         force: whether to overwrite a store made from another source.
         allows_nonfinite: whether to accept weights that are NaN or infinite.
+        share_with: stores, or folders of stores, to share files with.
     """
     # The manifest records the source, so a folder or file needs its absolute path.
     name = Path(source).resolve().as_uri() if Path(source).exists() else source
@@ -117,6 +135,7 @@ def prepare_command(
     command += quantization_arguments(quantization)
     command += [f"--mode={mode}"] if mode != "auto" else []
     command += ["--allow-nonfinite"] * allows_nonfinite
+    command += [f"--share-with={path}" for path in share_with]
     return command + ["--force"] * force
 
 
@@ -127,8 +146,12 @@ def quantization_arguments(quantization: QuantizationEntry) -> list[str]:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
+    if arguments.no_sharing and arguments.share_with:
+        raise CommandError("expected --share-with or --no-sharing, got both", exit_status=2)
     if arguments.store is not None:
         return _prepare_in(arguments, arguments.model, arguments.store)
+    if not arguments.no_sharing:
+        arguments.share_with = arguments.share_with or [stores_folder()]
     source = ModelSource.parse(arguments.model)
     cached = model_arguments.cached_store(source, arguments)
     cached.make_parent()
@@ -150,6 +173,7 @@ def _prepare_in(arguments: argparse.Namespace, source: str, store: str) -> int:
             mode=arguments.mode,
             force=arguments.force,
             allows_nonfinite=arguments.allow_nonfinite,
+            share_with=arguments.share_with,
         )
     )
 

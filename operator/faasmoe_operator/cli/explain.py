@@ -28,6 +28,7 @@ def add_commands(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     running_models.add_model(parser)
+    running_models.add_api_key(parser)
     parser.set_defaults(run=run)
 
 
@@ -38,29 +39,36 @@ def run(arguments: argparse.Namespace) -> int:
         print(kubectl_plugin.explain(cluster, arguments.model))
         return 0
     instance = running_models.select_instance(arguments.model, arguments.file)
-    print(asyncio.run(_explain(instance)))
+    print(asyncio.run(_explain(instance, running_models.api_key_of(arguments))))
     return 0
 
 
-async def _explain(instance: LocalInstance) -> str:
+async def _explain(instance: LocalInstance, api_key: str) -> str:
     status = await fetch_status(instance.control_url, token=instance.token)
     if not instance.metrics_url:
         note = "several models share a gateway, which has no router's metrics"
         return render(instance.name, status, None, note=note)
-    exposition = await _fetch_metrics(instance.metrics_url)
+    exposition = await _fetch_metrics(instance.metrics_url, api_key)
     if exposition is None:
-        note = f"{instance.metrics_url} is not answered without a key; set `router.metricsPort`"
+        note = (
+            f"{instance.metrics_url} wants a key: --api-key or {running_models.KEY_VARIABLE}; "
+            "`router.metricsPort` needs none"
+        )
         return render(instance.name, status, None, note=note)
     return render(instance.name, status, parse_totals(exposition))
 
 
-async def _fetch_metrics(url: str) -> str | None:
+async def _fetch_metrics(url: str, api_key: str) -> str | None:
     """Return the router's metrics; None if it does not answer."""
     import aiohttp
 
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     timeout = aiohttp.ClientTimeout(total=METRICS_TIMEOUT_S)
     try:
-        async with aiohttp.ClientSession(timeout=timeout) as http, http.get(url) as response:
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as http,
+            http.get(url, headers=headers) as response,
+        ):
             return await response.text() if response.status == 200 else None
     except (aiohttp.ClientError, TimeoutError):
         return None

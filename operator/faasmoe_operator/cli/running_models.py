@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from faasmoe_operator.cli.runtime_dir import LocalInstance, list_instances
 from faasmoe_operator.errors import CommandError
 
 CLUSTER_OPTIONS = ("namespace", "context", "kubeconfig")
+KEY_VARIABLE = "FAASMOE_API_KEY"
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +27,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     for option in CLUSTER_OPTIONS:
         flags = ["-n"] if option == "namespace" else []
         cluster.add_argument(*flags, f"--{option}", help=f"as kubectl's --{option}")
+
+
+def add_api_key(parser: argparse.ArgumentParser) -> None:
+    """Add the key that a model's API asks for."""
+    parser.add_argument("--api-key", default="", help=f"API key (default: {KEY_VARIABLE})")
+
+
+def api_key_of(arguments: argparse.Namespace) -> str:
+    """Return the key of the API; empty for none."""
+    return arguments.api_key or os.environ.get(KEY_VARIABLE, "")
 
 
 def cluster_of(arguments: argparse.Namespace) -> Kubectl | None:

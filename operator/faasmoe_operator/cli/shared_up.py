@@ -153,7 +153,10 @@ async def _prepare_and_serve(
     for name, local in deployment.models.items():
         await up.check_devices(local)
         is_prepared = local.is_prepared
-        if not is_prepared and (status := await up.prepare(RequestedModel(local, None))):
+        others = [m.store_path for m in deployment.models.values() if m.is_prepared]
+        if not is_prepared and (
+            status := await up.prepare(RequestedModel(local, None), share_with=others)
+        ):
             return status  # the preparation has said why
         store = stores[name] = local.open_store()
         local.functions(store.manifest, key=secrets.token_bytes(32))

@@ -262,7 +262,8 @@ async def _prepare_and_serve(
     if requested.is_prepared:
         print_progress(f"store: {deployment.store_path}")
     else:
-        if status := await prepare(requested):
+        shared = [] if requested.cached is None else [requested.cached.path.parent]
+        if status := await prepare(requested, share_with=shared):
             return status  # the preparation has said why
         skip_verify = True  # the checksums were computed just now
     store = deployment.open_store()
@@ -334,8 +335,12 @@ async def _probe_devices(command: Sequence[str]) -> dict[str, Any]:
         raise CommandError(f"{command[-1]} ended with status {process.returncode}") from None
 
 
-async def prepare(requested: RequestedModel) -> int:
+async def prepare(requested: RequestedModel, *, share_with: Sequence[Path] = ()) -> int:
     """Prepare the store; return the exit status of the preparation, which reports its errors.
+
+    Args:
+        requested: the model.
+        share_with: stores, or folders of stores, to share files with.
 
     Raises:
         CommandError: a signal ended the preparation.
@@ -356,6 +361,7 @@ async def prepare(requested: RequestedModel) -> int:
             quantization=deployment.quantization,
             mode=deployment.model.spec.store.mode or "auto",
             force=is_outdated,
+            share_with=share_with,
         ),
         environment=os.environ,
         log=None,

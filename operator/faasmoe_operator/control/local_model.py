@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from faasmoe_contracts.routing_table import FunctionSpec
 from faasmoe_contracts.store import MANIFEST_NAME, Manifest, QuantizationEntry, Store
+from faasmoe_contracts.store.referenced_files import FilePlace
 from faasmoe_operator.api.v1alpha1 import MoEModel, MoEModelError, load_moemodel
 from faasmoe_operator.api.v1alpha1.storage import FILE_SCHEME, HUB_SCHEME
 from faasmoe_operator.api.v1alpha1.tenants import TenantSpec
@@ -118,7 +119,8 @@ class LocalModel:
 
     def _check_mode(self, manifest: Manifest) -> None:
         checkpoint, mode = manifest.checkpoint, self.model.spec.store.mode
-        stored = "reference" if checkpoint and checkpoint.size_bytes else "copy"
+        refers = checkpoint is not None and checkpoint.bytes_in(FilePlace.CHECKPOINT) > 0
+        stored = "reference" if refers else "copy"
         if mode not in (None, "auto", stored):
             what = f"got {mode}, expected auto or {stored}, as the store {self.store_path} is"
             self._raise_error("spec.store.mode", f"{what}; `faasmoe prepare --force` replaces it")

@@ -266,7 +266,13 @@ class KubernetesPlatform:
 
     def _make_sandbox(self, pod: Pod, *, ready: bool) -> Sandbox:
         template_hash = pod["metadata"]["labels"].get(TEMPLATE_LABEL, "")
-        return Sandbox(pod_name(pod), pod_address(pod, port=self._port), ready, template_hash)
+        return Sandbox(
+            pod_name(pod),
+            pod_address(pod, port=self._port),
+            ready,
+            template_hash,
+            node=pod["spec"].get("nodeName", ""),
+        )
 
     def _mark_lost(self, name: str, reason: str) -> None:
         self._prober.stop(name)

@@ -54,6 +54,7 @@ class Sandbox:
         ready: whether it responds and is not being deleted.
         template_hash: digest of the template that it was created from.
         pid: its process id, where the platform knows it.
+        node: name of its machine; empty for this one.
     """
 
     id: str
@@ -61,6 +62,7 @@ class Sandbox:
     ready: bool
     template_hash: str
     pid: int | None = None
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import BaseRoute
 
 from faasmoe_router.api.admission import AlwaysActivated, RequestActivator
 from faasmoe_router.api.body import BodyReader
@@ -25,6 +26,7 @@ from faasmoe_router.api.completions import (
 )
 from faasmoe_router.api.content_encoding import ContentEncodingMiddleware, HeadMiddleware
 from faasmoe_router.api.errors import ApiError, add_error_handlers
+from faasmoe_router.api.http_metrics import HttpMetrics, HttpMetricsMiddleware
 from faasmoe_router.api.metrics_server import MetricsServer, metrics_routes
 from faasmoe_router.api.middleware import AuthMiddleware, RequestContextMiddleware
 from faasmoe_router.api.models import model_routes, usage_routes
@@ -101,8 +103,10 @@ def create_app(
             yield
 
     app = FastAPI(title="FaaSMoE router", lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    routes = list(app.routes)  # all of them, once the routers are included
     _add_middleware(
         app,
+        routes=routes,
         max_body_bytes=body_limits.max_bytes,
         tenancy=tenancy,
         registry=registry,
@@ -128,6 +132,7 @@ def create_app(
         *(() if metrics_server is not None else (metrics_routes(registry),)),
     ):
         app.include_router(router)
+        routes += router.routes
     install_openapi(app, requires_api_key=tenancy is not None)
     return app
 
@@ -164,6 +169,7 @@ def _body_limits(engine: Engine, max_body_bytes: int | None) -> BodyLimits:
 def _add_middleware(
     app: FastAPI,
     *,
+    routes: Sequence[BaseRoute],
     max_body_bytes: int,
     tenancy: TenantService | None,
     registry: CollectorRegistry,
@@ -181,6 +187,7 @@ def _add_middleware(
     if tracer.is_enabled:
         app.add_middleware(TracingMiddleware, tracer=tracer)
     app.add_middleware(RefusalMetricsMiddleware, counter=refusal_counter(registry))
+    app.add_middleware(HttpMetricsMiddleware, metrics=HttpMetrics(registry), routes=routes)
     app.add_middleware(ResumptionMiddleware, front_token=front_token)
     if cors_origins:
         _add_cors(app, cors_origins)  # covers errors and needs no API key

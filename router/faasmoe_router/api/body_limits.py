@@ -13,12 +13,11 @@ from dataclasses import dataclass
 import numpy
 import numpy.typing
 
+from faasmoe_gateway.body_structure import MAX_CONTAINERS, MAX_VALUES
 from faasmoe_router.api.errors import ApiError, invalid_json
 
 MAX_BODY_BYTES = 8 << 20  # whatever the model
 BASE_BODY_BYTES = 256 << 10  # for tools, schemas and the names of fields
-MAX_VALUES = 1 << 18
-MAX_CONTAINERS = 1 << 15
 MAX_DEPTH = 128
 TOKEN_ID_BYTES = 8  # of a token ID in JSON, with its comma
 ESCAPED_BYTES = 2  # of JSON per byte of text, such as escaped newlines

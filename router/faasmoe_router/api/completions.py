@@ -300,7 +300,9 @@ class ResponseGenerator:
             tenant=caller.tenant,
             n_prompt_tokens=n_prompt_tokens,
         )
-        start = asyncio.create_task(self._start(request, requests, usage_recorder, span))
+        start = asyncio.create_task(
+            self._start(request, requests, usage_recorder, span, is_streamed=bool(body.stream))
+        )
         try:
             if body.stream and not (await asyncio.wait({start}, timeout=KEEPALIVE_S))[0]:
                 # From now on comments keep the connection; an error can only be an event.
@@ -320,6 +322,8 @@ class ResponseGenerator:
         requests: Sequence[GenerationRequest],
         usage_recorder: RequestUsageRecorder,
         span: Span,
+        *,
+        is_streamed: bool,
     ) -> tuple[dict[str, str], Generation]:
         """Wait for activation and start the generation; return it and response headers."""
         caller, resumption = get_caller(request), get_resumption(request)
@@ -335,6 +339,7 @@ class ResponseGenerator:
                     usage_recorder=usage_recorder,
                     journal=() if resumption is None else resumption.entries,
                     span=span,
+                    is_streamed=is_streamed,
                 )
             except JournalError as error:
                 raise invalid_journal(error) from error

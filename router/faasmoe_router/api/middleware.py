@@ -154,7 +154,7 @@ class AuthMiddleware:
         if scope["type"] != "http" or scope["path"] in UNAUTHENTICATED_PATHS:
             await self._app(scope, receive, send)
             return
-        tenant, path = _split_tenant_path(scope["path"])
+        tenant, path = split_tenant_path(scope["path"])
         with scope_span(scope).child("auth"):
             caller = self._identify(scope, tenant)
         if caller is None:
@@ -196,7 +196,7 @@ def _invalid_api_key() -> ApiError:
     )
 
 
-def _split_tenant_path(path: str) -> tuple[str | None, str]:
+def split_tenant_path(path: str) -> tuple[str | None, str]:
     """Return the tenant that a path names, or None, and the path without it."""
     if path == "/v1" or path.startswith("/v1/"):
         return None, path

@@ -80,6 +80,15 @@ def _parser() -> argparse.ArgumentParser:
         "then stay, and copy the rest; reference: the same, but fail if an experts layer must be "
         "copied; copy: copy all (default: auto, or copy with --discard-download)",
     )
+    command.add_argument(
+        "--share-with",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="share files with a store, or with all stores of a folder, where experts or tensors "
+        "of the router are equal: by hard links; repeat it for several",
+    )
     command.add_argument("--force", action="store_true", help="replace a store of another source")
     command.add_argument(
         "--allow-nonfinite",
@@ -222,6 +231,7 @@ def _prepare_store(args: argparse.Namespace) -> Store:
             mode=_mode(args),
             force=args.force,
             allows_nonfinite=args.allow_nonfinite,
+            share_with=args.share_with,
             progress=bar,
         )
 

@@ -12,11 +12,10 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from faasmoe_contracts.store import (
     MANIFEST_NAME,
@@ -25,6 +24,7 @@ from faasmoe_contracts.store import (
     QuantizationEntry,
     Store,
 )
+from faasmoe_contracts.store.referenced_files import FilePlace
 from faasmoe_contracts.store.references import StoreMode
 from faasmoe_router.checkpoint.format_report import published_entries
 from faasmoe_router.checkpoint.gguf.checkpoint import GgufCheckpoint, find_gguf_checkpoint
@@ -38,11 +38,13 @@ from faasmoe_router.checkpoint.manifest import (
 )
 from faasmoe_router.checkpoint.model_source import load_skeleton, open_tensors
 from faasmoe_router.checkpoint.object_store import is_object_url
+from faasmoe_router.checkpoint.progress import NoProgress, Progress
 from faasmoe_router.checkpoint.reference_digests import verify_references
 from faasmoe_router.checkpoint.reference_plan import (
     CheckpointLayout,
     require_references,
 )
+from faasmoe_router.checkpoint.sharing import find_stores, share_equal_parts
 from faasmoe_router.checkpoint.slice_quantizer import QuantizationLoss, SliceQuantizer
 from faasmoe_router.checkpoint.source import (
     CheckpointSource,
@@ -62,26 +64,6 @@ NO_QUANTIZATION = QuantizationEntry()
 _COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")  # unlike branches and tags, commits never move
 
 
-class Progress(Protocol):
-    """Receives the progress of a preparation."""
-
-    def start(self, label: str, *, total_bytes: int) -> None:
-        """Start a task of `total_bytes`."""
-
-    def advance(self, size_bytes: int) -> None:
-        """Report `size_bytes` more as written."""
-
-
-class NoProgress:
-    """Ignores progress."""
-
-    def start(self, label: str, *, total_bytes: int) -> None:
-        """Do nothing."""
-
-    def advance(self, size_bytes: int) -> None:
-        """Do nothing."""
-
-
 @dataclass(frozen=True, slots=True)
 class StoreTarget:
     """What a preparation makes of a checkpoint.
@@ -92,6 +74,7 @@ class StoreTarget:
         quantization: what is quantised.
         mode: whether tensors are copied or referred to.
         allows_nonfinite: whether weights may be NaN or infinite.
+        stores: the stores whose files are shared.
     """
 
     fingerprint: str
@@ -99,6 +82,7 @@ class StoreTarget:
     quantization: QuantizationEntry
     mode: StoreMode
     allows_nonfinite: bool
+    stores: tuple[Store, ...] = ()
 
     @property
     def journal_fingerprint(self) -> str:
@@ -120,6 +104,7 @@ def prepare(
     mode: StoreMode = StoreMode.COPY,
     force: bool = False,
     allows_nonfinite: bool = False,
+    share_with: Sequence[Path] = (),
     progress: Progress | None = None,
 ) -> Store:
     """Prepare a checkpoint as a store.
@@ -137,6 +122,8 @@ def prepare(
         mode: whether to copy tensors or refer to them.
         force: replace a complete store of another checkpoint.
         allows_nonfinite: accept weights that are NaN or infinite.
+        share_with: stores, or folders of stores, whose files are shared where weights are equal; a
+            store that is complete already stays as it is.
         progress: receives the number of bytes written.
 
     Raises:
@@ -155,7 +142,8 @@ def prepare(
                     return _verified_store(folder, progress or NoProgress())
                 raise _mode_mismatch(folder, got=store_mode, expected=mode)
             _clear_existing(folder, source, quantization, force=force)
-        target = StoreTarget(fingerprint, dtype, quantization, mode, allows_nonfinite)
+        stores = tuple(find_stores(share_with, without=store))
+        target = StoreTarget(fingerprint, dtype, quantization, mode, allows_nonfinite, stores)
         with _open_tensors(checkpoint, allows_nonfinite=allows_nonfinite) as tensors:
             _fill_store(folder, checkpoint, tensors, target, progress or NoProgress())
     return Store.open(store)
@@ -178,7 +166,7 @@ def _verified_store(folder: StoreFolder, progress: Progress) -> Store:
     store = Store.open(folder.path)
     files, checkpoint = store.manifest.files, store.manifest.checkpoint
     stored_bytes = sum(file.size_bytes for file in files.values())
-    referenced_bytes = checkpoint.size_bytes if checkpoint else 0
+    referenced_bytes = checkpoint.bytes_in(*FilePlace) if checkpoint else 0
     progress.start("verifying", total_bytes=stored_bytes + referenced_bytes)
     for name, file in files.items():
         store.verify([name])
@@ -189,11 +177,12 @@ def _verified_store(folder: StoreFolder, progress: Progress) -> Store:
 
 
 def _mode_of(folder: StoreFolder) -> StoreMode:
-    """Return the mode of a complete store: COPY if it refers to nothing."""
+    """Return the mode of a complete store: COPY if it refers to nothing in a checkpoint."""
     checkpoint = Manifest.from_json(
         json.loads((folder.path / MANIFEST_NAME).read_bytes())
     ).checkpoint
-    return StoreMode.REFERENCE if checkpoint and checkpoint.size_bytes else StoreMode.COPY
+    refers = checkpoint is not None and checkpoint.bytes_in(FilePlace.CHECKPOINT) > 0
+    return StoreMode.REFERENCE if refers else StoreMode.COPY
 
 
 def _mode_mismatch(folder: StoreFolder, *, got: StoreMode, expected: StoreMode) -> StoreMismatch:
@@ -281,6 +270,8 @@ def _fill_store(
         checkpoint=entry,
         published=published,
     )
+    if target.stores:
+        manifest = share_equal_parts(folder.path, manifest, target.stores, progress)
     folder.commit(manifest, target.fingerprint)
 
 

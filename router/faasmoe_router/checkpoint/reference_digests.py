@@ -21,7 +21,8 @@ import torch
 
 from faasmoe_contracts.store import LayerEntry, Store, StoreError
 from faasmoe_contracts.store.digests import page_sum_digest
-from faasmoe_contracts.store.references import REMEDY, CheckpointEntry, TensorReference
+from faasmoe_contracts.store.referenced_files import REMEDY
+from faasmoe_contracts.store.references import CheckpointEntry, TensorReference
 from faasmoe_expert.functions.weights import TORCH_DTYPES
 from faasmoe_router.checkpoint.finite_tensors import is_finite
 from faasmoe_router.errors import WeightsNotFinite
@@ -278,6 +279,5 @@ def verify_references(store: Store, on_bytes_read: Callable[[int], None] = lambd
 
 
 def _paths_of(block: Block, checkpoint: CheckpointEntry, store: Path) -> str:
-    folder = checkpoint.folder(store)
     files = dict.fromkeys(file for file, *_ in block.pieces)
-    return ", ".join(str(folder / checkpoint.files[file].name) for file in files)
+    return ", ".join(str(checkpoint.path_of(store, file)) for file in files)

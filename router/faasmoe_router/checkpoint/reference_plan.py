@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from faasmoe_contracts.store.quantization import COMPONENT_NAMES
-from faasmoe_contracts.store.references import CheckpointFile, TensorReference
+from faasmoe_contracts.store.referenced_files import CheckpointFile
+from faasmoe_contracts.store.references import TensorReference
 from faasmoe_contracts.store.tensors import CHECKPOINT_DTYPE_SIZES, DTYPE_SIZES, read_tensor_table
 from faasmoe_router.checkpoint.kept_codes import KeptParameter
 from faasmoe_router.checkpoint.kernel_selection import select_kernel
@@ -237,7 +238,7 @@ def _reference_or_reason(
         pieces.append((location.file, location.offset))
     if 0 in shape:
         return "empty"
-    return _joined(TensorReference(dtype, shape, tuple(pieces)), len(parts))
+    return join_pieces(TensorReference(dtype, shape, tuple(pieces)), len(parts))
 
 
 def _kept_references(
@@ -254,11 +255,11 @@ def _kept_references(
             scheme, part = parameter.quantization.scheme, COMPONENT_NAMES[suffix]
             return f"{scheme} {part} are not laid out as kernels read them"
         reference = TensorReference(dtype, shape, tuple(pieces))
-        references[suffix] = _joined(reference, len(parameter.parts))
+        references[suffix] = join_pieces(reference, len(parameter.parts))
     return references
 
 
-def _joined(reference: TensorReference, n_rows: int) -> TensorReference:
+def join_pieces(reference: TensorReference, n_rows: int) -> TensorReference:
     """Return a reference of as few pieces as possible: pieces that follow each other are one."""
     for count in dict.fromkeys((1, n_rows)):
         group = len(reference.pieces) // count

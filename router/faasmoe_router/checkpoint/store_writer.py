@@ -29,13 +29,14 @@ from faasmoe_contracts.store import (
     StoreError,
     sha256_of_file,
 )
+from faasmoe_contracts.store.referenced_files import SHARED_FOLDER
 from faasmoe_router.checkpoint.store_plan import FileLayout
 from faasmoe_router.errors import PrepareError, StoreMismatch
 from faasmoe_transformers.weight_conversion import ParameterSlice
 
 PARTIAL_SUFFIX = ".partial"
 _LOCK_NAME, _JOURNAL_NAME, _FINGERPRINT_NAME = ".lock", ".journal", ".origin.json"
-_STORE_FOLDERS = ("experts", "router", "model")
+_STORE_FOLDERS = ("experts", "router", "model", SHARED_FOLDER)
 _IGNORED_ENTRIES = ("lost+found",)  # present on a freshly formatted volume
 
 
@@ -212,6 +213,7 @@ class StoreFolder:
             write_partial_first(self.path / _JOURNAL_NAME, journal_head.encode())
             return {}, {}
         self._reject_foreign_files()
+        shutil.rmtree(self.path / SHARED_FOLDER, ignore_errors=True)  # shared last, and again
         finished_files: dict[str, FileEntry] = {}
         losses: dict[str, tuple[float, float]] = {}
         for line in journal[1:]:

@@ -297,6 +297,11 @@ class Activator:
         if self._awaited:
             self._request_activation(self._awaited)
 
+    @property
+    def n_queued(self) -> int:
+        """Requests that wait."""
+        return len(self._queued)
+
     def close(self) -> None:
         """Reject all queued and future requests."""
         self._is_closed = True

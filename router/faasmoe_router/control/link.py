@@ -161,6 +161,11 @@ class ControlLink:
         return self._table_watcher.has_table
 
     @property
+    def n_held(self) -> int:
+        """Requests that wait for the activation of functions."""
+        return self._activator.n_queued
+
+    @property
     def activated_below_tokens(self) -> float:
         """Requests of fewer tokens than this need no missing function."""
         if self.ready and not self._settings.queues_requests:

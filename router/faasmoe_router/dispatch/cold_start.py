@@ -8,6 +8,7 @@ requested every second. Knows routing and health; the caller makes the calls.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -92,6 +93,10 @@ class ActivationWaiter:
         for name in before.entries:
             if _has_address(before, name) and not _has_address(after, name):
                 self._lost_at_s[name] = now_s
+
+    def was_lost(self, function_id: str, now_s: float) -> bool:
+        """Return whether a function has lost its last address shortly before."""
+        return now_s - self._lost_at_s.get(function_id, -math.inf) < LOST_S
 
     def wait(
         self,

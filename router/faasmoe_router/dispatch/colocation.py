@@ -147,7 +147,7 @@ class ColocatedFunctions:
             self._ranking.record_pairs(layer, function_index, n_pairs)
 
     def compute(self, spec: FunctionSpec, request: ExpertRequest) -> Tensor:
-        """Return the output of a selected function: [R, H], or [P, H] unreduced.
+        """Return the output of a selected function: float32 [R, H], or [P, H] unreduced.
 
         Raises:
             StoreCorrupted: the function's bytes fail verification; it is no longer colocated.

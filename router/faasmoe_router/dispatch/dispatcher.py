@@ -168,6 +168,8 @@ class Dispatcher:
             absences=self._executor.absences,
             colocated=colocated,
             overflow=overflow,
+            taken_over=self._executor.taken_over,
+            load=self.load,
             socket_dir=socket_dir,
             token=token,
             call_timeout_s=timeouts.call_timeout_s,

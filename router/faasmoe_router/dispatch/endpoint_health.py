@@ -343,6 +343,11 @@ class EndpointHealth:
         abandon_after_s = max(settings.abandon_min_s, settings.abandon_factor * typical_s)
         return max(settings.hedge_min_s, typical_s), abandon_after_s
 
+    @property
+    def thresholds_version(self) -> int:
+        """Changes whenever a threshold does."""
+        return self._latency.version
+
     def hung_after_s(self, n_rows: int) -> float:
         """Return after how many seconds a sandbox without an answer is taken to hang.
 
@@ -431,11 +436,15 @@ class LatencyTracker:
 
     Args:
         quantile: the quantile to track, between 0 and 1.
+
+    Attributes:
+        version: changes whenever a quantile does.
     """
 
     def __init__(self, quantile: float = 0.95) -> None:
         self._quantile = quantile
         self._windows: dict[int, _LatencyWindow] = {}
+        self.version = 0
 
     def record(self, n_rows: int, elapsed_s: float) -> None:
         """Record the time from a call's start to its complete response."""
@@ -448,6 +457,7 @@ class LatencyTracker:
         if window.n_since_refresh >= SAMPLES_PER_REFRESH or len(window.times_s) == MIN_SAMPLES:
             window.n_since_refresh = 0
             window.quantile_s = self._compute_quantile_s(window.times_s)
+            self.version += 1
 
     def quantile_s(self, n_rows: int) -> float:
         """Return the quantile for calls of this size, infinity while there are too few samples."""

@@ -44,7 +44,7 @@ class FunctionComputer(Protocol):
     """Computes functions in this process."""
 
     def compute(self, spec: FunctionSpec, request: ExpertRequest) -> Tensor:
-        """Return the output of function `spec`: [R, H], or [P, H] unreduced."""
+        """Return the output of function `spec`: float32 [R, H], or [P, H] unreduced."""
 
 
 class LayerBatch:
@@ -112,7 +112,9 @@ class LayerBatch:
             body = decode_response(frame, self._request_header(self.groups[position]))
         except WireError as error:
             raise CallError(f"bad response frame: {error}") from error
-        output = torch.frombuffer(body, dtype=self._hidden.dtype)  # copied by the reducer
+        is_reduced = self._mode is OutputMode.REDUCED
+        dtype = torch.float32 if is_reduced else self._hidden.dtype
+        output = torch.frombuffer(body, dtype=dtype)  # copied by the reducer
         output = output.view(-1, self._hidden.shape[1])  # [R, H], or [P, H] unreduced
         if not _is_finite(output) and _is_finite(self._hidden):
             raise CallError("bad response frame: got non-finite values")

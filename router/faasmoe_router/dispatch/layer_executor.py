@@ -7,7 +7,7 @@ No fault of a sandbox or the network leaves this module as an error. In order, a
 2. called at the function's addresses, with retries and hedges (fanout.py, retry_policy.py),
 3. held back and retried while its function is being activated, its sandbox is starting or an
    ejected replica may be replaced (cold_start.py),
-4. computed from the store (local_functions.py).
+4. computed from the store (local_functions.py), and in the next passes natively (takeover.py).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.overflow import OverflowFunctions
 from faasmoe_router.dispatch.retry_policy import RateLimitedLogger, RetryHedgePolicy
 from faasmoe_router.dispatch.routing import RoutingIndex
+from faasmoe_router.dispatch.takeover import TakenOverFunctions
 from faasmoe_router.errors import StoreCorrupted
 
 
@@ -57,6 +58,7 @@ class LayerExecutor:
         routing: the current routing; one read of it is consistent.
         load: how much each function is called; any thread may read it.
         health: health and latency of addresses.
+        taken_over: the functions that go on natively in this process without their sandboxes.
     """
 
     def __init__(
@@ -88,6 +90,12 @@ class LayerExecutor:
             self._activation_waiter = ActivationWaiter(
                 activation, health=self.health, load=self.load, metrics=metrics
             )
+        waiter = self._activation_waiter
+        self.taken_over = TakenOverFunctions(
+            self._local_functions,
+            health=self.health,
+            was_lost=_never_lost if waiter is None else waiter.was_lost,
+        )
         self._layer_timeout_s = (timeouts or DispatchTimeouts()).layer_timeout_s
         self._failure_logger = RateLimitedLogger()
         self._applied_routing = routing
@@ -310,6 +318,10 @@ class LayerExecutor:
             self._colocated.close()
         if self._overflow is not None:
             self._overflow.close()
+
+
+def _never_lost(function_id: str, now_s: float) -> bool:
+    return False
 
 
 class InFlightTracker:

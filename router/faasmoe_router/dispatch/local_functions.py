@@ -6,7 +6,9 @@ store and block errors for every in-process computation, colocated functions inc
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -21,14 +23,23 @@ MAX_MAPPED_FUNCTIONS = 128  # mapped, not copied: an entry costs address space a
 
 
 class LocalFunctions:
-    """LRU cache of functions that are mapped from the store on first use."""
+    """LRU cache of functions that are mapped from the store on first use.
+
+    Belongs to the engine's thread, except for `mapped`.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._lock = threading.Lock()  # guards _functions
         self._functions: OrderedDict[FunctionSpec, ExpertFunction] = OrderedDict()
 
+    def mapped(self) -> Mapping[FunctionSpec, ExpertFunction]:
+        """Return the functions that are mapped now; safe from any thread."""
+        with self._lock:
+            return dict(self._functions)
+
     def compute(self, spec: FunctionSpec, request: ExpertRequest) -> Tensor:
-        """Return the output of function `spec`: [R, H], or [P, H] unreduced.
+        """Return the output of function `spec`: float32 [R, H], or [P, H] unreduced.
 
         Raises:
             StoreUnreadable: the store no longer has the function.
@@ -37,18 +48,19 @@ class LocalFunctions:
         try:
             return compute_function(self._get_or_map(spec), request)
         except StoreCorrupted:
-            self._functions.pop(
-                spec, None
-            )  # its file may have been replaced: mapped anew next time
+            with self._lock:  # its file may have been replaced: mapped anew next time
+                self._functions.pop(spec, None)
             raise
 
     def _get_or_map(self, spec: FunctionSpec) -> ExpertFunction:
-        function = self._functions.pop(spec, None)
+        function = self._functions.get(spec)
         if function is None:
             function = map_function(spec, self._store)
-        self._functions[spec] = function
-        if len(self._functions) > MAX_MAPPED_FUNCTIONS:
-            self._functions.popitem(last=False)
+        with self._lock:
+            self._functions[spec] = function
+            self._functions.move_to_end(spec)
+            if len(self._functions) > MAX_MAPPED_FUNCTIONS:
+                self._functions.popitem(last=False)
         return function
 
 

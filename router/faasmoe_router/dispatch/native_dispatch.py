@@ -32,6 +32,7 @@ from faasmoe_expert.functions.native_kernel import (
 )
 from faasmoe_kernels import KernelLibrary
 from faasmoe_kernels.layer_calls import (
+    MAX_FUNCTIONS_PER_FRAME,
     N_SIZE_CLASSES,
     CallEnd,
     CallEvent,
@@ -44,13 +45,14 @@ from faasmoe_router.dispatch.cold_start import AbsenceTracker
 from faasmoe_router.dispatch.colocation import ColocatedFunctions
 from faasmoe_router.dispatch.endpoint_health import EndpointHealth
 from faasmoe_router.dispatch.fanout import OverlappedWork, limit_torch_threads
-from faasmoe_router.dispatch.load import LoadTotals
+from faasmoe_router.dispatch.load import LoadMeter, LoadTotals
 from faasmoe_router.dispatch.mailbox_connector import N_SLOTS, MailboxConnector, MailboxSizes
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.native_routes import FunctionNumbers, Suspensions, build_routes
 from faasmoe_router.dispatch.overflow import OverflowFunctions, Selection
 from faasmoe_router.dispatch.retry_policy import RateLimitedLogger
 from faasmoe_router.dispatch.routing import RoutingIndex
+from faasmoe_router.dispatch.takeover import TakenOverFunctions
 from faasmoe_router.dispatch.transport import CallError, CallTimeout
 
 logger = logging.getLogger(__name__)
@@ -61,8 +63,14 @@ MAX_NATIVE_ROWS = 512
 MIN_NATIVE_ROWS, NATIVE_REQUEST_BYTES = 64, 1 << 20
 """Rows that a mailbox holds at least, however wide, and the bytes of a frame of more rows."""
 
+SUM_BYTES = torch.float32.itemsize
+"""Of one element of an answer, which has a sum for each function and row."""
+
 BROKEN_RETRY_S = 30.0
 """How long a sandbox whose mailbox held garbage is called over HTTP."""
+
+NOTHING: Selection = {}
+NO_SELECTIONS = (NOTHING, NOTHING, NOTHING)  # colocated, without a place in memory, taken over
 
 SUSPENDING_STATUSES = (SlotStatus.UNKNOWN_FUNCTION, SlotStatus.FAILED, SlotStatus.BAD_FRAME)
 
@@ -96,6 +104,8 @@ class NativeDispatch:
         absences: the functions that calls found missing; None if calls never wait.
         colocated: functions that may be computed in this process; None for none.
         overflow: computes functions without an address; None where calls wait for them.
+        taken_over: functions that this process computes in place of their sandboxes.
+        load: counts what this process computes in place of sandboxes.
         socket_dir: folder of the Unix sockets of sandboxes on this machine.
         token: bearer token of the sandboxes.
         call_timeout_s: longest time of a call.
@@ -116,6 +126,8 @@ class NativeDispatch:
         absences: AbsenceTracker | None,
         colocated: ColocatedFunctions | None,
         overflow: OverflowFunctions | None,
+        taken_over: TakenOverFunctions,
+        load: LoadMeter,
         socket_dir: Path,
         token: str,
         call_timeout_s: float,
@@ -135,11 +147,15 @@ class NativeDispatch:
         self._absences = absences
         self._colocated = colocated
         self._overflow = overflow
-        self._local_selections: tuple[Selection, Selection] = ({}, {})
+        self._taken_over = taken_over
+        self._load = load
+        self._local_selections = NO_SELECTIONS
         self._local_selection: Selection = {}
         self._call_timeout_s = call_timeout_s
         self._routing = routing
         self._numbers = FunctionNumbers()
+        self._taken_numbers: frozenset[int] = frozenset()  # of the functions that are taken over
+        self._n_taken_calls = 0  # of these, until they were counted last
         self._suspensions = Suspensions()
         self._failure_logger = RateLimitedLogger()
         self._locals = LocalHandleTable(self._calls)
@@ -149,7 +165,7 @@ class NativeDispatch:
         self._published_ejected: frozenset[str] = frozenset()
         self._n_routes: list[int] = []
         self._layer_s = 0.0
-        self._settings: CallSettings | None = None
+        self._configured_state: object = None  # what the settings of calls were made from
         self._max_rows_per_expert = 0  # not limited until a sandbox declines
         self._totals, _ = self._calls.totals(0)
         self._pass_layers = 0
@@ -165,7 +181,9 @@ class NativeDispatch:
         self._settle()  # what layers left that took the general path after `begin`
         self._suspensions.expire(time.monotonic())
         self._pass_layers = self._totals.layers
-        self._locals.update(self._select_local())
+        taken_over = self._taken_over.selection(self._routing, time.monotonic())
+        self._locals.update(self._select_local(taken_over))
+        self._watch_taken_over(taken_over)
         self._publish_routes(self._routing)
         self._configure()
 
@@ -213,7 +231,8 @@ class NativeDispatch:
             self._locals.recheck()
         elif self._colocated is not None:
             self._record_pairs()
-            self._colocated.finish_layer(layer, self._layer_s, is_valid_sample=True)
+            is_valid = not self._taken_numbers
+            self._colocated.finish_layer(layer, self._layer_s, is_valid_sample=is_valid)
         return is_done
 
     def finish_pass(self) -> None:
@@ -227,9 +246,8 @@ class NativeDispatch:
         elapsed_s = self._totals.layers_s - first_layers_s
         if n_native < self._n_layers:
             self._locals.recheck()
-        self._colocated.finish_layer(
-            self._n_layers - 1, elapsed_s, is_valid_sample=n_native == self._n_layers
-        )
+        is_valid = n_native == self._n_layers and not self._taken_numbers
+        self._colocated.finish_layer(self._n_layers - 1, elapsed_s, is_valid_sample=is_valid)
 
     def totals(self, now_s: float) -> dict[str, LoadTotals]:
         """Return the totals of every function up to `now_s`."""
@@ -244,10 +262,10 @@ class NativeDispatch:
 
     def release_unmapped(self) -> None:
         """Release the functions that this process no longer maps."""
-        parts = (self._colocated, self._overflow)
+        parts = (self._colocated, self._overflow, self._taken_over)
         mapped = {spec for part in parts if part is not None for spec in part.mapped}
         if self._locals.retain(mapped):  # what was selected refers to their weights
-            self._local_selections, self._local_selection = ({}, {}), {}
+            self._local_selections, self._local_selection = NO_SELECTIONS, {}
 
     def release_memory(self) -> None:
         """Free what mailboxes keep for their next calls; safe from any thread."""
@@ -257,16 +275,31 @@ class NativeDispatch:
         """Close all mailboxes."""
         self.connector.close()
 
-    def _select_local(self) -> Selection:
+    def _select_local(self, taken_over: Selection) -> Selection:
         """Return what this process computes; the mapping is replaced when that changes."""
-        colocated = {} if self._colocated is None else self._colocated.selection()
-        overflow = {} if self._overflow is None else self._overflow.selection()
+        selections = (
+            NOTHING if self._colocated is None else self._colocated.selection(),
+            NOTHING if self._overflow is None else self._overflow.selection(),
+            taken_over,
+        )
         before = self._local_selections
-        if not (colocated is before[0] and overflow is before[1]):
-            self._local_selections = (colocated, overflow)
-            if colocated or overflow or self._local_selection:
-                self._local_selection = {**colocated, **overflow}
+        if not all(a is b for a, b in zip(selections, before, strict=True)):
+            self._local_selections = selections
+            merged = {key: value for part in selections for key, value in part.items()}
+            if merged or self._local_selection:
+                self._local_selection = merged
         return self._local_selection
+
+    def _watch_taken_over(self, taken_over: Selection) -> None:
+        """Count from now on the calls of these functions."""
+        numbers = frozenset(self._numbers.number(spec.id) for _, spec in taken_over)
+        if numbers != self._taken_numbers:
+            self._taken_numbers = numbers
+            self._n_taken_calls = self._sum_taken_calls()
+
+    def _sum_taken_calls(self) -> int:
+        _, functions = self._calls.totals(len(self._numbers))
+        return sum(functions[number].calls for number in self._taken_numbers)
 
     def _publish_routes(self, routing: RoutingIndex) -> None:
         mailboxes = self.connector.mailboxes()
@@ -294,6 +327,14 @@ class NativeDispatch:
 
     def _configure(self) -> None:
         """Hand over after how long an answer is late, or without a budget, a sandbox hangs."""
+        can_repeat, n_threads = self._health.retry_budget.has_balance, torch.get_num_threads()
+        state = (
+            *(self._health.thresholds_version, can_repeat),
+            *(n_threads, self._max_rows_per_expert),
+        )
+        if state == self._configured_state:
+            return
+        self._configured_state = state
         thresholds_s = [
             self._health.latency_thresholds_s(max(1, (1 << size_class) - 1))
             for size_class in range(N_SIZE_CLASSES)
@@ -302,21 +343,18 @@ class NativeDispatch:
             self._health.hung_after_s(max(1, (1 << size_class) - 1))
             for size_class in range(N_SIZE_CLASSES)
         ]
-        can_repeat = self._health.retry_budget.has_balance
         if not can_repeat:
             thresholds_s = [(late_s, late_s) for late_s in hung_s]
         settings = CallSettings(
             self._store_dtype,
             self._max_rows,
             self._max_rows_per_expert,
-            torch.get_num_threads(),
+            n_threads,
             self._call_timeout_s,
             tuple(min(h, a, self._call_timeout_s) for h, a in thresholds_s),
             tuple(min(a, self._call_timeout_s) for _, a in thresholds_s),
         )
-        if settings != self._settings:
-            self._calls.configure(settings)
-            self._settings = settings
+        self._calls.configure(settings)
 
     def _settle(self) -> None:
         """Hand on what happened since the last time."""
@@ -333,9 +371,20 @@ class NativeDispatch:
         self._totals = totals
         self._metrics.calls.inc(totals.calls - before.calls)
         self._metrics.mailbox_calls.inc(totals.calls - before.calls)
-        self._metrics.colocated.inc(totals.local_calls - before.local_calls)
+        n_taken = self._count_taken_over()
+        self._metrics.colocated.inc(totals.local_calls - before.local_calls - n_taken)
         self._metrics.sent_bytes.inc(totals.sent_bytes - before.sent_bytes)
         self._metrics.received_bytes.inc(totals.received_bytes - before.received_bytes)
+
+    def _count_taken_over(self) -> int:
+        """Count what was computed in place of sandboxes since the last time; return how much."""
+        if not self._taken_numbers:
+            return 0
+        n_calls = self._sum_taken_calls()
+        n_new, self._n_taken_calls = n_calls - self._n_taken_calls, n_calls
+        self._metrics.local.inc(n_new)
+        self._load.local_calls += n_new
+        return n_new
 
     def _record_event(self, event: CallEvent) -> None:
         address = self._addresses.get(event.mailbox)
@@ -472,9 +521,14 @@ def max_native_rows(store: Store) -> int:
 def mailbox_sizes(store: Store, library: KernelLibrary) -> MailboxSizes:
     """Return the sizes of a mailbox for `max_native_rows` rows of any layer of a store."""
     row_bytes, pairs_bytes = _row_bytes(store)
+    layers = store.manifest.layers
+    sums_bytes = max(
+        layer.hidden_size * SUM_BYTES * min(layer.top_k, MAX_FUNCTIONS_PER_FRAME)
+        for layer in layers
+    )
     request_bytes, response_bytes = (
         min(MAX_FRAME_BYTES, -(-(HEADER_BYTES + max_native_rows(store) * n) // 64) * 64)
-        for n in (row_bytes + pairs_bytes, row_bytes)
+        for n in (row_bytes + pairs_bytes, sums_bytes)
     )
     total_bytes = mailbox_bytes(
         library, n_slots=N_SLOTS, request_bytes=request_bytes, response_bytes=response_bytes

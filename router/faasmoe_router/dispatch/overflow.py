@@ -88,7 +88,7 @@ class OverflowFunctions:
             return self._selection
 
     def compute(self, spec: FunctionSpec, request: ExpertRequest) -> Tensor:
-        """Return the output of a function: [R, H], or [P, H] unreduced; maps it if need be.
+        """Return the output of a function: float32 [R, H], or [P, H] unreduced; maps it if need be.
 
         Raises:
             StoreUnreadable: the store no longer has the function.

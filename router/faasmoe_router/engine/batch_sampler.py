@@ -15,6 +15,7 @@ requests resumed from another batcher.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -266,10 +267,23 @@ class BatchSampler:
             for row, logits_state, initial_tokens, generated_tokens in rows
         ]
 
+    def sample_greedily(self, peaks: Sequence[float]) -> bool:
+        """Return whether every row's token is the argmax of the model's own scores.
+
+        Args:
+            peaks: the highest score of each row; NaN if one is.
+        """
+        if self._row_plans:
+            return False
+        self._check_weights()
+        self._report_non_finite([math.isfinite(peak) for peak in peaks])
+        return True
+
     def sample(self, scores: Tensor) -> Tensor:
         """Return scores whose argmax is each request's token, [N, V]; edits them in place."""
         self._check_weights()
-        self._report_non_finite(scores)
+        peaks = scores[: len(self._request_ids)].amax(-1)  # [N]; NaN if any score is
+        self._report_non_finite(peaks.isfinite().tolist())
         if not self._row_plans:
             return scores
         with_logprobs = [
@@ -297,9 +311,8 @@ class BatchSampler:
         for plan, token in zip(constrained, tokens, strict=True):
             plan.logits_state.accept_token(token)
 
-    def _report_non_finite(self, scores: Tensor) -> None:
-        peaks = scores[: len(self._request_ids)].amax(-1)  # [N]; NaN if any score is
-        finite = peaks.isfinite().tolist()
+    def _report_non_finite(self, finite: Sequence[bool]) -> None:
+        """Report the requests whose highest score is not finite."""
         failed_ids = [
             i for i, is_finite in zip(self._request_ids, finite, strict=True) if not is_finite
         ]

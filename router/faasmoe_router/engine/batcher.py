@@ -20,6 +20,7 @@ youngest is put back into the queue and prefilled again later.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import threading
 from collections import Counter
@@ -32,6 +33,7 @@ import torch
 from faasmoe_expert import malloc
 from faasmoe_expert.device import device_lost_reason
 from faasmoe_router.engine.batch_sampler import BatchSampler, RequestErrorHandler
+from faasmoe_router.engine.prompt_shares import PendingPrompt, divide_prompt_tokens
 from faasmoe_router.errors import (
     EngineDeviceLost,
     GenerationFailed,
@@ -244,6 +246,26 @@ class CacheSalts:
             tokens[index] |= part << self._salt_shift
 
 
+def divide_between_tenants(
+    prompts: Sequence[tuple[str, int]],
+    running: Sequence[str],
+    max_tokens: int,
+    *,
+    weight: Callable[[str], float],
+) -> Mapping[str, int]:
+    """Return how many tokens of each prompt a batch computes; see `divide_prompt_tokens`.
+
+    Args:
+        prompts: request ids and the tokens that are left, in the order of their arrival.
+        running: requests that generate a token.
+        max_tokens: tokens of a batch.
+        weight: returns the weight of a tenant; called on the batcher's thread.
+    """
+    pending = [PendingPrompt(i, request_tenant(i), n_tokens) for i, n_tokens in prompts]
+    tenants = [request_tenant(request_id) for request_id in running]
+    return divide_prompt_tokens(pending, tenants, max_tokens=max_tokens, weight=weight)
+
+
 def start_batcher(
     model: Any,
     limits: EngineLimits,
@@ -253,6 +275,7 @@ def start_batcher(
     on_request_error: RequestErrorHandler,
     cache_salts: CacheSalts | None = None,
     computed_tokens: ComputedTokenCounter | None = None,
+    weight: Callable[[str], float] = lambda tenant: 1.0,
     on_idle: Callable[[], None] = lambda: None,
     compute: ComputeMode = "auto",
 ) -> ContinuousBatcher:
@@ -266,6 +289,7 @@ def start_batcher(
         on_request_error: receives requests that cannot continue, ahead of their outputs.
         cache_salts: which tenants share the prefix cache; None disables it.
         computed_tokens: counts the tokens of each batch.
+        weight: returns the weight of a tenant; called on the batcher's thread.
         on_idle: releases what others keep for requests once none has been present for a while.
         compute: what computes the model.
 
@@ -297,6 +321,7 @@ def start_batcher(
         sampler=BatchSampler(report_error, check_weights=lambda: check_weights(model)),
         salt_tokens=None if cache_salts is None else cache_salts.salt_tokens,
         count_batch=None if computed_tokens is None else computed_tokens.add_batch,
+        divide_prompts=functools.partial(divide_between_tenants, weight=weight),
         error_policy=ErrorPolicy(
             FATAL_ERRORS,
             (StoreCorrupted, StoreUnreadable),

@@ -166,6 +166,7 @@ class Engine:
         usage_recorder: UsageRecorder | None = None,
         journal: Sequence[JournalEntry] = (),
         span: Span = NO_SPAN,
+        is_streamed: bool = True,
     ) -> Generation:
         """Queue sequences; the generation's indices are their positions in `requests`.
 
@@ -175,6 +176,7 @@ class Engine:
             usage_recorder: records their usage and outcome.
             journal: what another process has generated of them; it is put out again first.
             span: traces them, and ends with them.
+            is_streamed: whether each token is passed on; else some are put out at a time.
 
         Raises:
             JournalError: the journal is not one of these sequences.
@@ -191,7 +193,9 @@ class Engine:
                     f"{len(self._tracker)} requests are queued or running, "
                     f"at most {max_requests} may be"
                 )
-            return self._tracker.add_requests(requests, tenant, usage_recorder, journal, span)
+            return self._tracker.add_requests(
+                requests, tenant, usage_recorder, journal, span, is_streamed=is_streamed
+            )
         except QueueFull as error:
             error.retry_after_s = self._tracker.seconds_until_place(len(requests))
             raise
@@ -252,6 +256,7 @@ class Engine:
             on_request_error=self._tracker.fail_requests,
             cache_salts=self._cache_salts,
             computed_tokens=self.computed_tokens,
+            weight=self._fair_queue.weight,
             on_idle=self._on_idle,
             compute=self._compute,
         )

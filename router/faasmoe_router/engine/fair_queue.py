@@ -126,6 +126,10 @@ class FairQueue:
         backlog = self._backlogs.get(tenant)
         return (0, 0) if backlog is None else (len(backlog.running), len(backlog.waiting))
 
+    def weight(self, tenant: str) -> float:
+        """Return a tenant's weight; safe from any thread."""
+        return self._share(tenant).weight
+
     def virtual_counter(self, tenant: str) -> float:
         """Return a tenant's service in priced tokens over its weight, including lifts."""
         backlog = self._backlogs.get(tenant)

@@ -134,6 +134,13 @@ class GenerationRequest:
         return len(self.prompt_token_ids) - self.n_given
 
     @property
+    def ends_by_token(self) -> bool:
+        """Whether its end is that of its tokens, not of its text, and nothing is kept by token."""
+        sampling = self.sampling_params
+        is_plain = sampling.grammar is None and sampling.n_logprobs is None
+        return is_plain and not (self.stop_conditions.stop_strings or self.scores_prompt)
+
+    @property
     def n_sampled(self) -> int:
         """Number of tokens that the engine computes for it; at least one, even if none is kept."""
         return max(1, self.n_forced + self.max_tokens)

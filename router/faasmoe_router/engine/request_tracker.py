@@ -37,6 +37,9 @@ from faasmoe_transformers.continuous_batching import BatchOutput, ContinuousBatc
 logger = logging.getLogger(__name__)
 
 MAX_RETRY_AFTER_S = 60.0
+MAX_COLLECTED_TOKENS = 16
+"""Tokens of a sequence whose text is read as a whole that are processed at once: each time costs
+the event loop, which shares the interpreter with the engine's thread."""
 MAX_CRASHES = 1
 """Crashes of a batcher that a sequence may be part of; after one more it fails as their cause."""
 
@@ -70,6 +73,7 @@ class TrackedRequest:
         generation: the stream that receives its output.
         index: its index in the generation.
         now_s: monotonic time of its arrival.
+        is_streamed: whether its reader passes each token on.
 
     Attributes:
         request: the request.
@@ -85,13 +89,22 @@ class TrackedRequest:
 
     __slots__ = (
         *("_epoch", "_n_crashes", "_n_resumed_tokens", "_output_processor"),
+        *("_can_collect", "_collected"),
         *("arrival_s", "first_token_s", "generation", "index", "last_token_s", "n_cached"),
         *("request", "started_s", "tokens"),
     )
 
     def __init__(
-        self, request: GenerationRequest, generation: Generation, *, index: int, now_s: float
+        self,
+        request: GenerationRequest,
+        generation: Generation,
+        *,
+        index: int,
+        now_s: float,
+        is_streamed: bool = True,
     ) -> None:
+        self._can_collect = not is_streamed and request.ends_by_token
+        self._collected: BatchOutput | None = None  # received and not processed
         self.request = request
         self.generation = generation
         self.index = index
@@ -142,6 +155,7 @@ class TrackedRequest:
             tokenizer: the model's tokenizer.
             eos_token_ids: the model's EOS tokens.
         """
+        self._collected = None  # of another batcher, which this one computes again
         request = self.request
         stop_token_ids = request.stop_conditions.all_stop_token_ids(eos_token_ids)
         logits_state = LogitsState.for_request(request, stop_token_ids)
@@ -191,11 +205,27 @@ class TrackedRequest:
 
     def process_output(self, output: BatchOutput) -> CompletionOutput | None:
         """Process the output of a batch; return what is new, None if nothing is."""
-        new_tokens: list[int] = output.generated_tokens[len(self.tokens) - self._n_resumed_tokens :]
+        self._collected = None
+        new_tokens = self._new_tokens(output)
         if not new_tokens or self._output_processor is None:
             return None
         self.tokens += new_tokens
         return self._output_processor.process_tokens(new_tokens)
+
+    def collect(self, output: BatchOutput) -> bool:
+        """Keep an output to be processed with later ones; return whether it may wait."""
+        may_wait = self._can_collect and bool(self.tokens) and not output.is_finished()
+        if not may_wait or len(self._new_tokens(output)) >= MAX_COLLECTED_TOKENS:
+            return False
+        self._collected = output
+        return True
+
+    def process_collected(self) -> CompletionOutput | None:
+        """Process what was collected; return what is new, None if nothing is."""
+        return None if self._collected is None else self.process_output(self._collected)
+
+    def _new_tokens(self, output: BatchOutput) -> list[int]:
+        return output.generated_tokens[len(self.tokens) - self._n_resumed_tokens :]
 
     def times(self, now_s: float) -> SequenceTimes:
         """Return when things happened to it, the last token now."""
@@ -257,6 +287,8 @@ class RequestTracker:
         usage_recorder: UsageRecorder | None,
         journal: Sequence[JournalEntry] = (),
         span: Span = NO_SPAN,
+        *,
+        is_streamed: bool = True,
     ) -> Generation:
         """Queue a tenant's sequences and start those that may run.
 
@@ -266,6 +298,7 @@ class RequestTracker:
             usage_recorder: records their usage and outcome.
             journal: what another process has generated of them, which is put out again first.
             span: traces them.
+            is_streamed: whether each token is passed on; else some are put out at a time.
 
         Raises:
             JournalError: the journal is not one of these sequences.
@@ -280,7 +313,9 @@ class RequestTracker:
         now_s = time.monotonic()
         self._metrics.record_request(len(requests), now_s)
         sequences = {
-            sequence_id: TrackedRequest(request, generation, index=index, now_s=now_s)
+            sequence_id: TrackedRequest(
+                request, generation, index=index, now_s=now_s, is_streamed=is_streamed
+            )
             for index, (sequence_id, request) in enumerate(zip(ids, requests, strict=True))
         }
         finished = self._replay(journal, list(sequences.values()), generation)
@@ -359,6 +394,9 @@ class RequestTracker:
         tracked = self._tracked.pop(sequence_id, None)
         if tracked is not None:
             self._finish_rate.record(time.monotonic())
+            if (delta := tracked.process_collected()) is not None:
+                self._charge(sequence_id, delta)
+                tracked.generation.put_output(tracked.index, delta)
         self._fair_queue.remove(sequence_id)
         batcher = self._get_batcher()
         if tracked is not None and batcher is not None and tracked.is_in_epoch(batcher.epoch):
@@ -403,6 +441,9 @@ class RequestTracker:
         self, output: BatchOutput, tracked: TrackedRequest, *, n_cached: int, now_s: float
     ) -> None:
         is_first = not tracked.tokens
+        if tracked.collect(output):
+            self._record_latency(tracked, n_cached=n_cached, now_s=now_s, is_first=False)
+            return
         delta = tracked.process_output(output)
         if delta is None:
             return
@@ -410,11 +451,14 @@ class RequestTracker:
         if is_first:
             n_written = self._n_cache_written(output.request_id, tracked, n_cached)
             delta = replace(delta, n_cached_tokens=n_cached, n_cache_written_tokens=n_written)
-        self._metrics.generation_tokens.inc(delta.n_tokens)
-        self._fair_queue.charge(output.request_id, delta.n_tokens)
+        self._charge(output.request_id, delta)
         if delta.finish_reason is not None:
             self._finish(output, tracked, delta, now_s=now_s)
         tracked.generation.put_output(tracked.index, delta)
+
+    def _charge(self, sequence_id: str, delta: CompletionOutput) -> None:
+        self._metrics.generation_tokens.inc(delta.n_tokens)
+        self._fair_queue.charge(sequence_id, delta.n_tokens)
 
     def _n_cache_written(self, sequence_id: str, tracked: TrackedRequest, n_cached: int) -> int:
         """Return how many tokens of a prompt the prefix cache has gained by it."""

@@ -1,5 +1,6 @@
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -153,6 +154,7 @@ def test_sends_at_workload_times_and_lasts_for_its_duration() -> None:
     requests = tuple(
         WorkloadRequest(0, i, Task("x", "x", 3), at_s) for i, at_s in enumerate((0.0, 0.2))
     )
+    started_s = time.monotonic()
     outcome = _run(handle, Workload("test", requests, duration_s=0.4))
-    assert sent_s[1] - sent_s[0] >= 0.15
-    assert outcome.time_s >= 0.4 > outcome.busy_s
+    assert sent_s[1] - started_s >= 0.2
+    assert outcome.time_s >= max(0.4, outcome.busy_s)

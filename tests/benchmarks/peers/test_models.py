@@ -62,6 +62,8 @@ def test_quantize_keeps_vectors_and_metadata(
     kind = gguf.GGMLQuantizationType.BF16
     writer.add_tensor("matrix", gguf.quantize(weight, kind), raw_dtype=kind)
     writer.add_tensor("vector", np.ones(64, np.float32))
+    head = np.random.default_rng(1).standard_normal((4, 512), np.float32)  # [N, K]
+    writer.add_tensor("output.weight", gguf.quantize(head, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -76,6 +78,10 @@ def test_quantize_keeps_vectors_and_metadata(
     restored = gguf.dequantize(tensors["matrix"].data, tensors["matrix"].tensor_type)
     assert np.abs(restored - weight).max() < 0.5
     np.testing.assert_array_equal(tensors["vector"].data, np.ones(64, np.float32))
+    head_kind = "Q6_K" if quantization == "Q4_0" else quantization  # as llama-quantize does
+    assert tensors["output.weight"].tensor_type.name == head_kind
+    restored = gguf.dequantize(tensors["output.weight"].data, tensors["output.weight"].tensor_type)
+    assert np.abs(restored - head).max() < 0.1
     assert reader.fields["tokenizer.ggml.tokens"].contents() == ["a", "b"]
     assert (
         reader.fields["general.file_type"].contents()
@@ -85,7 +91,7 @@ def test_quantize_keeps_vectors_and_metadata(
 
 def test_paths_tell_precisions_apart() -> None:
     names = {gguf_path(Path("/x/model"), p).name for p in ("bf16", "int8", "int4")}
-    assert names == {"model-BF16.gguf", "model-Q8_0.gguf", "model-Q4_0.gguf"}
+    assert names == {"model-BF16.gguf", "model-Q8_0.gguf", "model-Q4_0-default.gguf"}
 
 
 def test_only_quantized_precisions_ask_for_quantization() -> None:

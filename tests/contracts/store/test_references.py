@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from faasmoe_contracts.store import StoreError
+from faasmoe_contracts.store.referenced_files import FilePlace
 from faasmoe_contracts.store.references import (
     CheckpointEntry,
     checkpoint_root,
@@ -138,6 +139,53 @@ def test_describes_what_lies_where() -> None:
     assert second == "copied: x.experts: quantised"
 
 
+SHARED = {"name": "shared/0", "size_bytes": 1000, "place": "shared", "origin": "/a/model"}
+OWN = {"name": "experts/0", "size_bytes": 1000, "place": "store"}
+
+
+def test_files_of_the_store_and_shared_ones_need_no_checkpoint(tmp_path: Path) -> None:
+    def change(value: dict[str, Any]) -> None:
+        del value["root"]
+        value["files"] = [SHARED, OWN]
+        value["layers"]["0"]["down_proj"]["pieces"] = [[0, 101], [1, 200]]
+
+    value = copy.deepcopy(ENTRY)
+    change(value)
+    parsed = entry(change)
+    assert parsed.to_json() == value
+    assert parsed.bytes_in(FilePlace.SHARED) == 64 + 16
+    assert parsed.size_bytes == 64 + 16  # those of the store are among its own files
+    assert parsed.bytes_in(*FilePlace) == 128 + 16
+    assert describe_weights(2, parsed)[0].endswith("by hard links of /a/model")
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "0").write_bytes(bytes(999))
+    with pytest.raises(StoreError, match=r"/a/model, which it shares, changed since .* --force"):
+        parsed.check_file(tmp_path, 0)
+    (tmp_path / "shared" / "0").write_bytes(bytes(1000))
+    assert parsed.check_file(tmp_path, 0) == tmp_path / "shared" / "0"
+    with pytest.raises(StoreError, match=r"experts/0: .* refers to this file of its own"):
+        parsed.check_file(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (SHARED | {"place": "checkpoint"}, "place: got 'checkpoint', expected one of store, shar"),
+        (SHARED | {"place": "store"}, "unknown fields origin"),
+        ({k: v for k, v in SHARED.items() if k != "origin"}, "origin: got nothing"),
+        (SHARED | {"name": "../a"}, "name: got '../a', expected a path inside the store's folder"),
+        ({"name": "a", "size_bytes": 1000}, "root: got '', expected an absolute path"),
+    ],
+)
+def test_names_the_wrong_field_of_a_shared_file(file: dict[str, Any], message: str) -> None:
+    def change(value: dict[str, Any]) -> None:
+        del value["root"]
+        value["files"] = [file]
+
+    with pytest.raises(StoreError, match=message):
+        entry(change)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 2000) | st.text(max_size=6),
     lambda children: (
@@ -154,6 +202,7 @@ JSON = st.recursive(
             ("root",),
             ("files",),
             ("files", 0, "name"),
+            ("files", 0, "place"),
             DOWN,
             (*DOWN, "pieces"),
             (*DOWN, "shape"),

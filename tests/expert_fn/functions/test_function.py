@@ -39,14 +39,6 @@ def torch_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     load.cache_clear()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Random rows with TOP_K experts each."""
@@ -157,7 +149,7 @@ def test_supports_every_dtype(family: str, dtype: str, prepared_store: PreparedS
     batch = Batch.make(store, 0)
     function = mapped_function(store, [0], range(EXPERTS))
     got = function.compute(batch.request(range(EXPERTS), mode=OutputMode.REDUCED))
-    assert got.dtype == batch.hidden.dtype
+    assert got.dtype == torch.float32  # a sum, whatever the dtype of the rows
     expected = module_output(family, batch, 0)
     error = (got.float() - expected).abs().max() / expected.abs().max()
     assert error < {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}[dtype]

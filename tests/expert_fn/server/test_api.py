@@ -345,7 +345,9 @@ def test_requires_no_token_if_none_is_configured(sandbox: StartSandbox) -> None:
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
 def test_probes_need_no_token(sandbox_server: SandboxProcess, path: str) -> None:
-    response = httpx.get(f"http://{sandbox_server.address}{path}?verbose=1", trust_env=False)
+    response = httpx.get(
+        f"http://{sandbox_server.address}{path}?verbose=1", trust_env=False, timeout=60
+    )
     assert response.status_code == 200
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import signal
 import socket
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pytest
-from raw_http import DEADLINE_S, TOKEN, post_request, read_response, request_frame
+from raw_http import DEADLINE_S, TOKEN, post_request, read_response, request_frame, stopped
 from sandbox_processes import SandboxProcess, StartSandbox, make_function_spec
 
 from faasmoe_contracts.routing_table import FunctionSpec
@@ -142,16 +140,6 @@ def routers(sandbox_server: SandboxProcess) -> Iterator[list[socket.socket]]:
         ]
 
 
-@contextmanager
-def paused(sandbox_server: SandboxProcess) -> Iterator[None]:
-    """Stop the sandbox, so that everything sent meanwhile is queued when it resumes."""
-    os.kill(sandbox_server.process.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(sandbox_server.process.pid, signal.SIGCONT)
-
-
 def read_counters(sandbox_server: SandboxProcess) -> tuple[float, float]:
     """Return the numbers of computed frames and of batches."""
     text = sandbox_server.http.get("/metrics").text
@@ -179,7 +167,7 @@ def test_sandbox_batches_frames_of_several_routers(
         for body in frames
     ]
     before = read_counters(sandbox_server)
-    with paused(sandbox_server):
+    with stopped(sandbox_server):
         for router, body in zip(routers, frames, strict=True):
             router.sendall(post_request(spec.id, body))
     responses = [read_response(router) for router in routers]
@@ -194,7 +182,7 @@ def test_sandbox_rejects_only_the_bad_frame(
     sandbox_server: SandboxProcess, routers: list[socket.socket], spec: FunctionSpec
 ) -> None:
     make_concurrent(routers, spec)
-    with paused(sandbox_server):
+    with stopped(sandbox_server):
         for router, expert in zip(routers, (1, 7, 2), strict=True):
             router.sendall(post_request(spec.id, request_frame(expert=expert)))
     assert [read_response(router)[0] for router in routers] == [200, 400, 200]
@@ -204,7 +192,7 @@ def test_sandbox_answers_remaining_routers_when_one_disconnects(
     sandbox_server: SandboxProcess, routers: list[socket.socket], spec: FunctionSpec
 ) -> None:
     make_concurrent(routers, spec)
-    with paused(sandbox_server):
+    with stopped(sandbox_server):
         for router in routers:
             router.sendall(post_request(spec.id, request_frame()))
         routers[1].close()
@@ -228,7 +216,7 @@ def test_queued_frames_count_against_the_read_limits(
             for n in range(1, 6)
         ]
         make_concurrent(callers, spec)
-        with paused(sandbox_server):
+        with stopped(sandbox_server):
             for caller in callers:
                 caller.sendall(post_request(spec.id, request_frame()))
         matches = sorted(read_response(caller)[0] for caller in callers)

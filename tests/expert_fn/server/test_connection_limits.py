@@ -1,5 +1,6 @@
 """A sandbox limits open connections and closes idle ones."""
 
+import select
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ from faasmoe_contracts.store import Store
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nhost: test\r\n\r\n"
 MAX_CONNECTIONS = 4
-IDLE_TIMEOUT_S = 1.0
+IDLE_TIMEOUT_S = 3.0
 
 
 def connect(sandbox_server: SandboxProcess) -> socket.socket:
@@ -102,18 +103,15 @@ def test_closes_idle_connections(sandbox: StartSandbox, stack: ExitStack) -> Non
 def test_keeps_connections_in_use_open(sandbox: StartSandbox, stack: ExitStack) -> None:
     sandbox_server = stack.enter_context(sandbox(idle_timeout_s=IDLE_TIMEOUT_S))
     used = stack.enter_context(connect(sandbox_server))
-    used.settimeout(IDLE_TIMEOUT_S / 4)
-    n_responses = 0
-    while n_responses < 8:  # for twice the idle timeout
+    for _ in range(12):  # for twice the idle timeout
         used.sendall(HEALTH)
         assert read_response(used)[0] == 200
-        n_responses += 1
-        with pytest.raises(TimeoutError):  # neither data nor a close
-            used.recv(1)
+        is_readable = select.select([used], [], [], IDLE_TIMEOUT_S / 6)[0]
+        assert not is_readable, "neither data nor a close"
 
 
 def test_incomplete_request_is_not_idle(sandbox: StartSandbox, stack: ExitStack) -> None:
-    sandbox_server = stack.enter_context(sandbox(idle_timeout_s=0.2, request_timeout_s=2.0))
+    sandbox_server = stack.enter_context(sandbox(idle_timeout_s=1.0, request_timeout_s=3.0))
     slow = stack.enter_context(connect(sandbox_server))
     slow.sendall(HEALTH[:10])
     status, _, _ = read_response(slow)

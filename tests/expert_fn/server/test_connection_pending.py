@@ -10,7 +10,7 @@ from typing import Any
 from faasmoe_expert.server.connection import HttpConnection
 from faasmoe_expert.server.http import HttpRequest, HttpResponse
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 Scenario = Callable[["FakeServer"], Coroutine[Any, Any, None]]
 
 
@@ -177,7 +177,7 @@ def test_connection_with_a_pending_response_is_not_idle() -> None:
         client = await fake_server.client()
         client.send_requests("slow")
         pending = await fake_server.wait_for_request("slow")
-        asyncio.get_running_loop().call_later(0.3, pending.set_result, LATE_RESPONSE)
+        asyncio.get_running_loop().call_later(0.9, pending.set_result, LATE_RESPONSE)
         assert await client.read_response() == "200 at last"
 
-    run_scenario(scenario, idle_timeout_s=0.1)
+    run_scenario(scenario, idle_timeout_s=0.3)

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 import httpx
 import pytest
+from faasmoe_up import free_port
 from raw_http import TOKEN, request_frame
 from sandbox_processes import StartSandbox
 
@@ -37,7 +38,7 @@ def test_serves_tcp_and_unix_socket_alike_and_requires_the_token(
         path = unix_socket_path(socket_dir, port_of(sandbox_server.address))
         assert stat.S_IMODE(os.stat(socket_dir).st_mode) == 0o700
         with httpx.Client(
-            transport=httpx.HTTPTransport(uds=str(path)), base_url="http://sandbox"
+            transport=httpx.HTTPTransport(uds=str(path)), base_url="http://sandbox", timeout=60
         ) as unix_client:
             url = f"/v1/functions/{spec.id}"
             assert unix_client.post(url, content=request_frame()).status_code == 401
@@ -51,20 +52,20 @@ def test_removes_the_socket_on_exit(sandbox: StartSandbox, socket_dir: Path) -> 
     with sandbox(socket_dir=socket_dir) as sandbox_server:
         assert unix_socket_path(socket_dir, port_of(sandbox_server.address)).exists()
         sandbox_server.process.terminate()
-        assert sandbox_server.process.wait(20) == 0
+        assert sandbox_server.process.wait(120) == 0
     assert list(socket_dir.iterdir()) == []
 
 
 def test_replaces_the_socket_of_a_killed_sandbox(sandbox: StartSandbox, socket_dir: Path) -> None:
-    with sandbox(socket_dir=socket_dir) as sandbox_server:
-        port = port_of(sandbox_server.address)
+    port = free_port()
+    with sandbox(socket_dir=socket_dir, port=port) as sandbox_server:
         sandbox_server.process.kill()
         sandbox_server.process.wait()
     path = unix_socket_path(socket_dir, port)
     assert path.exists()
     with (
         sandbox(socket_dir=socket_dir, port=port),
-        httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as unix_client,
+        httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), timeout=60) as unix_client,
     ):
         assert unix_client.get("http://sandbox/readyz").status_code == 200
 

@@ -1,24 +1,17 @@
 """A sandbox's metrics on a port of their own, apart from what routers reach."""
 
-import socket
-
 import httpx
 import pytest
+from faasmoe_up import free_port
 from raw_http import TOKEN
 from sandbox_processes import SandboxProcess, StartSandbox
 
 from faasmoe_expert.config import SandboxConfig, SandboxConfigError
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def get(sandbox: SandboxProcess, port: int, path: str) -> httpx.Response:
     host = sandbox.address.partition(":")[0]
-    return httpx.get(f"http://{host}:{port}{path}", trust_env=False)
+    return httpx.get(f"http://{host}:{port}{path}", trust_env=False, timeout=60)
 
 
 def test_metrics_have_their_port_alone(sandbox: StartSandbox) -> None:
@@ -31,7 +24,7 @@ def test_metrics_have_their_port_alone(sandbox: StartSandbox) -> None:
         assert get(running, common, "/metrics").status_code == 404
         assert get(running, common, "/healthz").status_code == 200
         running.process.terminate()
-        assert running.process.wait(20) == 0
+        assert running.process.wait(120) == 0
 
 
 @pytest.mark.parametrize("value", ["-1", "65536", "x"])

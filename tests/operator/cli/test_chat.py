@@ -21,6 +21,7 @@ class FakeServer:
 
     url: str = ""
     pieces: list[str] = field(default_factory=lambda: ["Hel", "lo"])
+    n_tokens: int = 5
     error_status: int = 0
     stream_error: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -39,7 +40,10 @@ def server() -> Iterator[FakeServer]:
             if fake.error_status:
                 self._send(fake.error_status, json.dumps({"error": {"message": "No!"}}))
                 return
-            events = [{"choices": [{"delta": {"content": piece}}]} for piece in fake.pieces]
+            events: list[dict[str, Any]] = [
+                {"choices": [{"delta": {"content": piece}}]} for piece in fake.pieces
+            ]
+            events.append({"choices": [], "usage": {"completion_tokens": fake.n_tokens}})
             lines = [": waiting", *(f"data: {json.dumps(e)}" for e in events)]
             if fake.stream_error:
                 lines.append(f"data: {json.dumps({'error': {'message': fake.stream_error}})}")
@@ -75,15 +79,22 @@ def test_an_answer_is_written_as_it_comes_and_remembered(server: FakeServer) -> 
     taken = chat.ask("Hi", written.append)
     assert written == ["Hel", "lo"]
     assert taken.startswith("waited 0.25 s for functions, first token ")
+    assert taken.endswith(" tokens/s")
     chat.ask("Again", written.append)
     assert [m["content"] for m in server.bodies[1]["messages"]] == ["Hi", "Hello", "Again"]
     assert server.bodies[0] | {"messages": []} == {
         "messages": [],
         "max_tokens": 64,
         "stream": True,
+        "stream_options": {"include_usage": True},
         "model": "tiny",
     }
     assert server.keys[0] == "Bearer s3cret"
+
+
+def test_an_answer_without_text_is_said(server: FakeServer) -> None:
+    server.pieces = []
+    assert "no text within" in session(server).ask("Hi", print)
 
 
 def test_a_refusal_is_said_and_the_message_forgotten(server: FakeServer) -> None:
@@ -96,6 +107,12 @@ def test_a_refusal_is_said_and_the_message_forgotten(server: FakeServer) -> None
     with pytest.raises(CommandError, match="too late"):
         chat.ask("Hi", print)
     assert chat.messages == []
+
+
+def test_a_missing_key_is_explained(server: FakeServer) -> None:
+    server.error_status = 401
+    with pytest.raises(CommandError, match=r"401: No! \(--api-key or FAASMOE_API_KEY"):
+        session(server).ask("Hi", print)
 
 
 def test_a_conversation_goes_on_after_an_error(

@@ -1,7 +1,7 @@
 import json
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -248,8 +248,39 @@ def test_prepare_command_forwards_arguments(tmp_path: Path) -> None:
         "hf://org/model", "store", revision=None, dtype=None, quantization=quantization
     )
     assert quantized[-2:] == ["--quantize=mxfp4", "--quantize-router=int8"]
+    shared = checkpoint.prepare_command(
+        "hf://org/model", "store", revision=None, dtype=None, share_with=["a", tmp_path]
+    )
+    assert shared[-2:] == ["--share-with=a", f"--share-with={tmp_path}"]
     hub = checkpoint.prepare_command("hf://org/model", "store", revision=None, dtype=None)
     assert hub[-2:] == ["hf://org/model", "store"]
+
+
+def test_prepare_shares_with_the_cache_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    commands: list[Sequence[str]] = []
+
+    def run(command: Sequence[str]) -> int:
+        commands.append(command)
+        return 3
+
+    monkeypatch.setattr(checkpoint, "run_in_foreground", run)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    model, stores = str(tmp_path / "model"), tmp_path / "cache" / "faasmoe" / "stores"
+    for arguments, expected in (
+        ([], [f"--share-with={stores}"]),
+        (["--no-sharing"], []),
+        (["--share-with", "other"], ["--share-with=other"]),
+        (["store"], []),
+        (["store", "--share-with", "a", "--share-with", "b"], ["--share-with=a", "--share-with=b"]),
+    ):
+        assert main(["prepare", model, *arguments]) == 3
+        assert [word for word in commands[-1] if word.startswith("--share")] == expected
+    assert main(["prepare", model, "--no-sharing", "--share-with", "a"]) == 2
+    assert "expected --share-with or --no-sharing, got both" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from faasmoe_operator.aio import ChangeNotifier
 from faasmoe_operator.cli import router_memory
 from faasmoe_operator.cli.router_memory import limit_routers
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 
 
 class FakeRouters:

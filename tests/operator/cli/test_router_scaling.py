@@ -26,7 +26,7 @@ from faasmoe_operator.cli.shared_stack import write_router_count
 from faasmoe_operator.cli.supervisor import SupervisedChild
 from faasmoe_operator.errors import CommandError
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 
 
 def spec_of(**fields: Any) -> RouterScalingSpec:

@@ -9,7 +9,7 @@ import pytest
 from faasmoe_operator.cli.supervisor import RestartPolicy, supervised
 from faasmoe_operator.errors import CommandError
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 WAITS = (sys.executable, "-c", "print('up', flush=True); import signal; signal.pause()")
 FAILS = (sys.executable, "-c", "import sys; sys.exit('no luck')")
 IMMEDIATE = RestartPolicy(backoff_s=(0.0,), max_failures=3, reset_after_s=30.0)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faasmoe_up import free_port
 
 from faasmoe_contracts.store import QuantizationEntry
 from faasmoe_operator.cli.model_source import ModelSource
@@ -127,8 +128,7 @@ def running_up(
     model: Path | str, *arguments: str, **environment: str
 ) -> Iterator[UpWithFakeRouter]:
     words = [model] if isinstance(model, str) else ["-f", str(model)]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     with tempfile.TemporaryDirectory() as runtime:  # tmp_path is too long for a Unix socket
         process = subprocess.Popen(
             [*COMMAND, "up", *words, "--port", port, *arguments],

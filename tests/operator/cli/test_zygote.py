@@ -16,7 +16,7 @@ from faasmoe_operator.cli.supervisor import RestartPolicy, supervised_start
 from faasmoe_operator.cli.zygote import Zygote
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("forking_child.py")))
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 GRACE_S = 20.0
 
 

@@ -6,9 +6,9 @@ import pytest
 from faasmoe_contracts.store import LayerEntry, Manifest, ModelEntry, sha256_of_file
 from faasmoe_contracts.store.manifest import FileEntry
 from faasmoe_contracts.store.published import PublishedEntry
+from faasmoe_contracts.store.referenced_files import CheckpointFile
 from faasmoe_contracts.store.references import (
     CheckpointEntry,
-    CheckpointFile,
     RouterReference,
     TensorReference,
 )

@@ -23,4 +23,4 @@ def test_wait_ends_when_the_socket_exists(tmp_path: Path, monkeypatch: pytest.Mo
 def test_wait_without_a_socket_ends(socket: str) -> None:
     started_s = time.monotonic()
     control.wait_for_zygote(socket, timeout_s=0.05)
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < 60

@@ -54,8 +54,9 @@ def call_with(call: Call, reply: bytes | None, requests: list[bytes] | None = No
     async def run() -> object:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         host, port = server.sockets[0].getsockname()
+        timeout_s = 0.3 if reply is None else 120.0
         timeouts = SandboxClientTimeouts(
-            attach_timeout_s=0.3, list_timeout_s=0.3, detach_timeout_s=0.3
+            attach_timeout_s=timeout_s, list_timeout_s=timeout_s, detach_timeout_s=timeout_s
         )
         async with server:
             try:

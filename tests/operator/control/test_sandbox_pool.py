@@ -16,7 +16,7 @@ from faasmoe_operator.platforms.registry import SandboxRegistry
 
 TEMPLATE = ProcessSandboxTemplate(capacity=8)
 OTHER = ProcessSandboxTemplate(capacity=1)
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 
 
 class FakePlatform:

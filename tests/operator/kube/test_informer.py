@@ -16,7 +16,7 @@ from faasmoe_operator.kube.client import KubeClient
 from faasmoe_operator.kube.informer import Informers, ReflectorTiming, label_selector_for
 from faasmoe_operator.kube.types import MOEMODEL, POD, SERVICE_MONITOR, Kind, ModelKey, Object
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 120.0
 FAST = ReflectorTiming(min_backoff_s=0.01, unavailable_backoff_s=0.02, max_backoff_s=0.02)
 
 

@@ -43,7 +43,7 @@ SCALING = {
 FAST_TIMING = replace(
     TIMING, tick_s=0.5, popularity_save_interval_s=0.05, usage_save_interval_s=0.05
 )
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 KEY = ModelKey(NAMESPACE, "qwen")
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from faasmoe_up import free_port
 from fake_cluster import (
     NAMESPACE,
     FakeCluster,
     FakeKubeApiWithPods,
     ServerPodRunner,
-    free_port,
     running_cluster,
 )
 from fake_kube_api import FakeKubeApi
@@ -31,7 +31,7 @@ from faasmoe_operator.platforms import Sandbox
 CTX = make_context()
 TEMPLATE = SandboxPodTemplate.from_context(CTX)
 TIMING = PodPlatformTiming(probe_interval_s=0.01, grace_s=1, retry_delays_s=(0.01, 0.02))
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 
 
 @asynccontextmanager

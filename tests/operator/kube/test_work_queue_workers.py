@@ -33,7 +33,7 @@ class FakeReconcile:
         return result
 
     async def wait_for(self, n_calls: int) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(120):
             while len(self.reconciled) < n_calls:
                 self._called.clear()
                 await self._called.wait()

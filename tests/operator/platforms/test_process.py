@@ -27,8 +27,11 @@ from faasmoe_operator.platforms.zygote import run_zygote, zygote_environment
 
 FAKE_ZYGOTE = Path(__file__).parents[2] / "expert_fn" / "fake_zygote.py"
 EXITS_IMMEDIATELY, UNRESPONSIVE = 99, 98
-DEADLINE_S = 20.0
-TIMING = ProcessPlatformTiming(grace_s=0.3, probe_timeout_s=0.3, connect_timeout_s=DEADLINE_S)
+DEADLINE_S = 120.0
+TIMING = ProcessPlatformTiming(
+    grace_s=DEADLINE_S, probe_timeout_s=0.3, connect_timeout_s=DEADLINE_S
+)
+HASTY = replace(TIMING, grace_s=0.3)  # for sandboxes that do not end on SIGTERM
 STORE = ModelStore(Path("/store"), "sha256:0")
 
 
@@ -49,8 +52,10 @@ async def running_zygote(socket: Path) -> AsyncIterator[Process]:
 
 
 @asynccontextmanager
-async def process_platform(socket: Path) -> AsyncIterator[ProcessPlatform]:
-    async with running_zygote(socket), ProcessPlatform(socket=socket, timing=TIMING) as platform:
+async def process_platform(
+    socket: Path, timing: ProcessPlatformTiming = TIMING
+) -> AsyncIterator[ProcessPlatform]:
+    async with running_zygote(socket), ProcessPlatform(socket=socket, timing=timing) as platform:
         yield platform
 
 
@@ -137,7 +142,7 @@ def test_deleted_sandbox_is_not_ready_immediately(socket: Path) -> None:
 
 def test_kills_an_unresponsive_sandbox_after_the_grace_period(socket: Path) -> None:
     async def scenario() -> None:
-        async with process_platform(socket) as platform:
+        async with process_platform(socket, HASTY) as platform:
             sandbox = await platform.create(ProcessSandboxTemplate(threads=UNRESPONSIVE))
             await deletion_event(platform, sandbox, platform.delete(sandbox.id))
             assert not is_running(sandbox.pid)
@@ -193,7 +198,7 @@ def test_lists_sandboxes_that_an_earlier_platform_created(socket: Path) -> None:
 
 def test_no_process_survives_the_zygote(socket: Path) -> None:
     async def scenario() -> list[int | None]:
-        async with process_platform(socket) as platform:
+        async with process_platform(socket, HASTY) as platform:
             sandboxes = [await ready_sandbox(platform) for _ in range(2)]
             stubborn = await platform.create(ProcessSandboxTemplate(threads=UNRESPONSIVE))
             await platform.delete(stubborn.id)

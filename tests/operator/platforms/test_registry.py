@@ -7,7 +7,7 @@ from dataclasses import replace
 from faasmoe_operator.platforms.base import Sandbox, SandboxEvent
 from faasmoe_operator.platforms.registry import SandboxRegistry
 
-DEADLINE_S = 5
+DEADLINE_S = 120.0
 ONE, TWO = (Sandbox(name, f"127.0.0.1:{port}", False, "") for name, port in (("a", 1), ("b", 2)))
 
 

@@ -19,7 +19,7 @@ from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.metrics import EngineMetrics, new_registry
 from faasmoe_router.version import system_fingerprint
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 MODEL = "tiny"
 TOOL_TEMPLATE = (
     "{% if tools %}<|im_start|>system\nCall as <tool_call>{...}</tool_call>: "

@@ -1,10 +1,10 @@
 import asyncio
-import socket
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from faasmoe_up import free_port
 
 from faasmoe_router.api.app import create_app
 from faasmoe_router.api.metrics_server import MetricsServer
@@ -66,6 +66,7 @@ def test_metrics_have_vllm_names(http: httpx.Client) -> None:
         'vllm:inter_token_latency_seconds_count{model_name="tiny"}',
         'vllm:e2e_request_latency_seconds_sum{model_name="tiny"}',
         "process_resident_memory_bytes",
+        'http_requests_total{handler="/v1/completions",method="POST",status="2xx"}',
     ):
         assert sample in response.text
 
@@ -94,8 +95,7 @@ def test_metrics_can_have_a_port_of_their_own(
         limits=EngineLimits(max_model_len=256),
         metrics=EngineMetrics(registry, "tiny"),
     )
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     metrics_server = MetricsServer(registry, host="127.0.0.1", port=port)
     app = create_app(engine, model_name="tiny", registry=registry, metrics_server=metrics_server)
 

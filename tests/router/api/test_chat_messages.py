@@ -27,7 +27,7 @@ def rendered(serve_template: ServeTemplate) -> Callable[..., tuple[Any, Any]]:
     def render(
         messages: list[Any], tools: list[Any] | None = None, *, template: str = DUMP
     ) -> tuple[Any, Any]:
-        with httpx.Client(base_url=serve_template(template), timeout=20) as http:
+        with httpx.Client(base_url=serve_template(template), timeout=120) as http:
             body = {"messages": messages, "tools": tools}
             response = http.post("/tokenize", json=body)
             assert response.status_code == 200, response.text
@@ -83,7 +83,7 @@ def test_tool_without_description_suits_a_template_that_concatenates(
 ) -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
     url = serve_template(CONCATENATING)
-    response = httpx.post(f"{url}/tokenize", json={"messages": [USER], "tools": tools}, timeout=20)
+    response = httpx.post(f"{url}/tokenize", json={"messages": [USER], "tools": tools}, timeout=120)
     assert response.status_code == 200, response.text
 
 
@@ -119,7 +119,7 @@ def test_reasoning_is_passed_under_both_names(
 
 def test_unknown_field_counts_against_the_context(serve_template: ServeTemplate) -> None:
     body = {"messages": [{**USER, "notes": ["x" * 100_000]}]}
-    response = httpx.post(f"{serve_template(DUMP)}/tokenize", json=body, timeout=20)
+    response = httpx.post(f"{serve_template(DUMP)}/tokenize", json=body, timeout=120)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
 
 
@@ -129,7 +129,7 @@ def test_unknown_field_that_is_not_json_is_named(serve_template: ServeTemplate) 
         f"{serve_template(DUMP)}/tokenize",
         content=body,
         headers={"Content-Type": "application/json"},
-        timeout=20,
+        timeout=120,
     )
     assert (response.status_code, response.json()["error"]["param"]) == (400, "messages[0].x")
 
@@ -158,7 +158,7 @@ def test_role_that_the_template_leaves_out_is_refused(serve_template: ServeTempl
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     )
     body = {"messages": [{"role": "document", "content": "a"}, {"role": "user", "content": "b"}]}
-    response = httpx.post(f"{serve_template(template)}/tokenize", json=body, timeout=20)
+    response = httpx.post(f"{serve_template(template)}/tokenize", json=body, timeout=120)
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, "messages")
     assert "no role 'document'" in error["message"]

@@ -240,8 +240,9 @@ def test_client_disconnect_aborts_the_request(
             assert engine.is_busy
     else:
         with pytest.raises(httpx.ReadTimeout):
-            http.post("/v1/chat/completions", json=body, timeout=0.5)
+            http.post("/v1/chat/completions", json=body, timeout=1.0)
     until(lambda: not engine.is_busy and _n_unfinished_requests(http) == 0)
+    until(lambda: _finished_requests(http, "abort") > aborted)
     monkeypatch.undo()
     assert _finished_requests(http, "abort") == aborted + 1
 

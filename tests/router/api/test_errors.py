@@ -354,7 +354,7 @@ def test_concurrent_tokenizations_are_limited(
     http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode, never_released = ModelTokenizer.encode, threading.Semaphore(0)
-    lock = threading.Lock()
+    lock, is_full = threading.Lock(), threading.Event()
     n_running = max_running = 0
 
     def slow_encode(
@@ -364,7 +364,10 @@ def test_concurrent_tokenizations_are_limited(
         with lock:
             n_running += 1
             max_running = max(max_running, n_running)
-        never_released.acquire(timeout=0.1)  # gives the other requests time to overlap
+        if n_running >= MAX_CONCURRENT_PREPARATIONS:
+            is_full.set()
+        assert is_full.wait(120)
+        never_released.acquire(timeout=0.1)  # gives more requests time to overlap
         with lock:
             n_running -= 1
         return encode(model_tokenizer, text, add_special_tokens=add_special_tokens)

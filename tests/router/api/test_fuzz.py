@@ -27,7 +27,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 Body = dict[str, Any]
-MAX_RESPONSE_S = 20.0
+MAX_RESPONSE_S = 120.0
+MAX_CPU_S = 20.0  # of the whole process for one request
 N_CASES = 15
 N_BODIES = 200
 MAX_MEMORY_GROWTH_BYTES = 256 << 20
@@ -316,14 +317,14 @@ LARGE: dict[str, tuple[str, Callable[[], Body]]] = {
 @pytest.mark.parametrize("name", LARGE)
 def test_oversized_field_is_rejected_by_name(name: str, fuzzed: httpx.Client) -> None:
     param, make_fields = LARGE[name]
-    start_s = time.monotonic()
+    start_s = time.process_time()
     response = fuzzed.post("/v1/chat/completions", json={**CHAT, **make_fields()})
     _check(response)
     # A template may ignore its variables; a grammar may become too complex at a later token.
     if name not in ("deep-variables", "power"):
         assert response.status_code == (413 if name == "text" else 400)
         assert name == "text" or str(response.json()["error"]["param"]).startswith(param)
-    assert time.monotonic() - start_s < MAX_RESPONSE_S
+    assert time.process_time() - start_s < MAX_CPU_S
     _assert_alive(fuzzed)
 
 

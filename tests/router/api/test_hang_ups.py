@@ -14,7 +14,7 @@ from faasmoe_router.api import preparation
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 BODY = '{"model":"tiny","prompt":"the quick","max_tokens":2}'
 REQUEST = (
     "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"

@@ -62,7 +62,7 @@ def url(base_model: Any, model_tokenizer: ModelTokenizer) -> Iterator[str]:
 @pytest.fixture
 def web(url: str) -> Iterator[httpx.Client]:
     headers = {"Authorization": "Bearer secret", "Origin": ORIGIN}
-    with httpx.Client(base_url=url, headers=headers, timeout=20) as client:
+    with httpx.Client(base_url=url, headers=headers, timeout=120) as client:
         yield client
 
 

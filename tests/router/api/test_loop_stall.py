@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -21,7 +21,7 @@ from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.metrics import EngineMetrics, new_registry
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 MAX_STALL_S = 0.25  # 0.05 on a quiet machine (`make attack`); without limits these took seconds
 TICK_S = 0.002
 CHAT = '{"model":"tiny","messages":[{"role":"user","content":"a"}],'
@@ -84,16 +84,19 @@ BODIES: dict[str, tuple[str, Callable[[], str]]] = {
 
 @dataclass
 class Heartbeat:
-    """Measures the longest time between two turns of an event loop."""
+    """Measures the most CPU time of an event loop's thread between two of its turns.
+
+    Unlike elapsed time, it does not grow with what else the machine does.
+    """
 
     app: Any
     loop: asyncio.AbstractEventLoop | None = None
     max_stall_s: float = 0.0
-    _last_s: float = field(default_factory=time.monotonic)
+    _last_s: float = 0.0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if self.loop is None:
-            self.loop = asyncio.get_running_loop()
+            self.loop, self._last_s = asyncio.get_running_loop(), time.thread_time()
             self._beat()
         await self.app(scope, receive, send)
 
@@ -102,8 +105,8 @@ class Heartbeat:
 
     def _beat(self) -> None:
         assert self.loop is not None
-        now_s = time.monotonic()
-        self.max_stall_s = max(self.max_stall_s, now_s - self._last_s - TICK_S)
+        now_s = time.thread_time()
+        self.max_stall_s = max(self.max_stall_s, now_s - self._last_s)
         self._last_s = now_s
         self.loop.call_later(TICK_S, self._beat)
 

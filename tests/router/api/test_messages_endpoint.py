@@ -87,7 +87,7 @@ def test_tools_are_called_and_their_results_are_read(
 ) -> None:
     body = {**BODY, "max_tokens": 300, "tools": [WEATHER]}
     choice = {**choice, "disable_parallel_tool_use": True}
-    with httpx.Client(base_url=tool_server, timeout=20) as http:
+    with httpx.Client(base_url=tool_server, timeout=120) as http:
         answer = http.post("/v1/messages", json={**body, "tool_choice": choice}).json()
         [block] = answer["content"]
         assert (block["type"], block["input"]) == ("tool_use", {"city": "Rome"})

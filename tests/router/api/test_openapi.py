@@ -10,7 +10,7 @@ ERROR = {"$ref": "#/components/schemas/ErrorResponse"}
 
 @pytest.fixture(scope="module")
 def schema(server: tuple[str, Any]) -> dict[str, Any]:
-    response: dict[str, Any] = httpx.get(f"{server[0]}/openapi.json").json()
+    response: dict[str, Any] = httpx.get(f"{server[0]}/openapi.json", timeout=60).json()
     return response
 
 

@@ -13,7 +13,7 @@ from faasmoe_router.api.preparation import INLINE_BYTES, HeldBytes, PreparationQ
 from faasmoe_router.errors import TenantQueueFull
 from faasmoe_router.tenants.service import Caller
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 LARGE = INLINE_BYTES + 1
 FLOOD, QUIET = Caller("flood"), Caller("quiet")
 

@@ -30,14 +30,14 @@ CODER_CALL = (
 
 
 def post(url: str, **fields: Any) -> Any:
-    response = httpx.post(f"{url}/v1/chat/completions", json={**CHAT, **fields}, timeout=20)
+    response = httpx.post(f"{url}/v1/chat/completions", json={**CHAT, **fields}, timeout=120)
     assert response.status_code == 200, response.text
     return response.json()
 
 
 def stream(url: str, **fields: Any) -> list[Any]:
     body = {**CHAT, "stream": True, "stream_options": {"include_usage": True}, **fields}
-    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=20)
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
     return [json.loads(line[6:]) for line in response.text.splitlines() if "{" in line]
 
 
@@ -75,7 +75,7 @@ def test_effort_none_turns_reasoning_off(serve_template: ServeTemplate) -> None:
     assert post(url, reasoning_effort="none")["choices"][0]["message"]["content"]
     assert post(serve_template(MESSAGES), reasoning_effort="none") is not None
     body = {**CHAT, "reasoning_effort": "none"}
-    refused = httpx.post(f"{serve_template(OPEN)}/v1/chat/completions", json=body, timeout=20)
+    refused = httpx.post(f"{serve_template(OPEN)}/v1/chat/completions", json=body, timeout=120)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "reasoning_effort")
 
 
@@ -166,7 +166,7 @@ def test_template_without_tools_is_told_of_them_in_messages(serve_template: Serv
 
 def test_reasoning_of_responses_is_within_a_content_part(serve_template: ServeTemplate) -> None:
     body = {"input": "fox", "temperature": 0, "max_output_tokens": 12, "stream": True}
-    response = httpx.post(f"{serve_template(OPEN)}/v1/responses", json=body, timeout=20)
+    response = httpx.post(f"{serve_template(OPEN)}/v1/responses", json=body, timeout=120)
     events = [json.loads(line[6:]) for line in response.text.splitlines() if "data: {" in line]
     kinds = list(dict.fromkeys(event["type"].removeprefix("response.") for event in events))
     assert kinds == [

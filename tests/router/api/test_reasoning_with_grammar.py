@@ -77,7 +77,7 @@ def post(url: str, mode: str, bias: dict[int, float], **fields: Any) -> Any:
         "logit_bias": {str(token): value for token, value in bias.items()},
         **fields,
     }
-    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=20)
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
     assert response.status_code == 200, response.text
     return response.json()
 
@@ -90,7 +90,7 @@ def streamed(url: str, mode: str, bias: dict[int, float], **fields: Any) -> dict
         "stream": True,
         **fields,
     }
-    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=20)
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
     events = [json.loads(line[6:]) for line in response.text.splitlines() if "{" in line]
     deltas = [choice["delta"] for event in events for choice in event["choices"]]
     return {

@@ -25,7 +25,7 @@ BODY: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_output_tokens": 
 @pytest.fixture
 def tools_client(tool_server: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(
-        base_url=f"{tool_server}/v1", api_key="none", max_retries=0, timeout=20
+        base_url=f"{tool_server}/v1", api_key="none", max_retries=0, timeout=120
     ) as client:
         yield client
 

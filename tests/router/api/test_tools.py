@@ -27,7 +27,7 @@ def function(name: str, properties: Any = None, **fields: Any) -> Any:
 @pytest.fixture
 def tools_client(tool_server: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(
-        base_url=f"{tool_server}/v1", api_key="none", max_retries=0, timeout=20
+        base_url=f"{tool_server}/v1", api_key="none", max_retries=0, timeout=120
     ) as client:
         yield client
 
@@ -48,7 +48,7 @@ def test_custom_tool_is_called_with_its_input(tools_client: openai.OpenAI) -> No
 def test_custom_tool_is_streamed(tool_server: str) -> None:
     call = {"name": "shell", "arguments": {"input": "ls"}}
     body = {**CHAT, "tools": [CUSTOM], "stream": True, **forced(call)}
-    response = httpx.post(f"{tool_server}/v1/chat/completions", json=body, timeout=20)
+    response = httpx.post(f"{tool_server}/v1/chat/completions", json=body, timeout=120)
     events = [json.loads(line[6:]) for line in response.text.splitlines() if "{" in line]
     deltas = [e["choices"][0]["delta"].get("tool_calls") for e in events]
     [first], *rest = [delta for delta in deltas if delta]

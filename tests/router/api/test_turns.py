@@ -143,7 +143,7 @@ def bodies_begun(n: int, *clients: Client) -> list[bytes]:
         app = HoldingApp()
         middleware = TurnMiddleware(app)
         tasks = [asyncio.create_task(middleware(c.scope, c.receive, c.send)) for c in clients]
-        async with asyncio.timeout(20), app.has_begun:
+        async with asyncio.timeout(120), app.has_begun:
             await app.has_begun.wait_for(lambda: len(app.begun) >= n)
         begun = list(app.begun)
         app.may_end.set()

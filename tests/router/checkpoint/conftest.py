@@ -61,14 +61,10 @@ MakeCheckpoint = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)
-def _quiet_and_small() -> Iterator[None]:
-    """Disable transformers' progress bars and use one thread, the fastest for tiny tensors."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _without_progress_bars() -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     yield
     transformers_logging.enable_progress_bar()
-    torch.set_num_threads(threads)
 
 
 def _tiny_model(family: str, **overrides: Any) -> Any:

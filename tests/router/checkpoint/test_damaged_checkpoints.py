@@ -30,7 +30,9 @@ MakeCheckpoint = Callable[..., Path]
 
 VALUES: tuple[Any, ...] = (0, -1, 3, 1 << 31, 10**15, 1e308, "x", "", None, True, [], {}, [[]])
 any_checkpoint = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 

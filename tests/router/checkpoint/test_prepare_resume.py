@@ -84,7 +84,9 @@ def test_preparation_resumes_after_sigkill(
 
 
 @settings(
-    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=8,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     interrupt_bytes=st.lists(st.integers(0, 120_000), max_size=3), truncate_journal=st.booleans()

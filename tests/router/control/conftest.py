@@ -34,7 +34,7 @@ from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.metrics import EngineMetrics, new_registry
 from faasmoe_router.model_loader import load_router_model
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 TOKEN = "secret"
 
 

@@ -76,7 +76,7 @@ async def run_pending_tasks() -> None:
 
 def run_scenario(scenario: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(120):
             await scenario()
 
     asyncio.run(bounded())

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,19 +12,19 @@ from pathlib import Path
 
 import httpx
 import pytest
+from faasmoe_up import free_port
 from fake_control import FakeControl
 
 from faasmoe_contracts.parent_death import PARENT_PID_ENV
 from faasmoe_contracts.store import Store
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 TOKEN = "secret"
 
 
 @pytest.fixture
 def url(store: Store, control: FakeControl, tmp_path: Path) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     settings = {
         "STORE": store.path,
         "CONTROL_URL": control.url,
@@ -59,7 +58,7 @@ def _ready(url: str, process: subprocess.Popen[bytes], log: Path) -> str:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < end_s, log.read_text()
         try:
-            if httpx.get(f"{url}/health").status_code == 200:
+            if httpx.get(f"{url}/health", timeout=60).status_code == 200:
                 return url
         except httpx.ConnectError:
             time.sleep(0.05)
@@ -103,7 +102,7 @@ def test_rejects_requests_at_zero_and_serves_activated_functions(
     served = httpx.post(f"{url}/v1/completions", json=body, timeout=DEADLINE_S)
     assert served.status_code == 200
     assert "X-FaaSMoE-Cold-Start" in served.headers
-    metrics = httpx.get(f"{url}/metrics").text
+    metrics = httpx.get(f"{url}/metrics", timeout=60).text
     for name in (
         "queued_requests",
         "queued_calls",

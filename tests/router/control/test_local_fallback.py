@@ -164,7 +164,7 @@ def test_concurrent_callers_share_one_check(harness: FallbackHarness) -> None:
     check = harness.check
 
     def wait_and_check(specs: Sequence[FunctionSpec]) -> None:
-        may_check.wait(10)
+        may_check.wait(120)
         check(specs)
 
     harness.fallback = LocalFallback(

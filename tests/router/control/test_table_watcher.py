@@ -16,6 +16,7 @@ from faasmoe_router.control.table_watcher import TableWatcher
 
 TOKEN = "secret"
 OnLoop = Callable[[Callable[[], Awaitable[None]]], None]
+STREAM_IDLE_S = 1.5
 
 
 class FakeDispatcher:
@@ -47,7 +48,7 @@ class WatcherHarness:
         self.epochs = 0
         self.changes = 0
         self.registry = CollectorRegistry()
-        timeouts = ControlTimeouts(connect_s=1.0, stream_idle_s=0.3)
+        timeouts = ControlTimeouts(connect_s=1.0, stream_idle_s=STREAM_IDLE_S)
         self._client = ControlClient(control.url, token=token, timeouts=timeouts)
         self.watcher = TableWatcher(
             self._client,
@@ -231,8 +232,8 @@ def test_an_idle_stream_is_abandoned_and_pings_keep_it_open(
     async def scenario() -> None:
         async with WatcherHarness(control) as harness:
             await harness.until(lambda: harness.connected)
-            for _ in range(8):  # 0.4 s, longer than the idle timeout of 0.3 s
-                await asyncio.sleep(0.05)
+            for _ in range(24):  # longer than the idle timeout
+                await asyncio.sleep(STREAM_IDLE_S / 20)
                 control.send_line(b'{"kind": "ping"}\n')
             assert len(control.table_queries) == 1
             await harness.until(lambda: len(control.table_queries) == 2)

@@ -37,14 +37,6 @@ FAMILY = "mixtral"
 LAYER = 1
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture(scope="module")
 def sandbox_server(sandbox: StartSandbox) -> Iterator[SandboxProcess]:
     with sandbox(capacity=1000, token=TOKEN) as sandbox_server:
@@ -182,12 +174,14 @@ def test_float32_rows_over_a_16_bit_store_give_the_float32_sum_of_its_outputs(
     assert rounded.dtype == torch.bfloat16
     assert torch.equal(got.bfloat16(), rounded)
 
-    # Each function's output alone, in bfloat16: one expert per slot, or one block's experts.
+    # Each function's output alone: one expert per slot in bfloat16, or one block's float32 sum.
     partial_sums = torch.zeros_like(hidden)  # [T, H]
-    parts = [index == e for e in range(8)] if mode is OutputMode.UNREDUCED else blocks_of(index)
+    is_reduced = mode is OutputMode.REDUCED
+    parts = blocks_of(index) if is_reduced else [index == e for e in range(8)]
     for part in parts:
         chosen = torch.where(part, index, -1)  # [T, k]
-        partial_sums += dispatcher.compute(LAYER, rows, chosen, weight).float()
+        alone = dispatcher.compute(LAYER, rows.float() if is_reduced else rows, chosen, weight)
+        partial_sums += alone.float()
     torch.testing.assert_close(got, partial_sums, atol=1e-6, rtol=1e-6)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from faasmoe_up import free_port
 from raw_http import wait_until
 from sandbox_processes import PreparedStore, SandboxProcess, StartSandbox, block_specs
 
@@ -26,7 +27,7 @@ from faasmoe_router.dispatch.fanout import DispatchTimeouts
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.transport import ConnectionPool
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 N_TOKENS = 12
 # These tests are about where calls go, so calls that a busy machine delays are not abandoned.
 PATIENT = ResilienceSettings(
@@ -281,8 +282,7 @@ def test_dead_address_is_logged_once_for_many_failed_calls(
     open_layers: Callable[..., Layers], cold: RoutingTable, caplog: pytest.LogCaptureFixture
 ) -> None:
     layers = open_layers(can_wait=False)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     layers.dispatcher.update_addresses(1, everywhere(cold, address))
     for _ in range(20):
         layers.compute()
@@ -361,7 +361,7 @@ def test_load_meter_records_the_calls(
         is_hit = torch.isin(layers.index, torch.tensor(spec.experts)).any(dim=1)  # [T]
         assert totals[spec.id].calls == 1
         assert totals[spec.id].rows == int(is_hit.sum())
-        assert 0 < totals[spec.id].in_flight_s < 10
+        assert 0 < totals[spec.id].in_flight_s < DEADLINE_S
     assert layers.dispatcher.load.snapshot(now_s + 100) == totals  # nothing is in flight any more
 
 

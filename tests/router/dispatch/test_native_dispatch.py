@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from faasmoe_up import free_port
 from metric_samples import parse_sample
 from raw_http import wait_until
 from sandbox_processes import PreparedStore, SandboxProcess, StartSandbox, make_function_spec
@@ -33,7 +34,7 @@ from faasmoe_router.dispatch.fanout import DispatchTimeouts
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.native_dispatch import MAX_NATIVE_ROWS
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 LONG_DRAIN_S = 600.0
 TOKEN = "a-token"
 LAYER = 0
@@ -299,6 +300,33 @@ def test_stopped_sandbox_is_noticed_and_not_called_over_http(
         os.kill(sandbox_server.process.pid, signal.SIGCONT)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_functions_of_a_lost_sandbox_go_on_natively_beside_the_others(
+    sandbox_server: SandboxProcess, router: MakeRouter, sandbox: StartSandbox, store: Store,
+    folder: Path, number: signal.Signals,
+) -> None:  # fmt: skip
+    with sandbox(capacity=64, token=TOKEN, socket_dir=folder) as other:
+        kept, lost = sandbox_server.attach_blocks(store, 3), other.attach_blocks(store, 3)
+        entries = tuple(
+            (kept, lost)[i % 2].functions[i] for i in range(len(kept.functions))
+        )  # each layer has functions of both
+        one = router(replace(kept, functions=entries))
+        one.wait_for_mailboxes(sandbox_server.address, other.address)
+        one.check(16)
+        os.kill(other.process.pid, number)
+        wait_until(lambda: process_state(other.process.pid) in "TZ")
+        try:
+            one.check(16)  # finds out, computes what is lost, and maps it
+            n_lost, n_mailbox = one.count("local"), one.count("mailbox_calls")
+            assert n_lost > 0
+            one.check(16)
+            assert one.count("mailbox_calls") == n_mailbox + 1  # the other sandbox's
+            assert one.count("local") == one.dispatcher.load.local_calls == 2 * n_lost
+            assert one.count("colocated") == 0
+        finally:
+            os.kill(other.process.pid, signal.SIGCONT)
+
+
 def process_state(pid: int) -> str:
     """Return the state of a process: T if it is stopped, Z once it has exited."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -324,7 +352,8 @@ def test_batch_with_many_rows_of_an_expert_is_declined_once(
 def test_restarted_sandbox_gets_a_new_mailbox(
     router: MakeRouter, sandbox: StartSandbox, store: Store, folder: Path, number: int
 ) -> None:
-    with sandbox(capacity=8, token=TOKEN, socket_dir=folder) as process:
+    port = free_port()
+    with sandbox(capacity=8, token=TOKEN, socket_dir=folder, port=port) as process:
         table = process.attach_blocks(store, 8)
         one = router(table)
         one.wait_for_mailboxes(process.address)
@@ -332,7 +361,6 @@ def test_restarted_sandbox_gets_a_new_mailbox(
         process.process.send_signal(number)
         process.process.wait()
     one.check()
-    port = process.address.rpartition(":")[2]
     with sandbox(capacity=8, token=TOKEN, socket_dir=folder, port=port) as process:
         process.attach_blocks(store, 8)
         wait_until(lambda: one.counts_native() == 1)

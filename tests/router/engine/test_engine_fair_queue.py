@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
 from tiny_engine import manager_of
 
+from faasmoe_router.engine.batcher import request_tenant
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.fair_queue import Share
 from faasmoe_router.engine.generation import Generation, GenerationRequest, SamplingParams
@@ -17,7 +20,7 @@ from faasmoe_router.engine.sampler import DrawParams, Penalties
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.errors import TenantQueueFull
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 Maker = Callable[..., Engine]
 Greedy = Callable[[tuple[int, ...], int], list[int]]
 Prompt = tuple[int, ...]
@@ -187,3 +190,44 @@ def test_computed_tokens_are_counted_per_tenant(make_engine: Maker, prompt_ids: 
         assert engine.computed_tokens.drain() == {}
 
     _run(engine, work)
+
+
+def test_long_prompts_of_one_tenant_do_not_delay_a_short_one_of_another(
+    make_engine: Maker,
+    model_tokenizer: ModelTokenizer,
+    greedy: Greedy,
+    prompt_ids: Prompt,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    n_batched, n_long = 64, 240
+    engine = make_engine(max_num_seqs=4, max_num_batched_tokens=n_batched)
+    engine.set_tenants(dict.fromkeys(("flood", "quiet"), Share()), {})
+    long = GenerationRequest((prompt_ids * n_long)[:n_long], 1)
+    short = GenerationRequest(prompt_ids[:2], 2)
+    batches: list[Counter[str]] = []
+    are_all_there = threading.Event()
+
+    def count(batch: Sequence[tuple[str, int]]) -> None:
+        batches.append(Counter())
+        for request_id, n_tokens in batch:
+            batches[-1][request_tenant(request_id)] += n_tokens
+
+    async def work() -> None:
+        processor = manager_of(engine).batch_processor
+        processor.scheduler.count_batch = count
+        prepare = processor.prepare_next_batch
+        monkeypatch.setattr(
+            processor, "prepare_next_batch", lambda: are_all_there.wait(DEADLINE_S) and prepare()
+        )
+        floods = [engine.generate([long], tenant="flood") for _ in range(3)]
+        quiet = engine.generate([short], tenant="quiet")
+        are_all_there.set()
+        assert await _text(quiet) == model_tokenizer.decode(greedy(short.prompt_token_ids, 2))
+        for flood in floods:
+            await _text(flood)
+
+    _run(engine, work)
+    computed = [batch for batch in batches if batch]
+    assert [batch["quiet"] for batch in computed[:3]] == [2, 1, 0]
+    assert [batch["flood"] for batch in computed[:3]] == [32, 32, n_batched]
+    assert sum(batch["flood"] for batch in computed) == 3 * n_long

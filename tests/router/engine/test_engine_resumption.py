@@ -26,7 +26,7 @@ from faasmoe_router.engine.structured_output import GrammarSource
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.errors import GenerationFailed
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 N_TOKENS = 150
 SCHEMA = json.dumps(
     {

@@ -30,7 +30,7 @@ from faasmoe_router.tenants.service import TenantService, UsageSources
 from faasmoe_router.tenants.usage import FunctionCost, RouterUsage
 from faasmoe_router.tenants.usage_store import UsageFileStore
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 MODEL = "tiny"
 
 

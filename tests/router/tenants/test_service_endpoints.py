@@ -65,7 +65,9 @@ def test_every_unauthenticated_request_gets_the_same_response(
 ) -> None:
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     url = router.url + path.format("chat/completions")
-    response = httpx.request(verb, url, headers=headers, json=CHAT if verb == "POST" else None)
+    response = httpx.request(
+        verb, url, headers=headers, json=CHAT if verb == "POST" else None, timeout=60
+    )
     assert response.status_code == 401
     assert response.headers["www-authenticate"] == "Bearer"
     assert len(response.headers["x-request-id"]) == 32
@@ -93,18 +95,18 @@ def test_the_openai_client_raises_its_authentication_error(router: Any) -> None:
     "header", ["Basic YWNtZS1rZXk=", "acme-key", "Bearer", "bearer  wrong", "Bearer acme-key x"]
 )
 def test_other_authorization_headers_are_rejected(router: Any, header: str) -> None:
-    response = httpx.get(f"{router.url}/v1/models", headers={"Authorization": header})
+    response = httpx.get(f"{router.url}/v1/models", headers={"Authorization": header}, timeout=60)
     assert response.status_code == 401
 
 
 def test_the_authorization_scheme_is_case_insensitive(router: Any) -> None:
     headers = {"Authorization": "bearer acme-key"}
-    assert httpx.get(f"{router.url}/v1/models", headers=headers).status_code == 200
+    assert httpx.get(f"{router.url}/v1/models", headers=headers, timeout=60).status_code == 200
 
 
 def test_bytes_that_are_not_utf_8_are_an_unknown_key(router: Any) -> None:
     headers = {b"Authorization": b"Bearer \xff\xfe\x80"}
-    assert httpx.get(f"{router.url}/v1/models", headers=headers).status_code == 401
+    assert httpx.get(f"{router.url}/v1/models", headers=headers, timeout=60).status_code == 401
 
 
 def test_a_tenant_sees_no_metrics_of_others(router: Any) -> None:
@@ -144,7 +146,7 @@ def test_rejections_are_identical_and_compare_every_key(
     answers = []
     for path, headers in cases.values():
         n_comparisons = 0
-        answer = httpx.get(f"{router.url}{path}", headers=headers)
+        answer = httpx.get(f"{router.url}{path}", headers=headers, timeout=60)
         output = {n: v for n, v in answer.headers.items() if n not in ("date", "x-request-id")}
         answers.append((answer.status_code, answer.content, output, n_comparisons))
     assert answers == [answers[0]] * len(cases)
@@ -287,7 +289,7 @@ def test_every_endpoint_is_served_below_a_tenant_s_path(router: Any) -> None:
 def test_a_request_id_is_returned(router: Any) -> None:
     for key in ("acme-key", "wrong"):
         headers = {"Authorization": f"Bearer {key}", "X-Request-Id": "mine-7"}
-        response = httpx.get(f"{router.url}/acme/v1/models", headers=headers)
+        response = httpx.get(f"{router.url}/acme/v1/models", headers=headers, timeout=60)
         assert response.headers["x-request-id"] == "mine-7"
 
 
@@ -312,7 +314,9 @@ def test_a_tenant_s_keys_are_counted(open_router: Any, until: Until) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/acme/v1/messages"])
 def test_wrong_key_is_refused_in_anthropic_s_form(router: Any, path: str) -> None:
-    response = httpx.post(f"{router.url}{path}", headers={"x-api-key": "sk-wrong"}, json={})
+    response = httpx.post(
+        f"{router.url}{path}", headers={"x-api-key": "sk-wrong"}, json={}, timeout=60
+    )
     assert response.status_code == 401
     body = response.json()
     assert (body["type"], body["error"]["type"]) == ("error", "authentication_error")

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+from faasmoe_up import free_port
 from fake_control import FakeControl
 from sandbox_processes import StartSandbox, block_specs
 
@@ -27,7 +27,7 @@ from faasmoe_contracts.routing_table import RoutingTable
 from faasmoe_contracts.store import Store
 from faasmoe_router.checkpoint.prepare import prepare
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 TOKEN = "secret"
 Until = Callable[[Callable[[], bool]], None]
 
@@ -84,8 +84,7 @@ class Router:
 
 @contextmanager
 def running(store: Store, log: Path, **settings: Any) -> Iterator[Router]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     given = {"STORE": store.path, "MODEL_NAME": "tiny", "PORT": port, "DEVICE": "cpu", **settings}
     env = {name: value for name, value in os.environ.items() if not name.startswith("FAASMOE_")}
     env |= {f"FAASMOE_{name}": str(value) for name, value in given.items()}
@@ -112,7 +111,7 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < end_s, log.read_text()
         try:
-            if httpx.get(f"{url}/health").status_code == 200:
+            if httpx.get(f"{url}/health", timeout=60).status_code == 200:
                 return
         except httpx.ConnectError:
             time.sleep(0.05)

@@ -22,6 +22,7 @@ def test_requests_per_minute_are_limited_and_reported_in_headers(open_router: An
         open_router({"acme": {"limits": {"requestsPerMinute": 2}}, "beta": {}}) as router,
         router.client("acme") as client,
     ):
+        started_s = time.monotonic()
         raw = client.completions.with_raw_response
         for remaining in ("1", "0"):
             headers = raw.create(model="tiny", prompt="a", max_tokens=1).headers
@@ -34,7 +35,8 @@ def test_requests_per_minute_are_limited_and_reported_in_headers(open_router: An
         assert refused.value.code == "rate_limit_exceeded"
         assert refused.value.type == "rate_limit_error"
         response = refused.value.response
-        assert 25 <= int(response.headers["retry-after"]) <= 30
+        elapsed_s = time.monotonic() - started_s
+        assert 29 - elapsed_s <= int(response.headers["retry-after"]) <= 30
         assert response.headers["x-ratelimit-remaining-requests"] == "0"
         assert "Rate limit reached on requests per minute" in refused.value.message
         assert client.models.list().data  # other endpoints are not limited
@@ -105,12 +107,16 @@ def test_two_routers_split_the_limits(open_router: Any) -> None:
     """Ten a minute over two routers: ten if spread evenly, five by one of them."""
     acme = {"acme": {"limits": {"requestsPerMinute": 10, "tokensPerMinute": 100_000}}}
     with open_router(acme, n_routers=2) as first, open_router(acme, n_routers=2) as second:
+        started_s = time.monotonic()
         spread = [router.complete("acme").status_code for router in [first, second] * 7]
-        assert spread.count(200) == 10
+        refilled = (time.monotonic() - started_s) * 10 / 60
+        assert 10 <= spread.count(200) <= 10 + refilled
         assert spread[:10] == [200] * 10
     with open_router(acme, n_routers=2) as first, open_router(acme, n_routers=2) as second:
+        started_s = time.monotonic()
         lopsided = [first.complete("acme").status_code for _ in range(8)]
-        assert lopsided.count(200) == 5
+        refilled = (time.monotonic() - started_s) * 5 / 60
+        assert 5 <= lopsided.count(200) <= 5 + refilled
         assert second.complete("acme").status_code == 200
 
 
@@ -129,7 +135,7 @@ def pause_batches(router: Any, monkeypatch: pytest.MonkeyPatch) -> threading.Eve
     resume, forward = threading.Event(), router.engine._model.forward
 
     def slow(*args: Any, **kwargs: Any) -> Any:
-        resume.wait(20)
+        resume.wait(120)
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(router.engine._model, "forward", slow)
@@ -192,11 +198,13 @@ def test_a_disconnected_client_releases_its_slot_and_its_tokens(
             for _ in range(3):
                 if stream:
                     url = f"{router.url}/v1/completions"
-                    stack.enter_context(httpx.stream("POST", url, json=body, headers=headers))
+                    stack.enter_context(
+                        httpx.stream("POST", url, json=body, headers=headers, timeout=60)
+                    )
                 else:
                     with pytest.raises(httpx.ReadTimeout):
                         httpx.post(
-                            f"{router.url}/v1/completions", json=body, headers=headers, timeout=0.3
+                            f"{router.url}/v1/completions", json=body, headers=headers, timeout=1.0
                         )
         until(lambda: router.engine.sequence_counts("acme") == (0, 0))
         resume.set()

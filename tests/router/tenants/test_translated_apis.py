@@ -27,7 +27,7 @@ def ask(
     headers = {"x-api-key": f"{tenant}-key"}
     if path.endswith(RESPONSES):
         headers = {"Authorization": f"Bearer {tenant}-key"}
-    return httpx.post(f"{router.url}{path}", json=body, headers=headers, timeout=20)
+    return httpx.post(f"{router.url}{path}", json=body, headers=headers, timeout=120)
 
 
 def test_usage_counts_whole_and_streamed(open_router: Any) -> None:

@@ -3,7 +3,7 @@
 The stream has one event per change of a model, at most one a second; an idle model sends only
 comments. The page is for who operates the service: it needs a key, or is reached over loopback
 alone, where the `Host` header is checked so that no web site can read it by a name of its own that
-resolves to this machine (DNS rebinding).
+resolves to this machine (DNS rebinding). What tenants use is shown to whoever has the key.
 """
 
 from __future__ import annotations
@@ -109,16 +109,18 @@ class LivePage:
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", **_HEADERS})
         await response.prepare(request)
-        revision: int | None = None
+        seen: tuple[int, int] | None = None
         try:
             while not self._closing.is_set() and dict(self._models()).get(name) is controller:
                 frame = b": idle\n\n"
-                if controller.revision != revision:
-                    revision = controller.revision
-                    frame = b"data: " + json.dumps(live_view(controller)).encode() + b"\n\n"
+                now = (controller.revision, controller.usage_ledger.n_updates)
+                if now != seen:
+                    seen = now
+                    shown = live_view(controller, with_tenants=self._key is not None)
+                    frame = b"data: " + json.dumps(shown).encode() + b"\n\n"
                 async with asyncio.timeout(WRITE_TIMEOUT_S):
                     await response.write(frame)
-                await self._wait_for_change(controller, revision or 0)
+                await self._wait_for_change(controller, now[0])
         except (TimeoutError, ConnectionError):
             return response  # the viewer has gone or reads nothing
         return response

@@ -9,11 +9,17 @@ from faasmoe_operator.control.controller import Controller
 from faasmoe_operator.control.live.shown_functions import MAX_LEVEL, ShownFunction
 
 MAX_CELLS = 20_000
+MAX_TENANTS = 100
 _NOTHING_SHOWN = ShownFunction()
 
 
-def live_view(controller: Controller) -> dict[str, Any]:
-    """Return what is shown of a controller's model; times are Unix seconds."""
+def live_view(controller: Controller, *, with_tenants: bool) -> dict[str, Any]:
+    """Return what is shown of a controller's model; times are Unix seconds.
+
+    Args:
+        controller: the model's.
+        with_tenants: whether the viewer may see what each tenant uses.
+    """
     now, activity = controller.clock(), controller.activity
     to_unix_s = time.time() - now
     window = activity.window
@@ -38,6 +44,7 @@ def live_view(controller: Controller) -> dict[str, Any]:
                 "id": record.sandbox.id,
                 "state": record.state.value,
                 "functions": len(record.functions),
+                "node": record.sandbox.node,
             }
             for record in controller.fleet.sandboxes
         ],
@@ -53,7 +60,24 @@ def live_view(controller: Controller) -> dict[str, Any]:
             }
             for event in activity.timeline
         ],
+        "tenants": _tenants(controller) if with_tenants else None,
     }
+
+
+def _tenants(controller: Controller) -> list[dict[str, Any]]:
+    """Return the use of the `MAX_TENANTS` with the most GB-seconds of functions, these first."""
+    usage = controller.usage_ledger.usage_by_tenant.items()
+    most = sorted(usage, key=lambda item: -item[1].expert_gb_seconds)[:MAX_TENANTS]
+    return [
+        {
+            "name": name,
+            "requests": used.completed,
+            "prompt_tokens": used.prompt_tokens,
+            "generated_tokens": used.generated_tokens,
+            "gb_s": used.expert_gb_seconds,
+        }
+        for name, used in most
+    ]
 
 
 def _cells(controller: Controller) -> list[tuple[int, int, int, int, int]]:

@@ -298,7 +298,7 @@ def test_functions_start_with_the_router_of_their_model() -> None:
             status, _ = await running.request("/warm", body={"model": "tiny"}, **post)
             assert status == 202
             path = "/models/local/tiny/v1/status"
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 ready = 0
                 while not ready:
                     _, body = await running.request(path, token="secret")

@@ -14,6 +14,7 @@ from aiohttp import web
 from fake_platform import controller_and_platform, eventually, make_model
 
 from faasmoe_contracts.control_messages import FunctionLoad, LoadReport
+from faasmoe_contracts.usage import UsageRecord, UsageReport
 from faasmoe_operator.control.api import LivePage
 from faasmoe_operator.control.api.live_page import MAX_VIEWERS
 from faasmoe_operator.control.api.live_view import live_view
@@ -49,7 +50,7 @@ async def page(key: str | None = None) -> AsyncIterator[tuple[Controller, aiohtt
 
 async def read_event(response: aiohttp.ClientResponse) -> dict[str, Any]:
     """Return the next event of a stream, comments skipped."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while True:
             line = await response.content.readline()
             assert line, "the stream ended"
@@ -111,7 +112,7 @@ async def test_cells_change_once_enough_tokens_have_passed() -> None:
         report = LoadReport("router", {name: FunctionLoad(1.0, calls=3, rows=rows)})
         controller.add_load_report(report)
         await eventually(lambda: controller.activity.window.shown_at is not None)
-        cells = live_view(controller)["functions"]["cells"]
+        cells = live_view(controller, with_tenants=False)["functions"]["cells"]
         assert [cell[3] for cell in cells] == [1, 0, 0]
 
 
@@ -141,6 +142,24 @@ async def test_a_page_with_a_key_requires_it() -> None:
             assert response.status == 200
         async with http.get("/ui/") as response:
             assert response.status == 200  # asks for the key
+
+
+@in_event_loop
+async def test_tenants_are_shown_to_whoever_has_the_key() -> None:
+    for key, headers in ((None, {}), ("right", {"Authorization": "Bearer right"})):
+        async with page(key=key) as (controller, http):
+            used = {
+                "acme": UsageRecord(5, 9, completed=2, expert_gb_seconds=1.5),
+                "b": UsageRecord(),
+            }
+            controller.add_usage_report(UsageReport("0" * 32, 0.0, used))
+            async with http.get(f"/ui/events?model={MODEL}", headers=headers) as response:
+                event = await read_event(response)
+        rows = event["tenants"]
+        assert (rows is None) == (key is None)
+        if rows is not None:
+            assert [row["name"] for row in rows] == ["acme", "b"]
+            assert list(rows[0].values()) == ["acme", 2, 5, 9, 1.5]
 
 
 @in_event_loop

@@ -45,7 +45,11 @@ function show(next) {
     "tokens of all tenants, with noise, so that they tell nothing of single tokens.";
   map.show(view.functions);
   showTimeline(byId("timeline"), byId("events"), view.events);
-  showRows(byId("sandboxes"), view.sandboxes.map((s) => [s.id, s.state, String(s.functions)]));
+  showRows(byId("sandboxes"), view.sandboxes.map(
+    (s) => [s.id, s.state, String(s.functions), s.node || "this machine"]));
+  byId("tenants-section").hidden = view.tenants === null;
+  showRows(byId("tenants"), (view.tenants ?? []).map(
+    (t) => [t.name, ...[t.requests, t.prompt_tokens, t.generated_tokens].map(String), t.gb_s.toPrecision(3)]));
   showCost();
 }
 

@@ -1,0 +1,71 @@
+"""Takeover: functions that have lost their sandboxes are computed natively in this process.
+
+Until they are replaced, the general path computes them from the store (local_functions.py), and
+with them every layer that needs one would take that path as a whole. What it has computed joins the
+native path here, for as long as it would compute it at once: while every address of the function is
+ejected, or for a while after it has lost the last one. Whoever needs a function later than that
+waits for its activation, which only the general path does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from faasmoe_contracts.routing_table import FunctionEndpoints, FunctionSpec
+from faasmoe_expert.functions import ExpertFunction
+from faasmoe_router.dispatch.endpoint_health import EndpointHealth
+from faasmoe_router.dispatch.local_functions import LocalFunctions
+from faasmoe_router.dispatch.overflow import Selection
+from faasmoe_router.dispatch.routing import RoutingIndex
+
+WasLost = Callable[[str, float], bool]
+"""Whether a function without an address has lost the last one, shortly before a monotonic time."""
+
+
+class TakenOverFunctions:
+    """The functions that this process computes in place of their sandboxes.
+
+    Belongs to the engine's thread, except for `mapped`.
+
+    Args:
+        functions: what the general path has computed from the store.
+        health: says which addresses are ejected.
+        was_lost: whether a function was lost; asked only about functions without an address.
+    """
+
+    def __init__(
+        self, functions: LocalFunctions, *, health: EndpointHealth, was_lost: WasLost
+    ) -> None:
+        self._functions = functions
+        self._health = health
+        self._was_lost = was_lost
+        self._taken: dict[FunctionSpec, ExpertFunction] = {}
+        self._selection: Selection = {}
+
+    @property
+    def mapped(self) -> frozenset[FunctionSpec]:
+        """Functions that are mapped now; safe from any thread."""
+        return frozenset(self._functions.mapped())
+
+    def selection(self, routing: RoutingIndex, now_s: float) -> Selection:
+        """Return what this process computes, by layer; replaced when it changes, never modified."""
+        mapped = self._functions.mapped()
+        taken = {
+            spec: function
+            for spec, function in mapped.items()
+            if self._is_lost(routing.entries.get(spec.id), spec, now_s)
+        }
+        if taken != self._taken:
+            self._taken = taken
+            self._selection = {
+                (layer, spec): function for spec, function in taken.items() for layer in spec.layers
+            }
+        return self._selection
+
+    def _is_lost(self, entry: FunctionEndpoints | None, spec: FunctionSpec, now_s: float) -> bool:
+        if entry is None or entry.spec != spec:
+            return False
+        if not entry.addresses:
+            return self._was_lost(spec.id, now_s)
+        excluded = self._health.excluded_addresses(entry.addresses)
+        return all(address in excluded for address in entry.addresses)

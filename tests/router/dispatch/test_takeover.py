@@ -1,0 +1,102 @@
+"""Which functions the router goes on computing in place of their sandboxes, and for how long."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import cast
+
+import numpy as np
+import pytest
+
+from faasmoe_contracts.routing_table import FunctionEndpoints, FunctionSpec
+from faasmoe_expert.functions import ExpertFunction
+from faasmoe_router.dispatch.cold_start import LOST_S, ActivationSettings, ActivationWaiter
+from faasmoe_router.dispatch.endpoint_health import EndpointHealth, ResilienceSettings
+from faasmoe_router.dispatch.load import LoadMeter
+from faasmoe_router.dispatch.local_functions import LocalFunctions
+from faasmoe_router.dispatch.metrics import DispatchMetrics
+from faasmoe_router.dispatch.routing import LayerRouting, RoutingIndex
+from faasmoe_router.dispatch.takeover import TakenOverFunctions
+from faasmoe_router.dispatch.transport import ConnectError
+
+NEAR, FAR = "127.0.0.1:1", "127.0.0.1:2"
+COMPUTED, OTHER = FunctionSpec("a", (0, 1), (0, 1)), FunctionSpec("b", (0, 1), (2, 3))
+KEYS = {(0, COMPUTED), (1, COMPUTED)}
+
+
+class Computed:
+    """Functions that were computed in this process."""
+
+    def __init__(self, *specs: FunctionSpec) -> None:
+        self.functions = {spec: cast("ExpertFunction", object()) for spec in specs}
+
+    def mapped(self) -> MappingProxyType[FunctionSpec, ExpertFunction]:
+        return MappingProxyType(self.functions)
+
+
+def routing(*addresses: str) -> RoutingIndex:
+    """Two layers of two functions, both at these addresses."""
+    entries = tuple(FunctionEndpoints(spec, addresses) for spec in (COMPUTED, OTHER))
+    layer = LayerRouting(np.array([0, 0, 1, 1], dtype=np.int32), entries)
+    return RoutingIndex(1, (layer, layer), {e.spec.id: e for e in entries}, {"a": 1, "b": 1})
+
+
+@pytest.fixture
+def health() -> EndpointHealth:
+    return EndpointHealth(ResilienceSettings(), DispatchMetrics(), may_be_starting=False)
+
+
+def taken_over(
+    health: EndpointHealth, computed: Computed, waiter: ActivationWaiter | None = None
+) -> TakenOverFunctions:
+    return TakenOverFunctions(
+        cast("LocalFunctions", computed),
+        health=health,
+        was_lost=(lambda *_: False) if waiter is None else waiter.was_lost,
+    )
+
+
+def test_function_is_taken_over_while_all_of_its_addresses_are_ejected(
+    health: EndpointHealth,
+) -> None:
+    functions = taken_over(health, Computed(COMPUTED))
+    index = routing(NEAR, FAR)
+    assert functions.selection(index, 0.0) == {}
+    health.record_failure(NEAR, ConnectError("refused"), 0.0)
+    assert functions.selection(index, 0.0) == {}
+    health.record_failure(FAR, ConnectError("refused"), 0.0)
+    selection = functions.selection(index, 0.0)
+    assert selection.keys() == KEYS
+    assert functions.selection(index, 0.1) is selection
+    assert functions.selection(routing(NEAR, "127.0.0.1:3"), 0.2) == {}  # replaced
+
+
+def test_only_what_was_computed_and_is_still_the_same_function_is_taken_over(
+    health: EndpointHealth,
+) -> None:
+    computed = Computed()
+    functions = taken_over(health, computed)
+    health.record_failure(NEAR, ConnectError("refused"), 0.0)
+    assert functions.selection(routing(NEAR), 0.0) == {}
+    other_block = FunctionSpec("a", (0, 1), (0,))
+    computed.functions = {other_block: cast("ExpertFunction", object())}
+    assert functions.selection(routing(NEAR), 0.0) == {}
+    computed.functions[COMPUTED] = cast("ExpertFunction", object())
+    assert functions.selection(routing(NEAR), 0.0).keys() == KEYS
+    assert functions.mapped == {other_block, COMPUTED}
+
+
+def test_function_without_address_is_taken_over_for_a_while_after_its_loss(
+    health: EndpointHealth,
+) -> None:
+    waiter = ActivationWaiter(
+        ActivationSettings(lambda names: None),
+        health=health,
+        load=LoadMeter(),
+        metrics=DispatchMetrics(),
+    )
+    functions = taken_over(health, Computed(COMPUTED), waiter)
+    assert functions.selection(routing(), 100.0) == {}  # at zero, not lost: calls wait for it
+    waiter.record_routing(routing(NEAR), routing(), 100.0)
+    assert functions.selection(routing(), 100.0 + LOST_S / 2).keys() == KEYS
+    assert functions.selection(routing(), 100.0 + LOST_S) == {}
