@@ -20,7 +20,7 @@ test-main test-emulated test-random test-slow: export OPENBLAS_NUM_THREADS := 1
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-random test-slow test-clients test-vllm test-vllm-engine test-alerts test-publishers test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-call bench-cuda bench-day bench-elastic bench-fairness bench-gateway bench-growth bench-limited bench-many-models bench-paper bench-peers bench-prepare bench-reconcile bench-seen bench-simulate bench-start bench-variants bench-zero attack chaos soak trace-chat clean
+.PHONY: help setup demo test test-main test-random test-slow test-clients test-vllm test-vllm-engine test-alerts test-publishers test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-blocks bench-call bench-cuda bench-day bench-elastic bench-fairness bench-gateway bench-growth bench-limited bench-many-models bench-paper bench-peers bench-prepare bench-reconcile bench-resize bench-seen bench-simulate bench-start bench-variants bench-zero attack chaos soak trace-chat clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -183,6 +183,12 @@ bench-limited: $(STAMP) ## Compare memory for half of the experts with no limit 
 
 bench-prepare: $(STAMP) ## Measure time and disk of `prepare`, by reference and by copying; writes benchmarks/out/prepare.json
 	$(BIN)/python -m benchmarks.prepare $(ARGS)
+
+bench-blocks: $(STAMP) ## Measure an attach from another node's store at 10 Gbit/s (ARGS=); writes benchmarks/out/block_cache.json
+	$(BIN)/python -m benchmarks.block_cache $(ARGS)
+
+bench-resize: $(STAMP) ## Compare what sandboxes request with and without resizing, simulated (ARGS=); writes benchmarks/out/resize.json
+	$(BIN)/python -m benchmarks.resize $(ARGS)
 
 bench-reconcile: $(STAMP) ## Measure the operator with 200 MoEModels on the API server of KUBECONFIG
 	PYTHONPATH=tests/cluster/support:tests/integration $(BIN)/python -m benchmarks.reconcile

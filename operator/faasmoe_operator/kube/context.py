@@ -94,6 +94,7 @@ class OperatorContext:
         served_apis: returns the optional APIs that the cluster serves, such as
             "gateway.networking.k8s.io/v1".
         user_id: user and group of models' pods; None if the platform assigns them.
+        can_resize: whether the cluster resizes pods in place.
     """
 
     images: Images
@@ -101,6 +102,7 @@ class OperatorContext:
     root_key: bytes = field(repr=False)
     served_apis: Callable[[], frozenset[str]] = frozenset
     user_id: int | None = USER_ID
+    can_resize: bool = False
 
     def model_context(self, model: MoEModel, obj: Object) -> ModelContext:
         """Return the context of one model.
@@ -120,4 +122,5 @@ class OperatorContext:
             secrets=derive_model_secrets(self.root_key, metadata["uid"]),
             served_apis=self.served_apis(),
             user_id=self.user_id,
+            can_resize=self.can_resize,
         )

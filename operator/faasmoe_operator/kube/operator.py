@@ -43,7 +43,7 @@ from faasmoe_operator.kube.model_runtime import RuntimeDependencies, RuntimeMana
 from faasmoe_operator.kube.reconciler import Reconciler
 from faasmoe_operator.kube.server import HealthRoutes, Readiness, start_server
 from faasmoe_operator.kube.transport import KubeTransport, load_client_configuration
-from faasmoe_operator.kube.types import MOEMODEL, WATCHED_KINDS
+from faasmoe_operator.kube.types import MOEMODEL, POD_RESIZE, WATCHED_KINDS
 from faasmoe_operator.kube.work_queue import WorkerPool
 from faasmoe_tracing import create_tracer
 
@@ -114,6 +114,9 @@ class Operator:
         await self._retry_until_success(
             lambda: check_crd(api), description=f"the CRD of {MOEMODEL}"
         )
+        can_resize = await self._retry_until_success(
+            lambda: api.is_served(POD_RESIZE), description=f"discovery of {POD_RESIZE}"
+        )
         apis = OptionalApis(api, self._cache, enqueue=workers.add)
         reconciler = Reconciler(
             api,
@@ -125,6 +128,7 @@ class Operator:
                 root,
                 served_apis=apis.served_versions,
                 user_id=config.run_as_user,
+                can_resize=can_resize,
             ),
             events=EventRecorder(api, instance=config.identity),
             tracer=self._tracer,

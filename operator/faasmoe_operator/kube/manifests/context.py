@@ -87,6 +87,7 @@ class ModelContext:
         summary: summary of the prepared store; None until it is prepared.
         served_apis: optional APIs that the cluster serves, such as "gateway.networking.k8s.io/v1".
         user_id: user and group of the pods; None if the platform assigns them.
+        can_resize: whether the cluster resizes pods in place.
     """
 
     model: MoEModel
@@ -99,6 +100,7 @@ class ModelContext:
     summary: StoreSummary | None = None
     served_apis: frozenset[str] = frozenset()
     user_id: int | None = USER_ID
+    can_resize: bool = False
 
     @property
     def name(self) -> str:
