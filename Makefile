@@ -20,7 +20,7 @@ test-main test-emulated test-random test-slow: export OPENBLAS_NUM_THREADS := 1
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-random test-slow test-clients test-vllm test-vllm-engine test-alerts test-publishers test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-call bench-cuda bench-day bench-elastic bench-fairness bench-gateway bench-growth bench-limited bench-many-models bench-paper bench-peers bench-prepare bench-reconcile bench-seen bench-simulate bench-start bench-variants bench-zero attack chaos soak trace-chat clean
+.PHONY: help setup demo test test-main test-random test-slow test-clients test-vllm test-vllm-engine test-alerts test-publishers test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-blocks bench-call bench-cuda bench-day bench-elastic bench-fairness bench-gateway bench-growth bench-limited bench-many-models bench-paper bench-peers bench-prepare bench-reconcile bench-resize bench-seen bench-simulate bench-start bench-variants bench-zero attack chaos soak trace-chat clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -91,8 +91,8 @@ $(VLLM_ENV)/.faasmoe: $(STAMP) benchmarks/peers/environments.py
 	$(BIN)/python -m benchmarks.peers.environments $(VLLM_ENV)
 	touch $@
 
-test-vllm-engine: $(if $(FAASMOE_VLLM_PYTHON),$(STAMP),$(VLLM_ENV)/.faasmoe) ## Compare the engine vllm with vLLM's own experts (FAASMOE_VLLM_PYTHON= takes an environment)
-	FAASMOE_VLLM_PYTHON=$(or $(FAASMOE_VLLM_PYTHON),$(abspath $(VLLM_ENV))/bin/python) $(BIN)/python -m pytest -m vllm -W default tests/vllm_engine
+test-vllm-engine: $(if $(FAASMOE_VLLM_PYTHON),$(STAMP),$(VLLM_ENV)/.faasmoe) ## Compare the engine vllm with vLLM's own experts, run every engine's suites on it (FAASMOE_VLLM_PYTHON= takes an environment)
+	FAASMOE_VLLM_PYTHON=$(or $(FAASMOE_VLLM_PYTHON),$(abspath $(VLLM_ENV))/bin/python) $(BIN)/python -m pytest -m vllm -W default tests/vllm_engine tests/integration tests/chaos
 
 BROWSER := .venv-browser
 $(BROWSER)/.installed: tests/browser/requirements.txt tests/browser/package.json
@@ -183,6 +183,12 @@ bench-limited: $(STAMP) ## Compare memory for half of the experts with no limit 
 
 bench-prepare: $(STAMP) ## Measure time and disk of `prepare`, by reference and by copying; writes benchmarks/out/prepare.json
 	$(BIN)/python -m benchmarks.prepare $(ARGS)
+
+bench-blocks: $(STAMP) ## Measure an attach from another node's store at 10 Gbit/s (ARGS=); writes benchmarks/out/block_cache.json
+	$(BIN)/python -m benchmarks.block_cache $(ARGS)
+
+bench-resize: $(STAMP) ## Compare what sandboxes request with and without resizing, simulated (ARGS=); writes benchmarks/out/resize.json
+	$(BIN)/python -m benchmarks.resize $(ARGS)
 
 bench-reconcile: $(STAMP) ## Measure the operator with 200 MoEModels on the API server of KUBECONFIG
 	PYTHONPATH=tests/cluster/support:tests/integration $(BIN)/python -m benchmarks.reconcile

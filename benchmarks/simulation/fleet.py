@@ -28,6 +28,7 @@ from faasmoe_operator.plan.fleet import (
     ObservedSandbox,
     SandboxState,
 )
+from faasmoe_operator.plan.pod_requests import PodRequests, ResizePolicy
 from faasmoe_operator.plan.sandboxes import plan_sandboxes
 
 TIMING = ControllerTiming()
@@ -46,6 +47,8 @@ class FleetModel:
         n_layers: MoE layers.
         sandbox_request_bytes: memory that a sandbox reserves in its node.
         is_one_machine: whether sandboxes are forked from one process, whose memory they share.
+        resize: what pods of sandboxes request where they are resized in place; this is counted, and
+            nodes still reserve the fixed size.
     """
 
     functions: tuple[ManagedFunction, ...]
@@ -54,6 +57,10 @@ class FleetModel:
     n_layers: int
     sandbox_request_bytes: int
     is_one_machine: bool
+    resize: ResizePolicy
+
+
+NOTHING = PodRequests(0, 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -67,6 +74,7 @@ class _Sandbox:
     functions: dict[int, AssignmentState] = field(default_factory=dict)
     detaches: dict[int, Event] = field(default_factory=dict)
     is_lost: bool = False
+    requested: PodRequests = NOTHING
     observed: ObservedSandbox | None = None
 
 
@@ -122,6 +130,9 @@ class FunctionFleet:
         self._node_free_s: dict[int, float] = {}
         self._plan_event: Event | None = None
         self.n_sandboxes = Integral(loop)
+        self.requested_bytes = Integral(loop)
+        """Memory that pods of sandboxes request where they are resized in place."""
+        self.requested_cores = Integral(loop)
         if model.is_one_machine:
             memory_bytes.add(costs.runtime_bytes)
         self._plan()
@@ -272,6 +283,7 @@ class FunctionFleet:
             del self._unplaced[name]
             self._memory_bytes.add(self._sandbox_bytes)
             self.n_sandboxes.add(1)
+            self._resize(sandbox, self._model.resize.idle)
             self._loop.after(self._costs.sandbox_start_s, partial(self._on_started, sandbox))
 
     @property
@@ -294,13 +306,24 @@ class FunctionFleet:
         if self._unplaced.pop(sandbox.id, None) is None and not sandbox.is_lost:
             self._give_back(sandbox)
 
+    def _resize(self, sandbox: _Sandbox, requests: PodRequests) -> None:
+        before, sandbox.requested = sandbox.requested, requests
+        self.requested_bytes.add(requests.memory_bytes - before.memory_bytes)
+        self.requested_cores.add((requests.cpu_millis - before.cpu_millis) / 1000)
+
+    def _resize_to_functions(self, sandbox: _Sandbox) -> None:
+        sizes = (self._model.functions[index].size_bytes for index in sandbox.functions)
+        self._resize(sandbox, self._model.resize.requests(sizes))
+
     def _give_back(self, sandbox: _Sandbox) -> None:
+        self._resize(sandbox, NOTHING)
         self._nodes.remove(sandbox.pod)
         self._memory_bytes.add(-self._sandbox_bytes)
         self.n_sandboxes.add(-1)
 
     def _attach(self, sandbox: _Sandbox, index: int) -> None:
         sandbox.functions[index], sandbox.observed = AssignmentState.ATTACHING, None
+        self._resize_to_functions(sandbox)
         self._n_attaching += 1
         size_bytes = self._model.functions[index].size_bytes
         self._memory_bytes.add(size_bytes * self._costs.attached_factor)
@@ -357,6 +380,7 @@ class FunctionFleet:
         if event is not None:
             event.cancel()
         if not sandbox.is_lost:
+            self._resize_to_functions(sandbox)
             size_bytes = self._model.functions[index].size_bytes
             self._memory_bytes.add(-size_bytes * self._costs.attached_factor)
 
@@ -367,6 +391,7 @@ class FunctionFleet:
         size_bytes = sum(self._model.functions[i].size_bytes for i in sandbox.functions)
         self._memory_bytes.add(-size_bytes * self._costs.attached_factor - self._sandbox_bytes)
         self.n_sandboxes.add(-1)
+        self._resize(sandbox, NOTHING)
         sandbox.is_lost = True
         for index in lost:
             self._ready[index] -= 1

@@ -25,8 +25,13 @@ from benchmarks.simulation.traffic import ClusterSpec
 
 from faasmoe_operator.api.v1alpha1.moemodel import MoEModelSpec
 from faasmoe_operator.control.functions import managed_functions, partitioning_of
+from faasmoe_operator.kube.manifests.resources import (
+    IDLE_SANDBOX_CPU_MILLIS,
+    SANDBOX_RUNTIME_CPU_BYTES,
+)
 from faasmoe_operator.plan.fleet import FleetSettings, SandboxShape
 from faasmoe_operator.plan.functions import plan_functions
+from faasmoe_operator.plan.pod_requests import PodRequests, ResizePolicy
 from faasmoe_operator.scaling import ScalingSettings
 from faasmoe_router.control.activator import ActivationQueueLimits
 from faasmoe_router.dispatch.routing import activation_threshold_tokens
@@ -329,6 +334,10 @@ def fleet_model(scenario: Scenario) -> FleetModel:
         n_layers=len(geometry.layers),
         sandbox_request_bytes=math.ceil(weights_bytes * max(1.0, factor) + overhead_bytes),
         is_one_machine=scenario.cluster.nodes == 1,
+        resize=ResizePolicy(
+            PodRequests(IDLE_SANDBOX_CPU_MILLIS, SANDBOX_RUNTIME_CPU_BYTES),
+            PodRequests(spec.experts.threads * 1000, SANDBOX_RUNTIME_CPU_BYTES + weights_bytes),
+        ),
     )
 
 

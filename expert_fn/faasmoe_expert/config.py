@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from faasmoe_contracts.wire import MAX_FRAME_BYTES
 
@@ -46,6 +47,10 @@ class SandboxConfig:
             None for TCP only.
         mailbox: whether routers on the same machine may call over mailboxes; needs socket_dir.
         drain_s: how long a stopping sandbox keeps connections open to reject new work.
+        store_peers: URLs of block servers, from which the blocks of functions are fetched whose
+            store is not at its path; none if empty.
+        cache_dir: folder for what is fetched; needed with store_peers.
+        cache_bytes: limit on its bytes; None for no limit.
     """
 
     id: str = "sandbox"
@@ -66,6 +71,9 @@ class SandboxConfig:
     socket_dir: Path | None = None
     mailbox: bool = True
     drain_s: float = 1.0
+    store_peers: tuple[str, ...] = ()
+    cache_dir: Path | None = None
+    cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         """Validate all settings; raises SandboxConfigError."""
@@ -87,11 +95,24 @@ class SandboxConfig:
             raise SandboxConfigError(
                 f"FAASMOE_METRICS_PORT: got {self.metrics_port}, expected 1 to 65535"
             )
+        self._check_store_peers()
         kind, _, index = self.device.partition(":")
         if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
             raise SandboxConfigError(
                 f"FAASMOE_DEVICE: got {self.device!r}, expected auto, cpu, cuda or cuda:N"
             )
+
+    def _check_store_peers(self) -> None:
+        for url in self.store_peers:
+            if not _is_http_origin(url):
+                expected = "http://HOST:PORT, several separated by commas"
+                raise SandboxConfigError(f"FAASMOE_STORE_PEERS: got {url!r}, expected {expected}")
+        if (self.cache_dir is None) == bool(self.store_peers):
+            got = "none" if self.cache_dir is None else repr(str(self.cache_dir))
+            expected = "a folder with FAASMOE_STORE_PEERS, and none without"
+            raise SandboxConfigError(f"FAASMOE_CACHE_DIR: got {got}, expected {expected}")
+        if self.cache_bytes is not None:
+            _require_at_least("FAASMOE_CACHE_BYTES", self.cache_bytes, 1)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> SandboxConfig:
@@ -101,30 +122,45 @@ class SandboxConfig:
         return cls(
             id=env.get("FAASMOE_SANDBOX_ID", default.id),
             host=env.get("FAASMOE_HOST", default.host),
-            port=_env_int(env, "FAASMOE_PORT", default.port),
-            metrics_port=_env_optional_int(env, "FAASMOE_METRICS_PORT"),
-            metrics_min_tokens=_env_int(
+            port=env_int(env, "FAASMOE_PORT", default.port),
+            metrics_port=env_optional_int(env, "FAASMOE_METRICS_PORT"),
+            metrics_min_tokens=env_int(
                 env, "FAASMOE_METRICS_MIN_TOKENS", default.metrics_min_tokens
             ),
-            capacity=_env_int(env, "FAASMOE_CAPACITY", default.capacity),
+            capacity=env_int(env, "FAASMOE_CAPACITY", default.capacity),
             device=env.get("FAASMOE_DEVICE", default.device),
-            threads=_env_int(env, "FAASMOE_THREADS", default.threads),
-            memory_bytes=_env_optional_int(env, "FAASMOE_MEMORY_BYTES"),
+            threads=env_int(env, "FAASMOE_THREADS", default.threads),
+            memory_bytes=env_optional_int(env, "FAASMOE_MEMORY_BYTES"),
             token=env.get("FAASMOE_TOKEN", default.token),
             request_timeout_s=_env_float(
                 env, "FAASMOE_REQUEST_TIMEOUT_S", default.request_timeout_s
             ),
             idle_timeout_s=_env_float(env, "FAASMOE_IDLE_TIMEOUT_S", default.idle_timeout_s),
-            max_connections=_env_int(env, "FAASMOE_MAX_CONNECTIONS", default.max_connections),
-            max_frames=_env_int(env, "FAASMOE_MAX_FRAMES", default.max_frames),
-            max_bodies_bytes=_env_int(env, "FAASMOE_MAX_BODIES_BYTES", default.max_bodies_bytes),
+            max_connections=env_int(env, "FAASMOE_MAX_CONNECTIONS", default.max_connections),
+            max_frames=env_int(env, "FAASMOE_MAX_FRAMES", default.max_frames),
+            max_bodies_bytes=env_int(env, "FAASMOE_MAX_BODIES_BYTES", default.max_bodies_bytes),
             socket_dir=Path(path) if (path := env.get("FAASMOE_SOCKET_DIR")) else None,
             mailbox=_env_on_off(env, "FAASMOE_MAILBOX", default.mailbox),
             drain_s=_env_float(env, "FAASMOE_DRAIN_S", default.drain_s),
+            store_peers=tuple(filter(None, env.get("FAASMOE_STORE_PEERS", "").split(","))),
+            cache_dir=Path(path) if (path := env.get("FAASMOE_CACHE_DIR")) else None,
+            cache_bytes=env_optional_int(env, "FAASMOE_CACHE_BYTES"),
         )
 
 
-def _env_int(env: Mapping[str, str], name: str, default: int) -> int:
+def _is_http_origin(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    return (parts.scheme, bool(parts.hostname)) == ("http", True) and (
+        port is not None and url == f"http://{parts.netloc}" and "@" not in parts.netloc
+    )
+
+
+def env_int(env: Mapping[str, str], name: str, default: int) -> int:
+    """Return an integer variable; raises SandboxConfigError."""
     text = env.get(name, "")
     if not text:
         return default
@@ -134,8 +170,9 @@ def _env_int(env: Mapping[str, str], name: str, default: int) -> int:
         raise SandboxConfigError(f"{name}: got {text!r}, expected an integer") from None
 
 
-def _env_optional_int(env: Mapping[str, str], name: str) -> int | None:
-    return _env_int(env, name, 0) if env.get(name, "") else None
+def env_optional_int(env: Mapping[str, str], name: str) -> int | None:
+    """Return an integer variable, None if it is not set; raises SandboxConfigError."""
+    return env_int(env, name, 0) if env.get(name, "") else None
 
 
 def _env_on_off(env: Mapping[str, str], name: str, default: bool) -> bool:

@@ -9,6 +9,7 @@ SandboxError
 ├── SandboxOverloaded  429  too many request bodies are being read
 ├── OutOfMemory        503  allocation failed, or the memory budget is exceeded
 ├── BlockCorrupted     503  bytes of the store do not match their digest
+├── StoreUnavailable   503  no block server served what the function needs
 ├── SandboxDraining    503  the sandbox is shutting down
 └── SandboxDeviceLost  503  the device is unusable and the sandbox exits
 
@@ -93,6 +94,13 @@ class BlockCorrupted(SandboxError):
 
     status = 503
     code = "corrupted"
+
+
+class StoreUnavailable(SandboxError):
+    """No block server served what the function needs, or it cannot be written to the cache."""
+
+    status = 503
+    code = "store_unavailable"
 
 
 class SandboxDraining(SandboxError):

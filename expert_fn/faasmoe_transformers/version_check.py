@@ -23,9 +23,9 @@ SUPPORTED_VERSIONS = {"torch": ">=2.13,<2.15", "transformers": ">=5.23,<5.24"}
 """The ranges that pyproject.toml allows."""
 
 ROUTER_MODULES = (
-    *("attention", "continuous_batching", "dtypes", "error_isolation", "experts_backend"),
-    *("fast_import", "meta_model", "native_attention", "native_linear", "native_step"),
-    *("observation", "onednn", "prefix_cache", "scheduler"),
+    *("attention", "batch_inputs", "continuous_batching", "dtypes", "error_isolation"),
+    *("experts_backend", "fast_import", "meta_model", "native_attention", "native_linear"),
+    *("native_step", "observation", "onednn", "prefix_cache", "scheduler"),
 )
 CHECKPOINT_MODULES = ("dtypes", "gguf_tokenizer", "model_skeleton", "weight_conversion")
 SANDBOX_MODULES = ("lazy_import", "meta_model", "onednn")

@@ -19,12 +19,17 @@ from collections.abc import Callable
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from faasmoe_gateway.connections import KNOWN_CLIENT_EXTENSION, ConnectionLimits, ConnectionTable
 from faasmoe_gateway.errors import error_body
 
 MAX_HEAD_BYTES = 64 << 10
+MAX_PIPELINED = 64  # requests that wait for the answer before theirs; then the connection ends
 MAX_FRAMING_FACTOR = 8  # of chunks of one byte each
 LINGER_S = 2.0  # in which a client may read the response to a body that it has not sent to its end
 INTERIM_RESPONSE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -56,6 +61,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._is_reading_head = True
         self._is_message_complete = True
         self._is_rejected = False
+        self._running_cycle: RequestResponseCycle | None = None  # the one that is being answered
         self._has_cycle = False  # `cycle` is that of the message being read
         self._head_bytes = 0  # of header names and values
         self._fed_bytes = 0  # since the message began
@@ -82,7 +88,16 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         for timer in (self._read_timer, self._write_timer, self._probe_timer):
             if timer is not None:
                 timer.cancel()
-        super().connection_lost(exc)
+        super().connection_lost(exc)  # which tells only the request that was read last
+        for cycle in (self._running_cycle, *(cycle for cycle, _ in self.pipeline)):
+            if cycle is not None:
+                cycle.disconnected = True
+                cycle.message_event.set()
+        self.pipeline.clear()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running_cycle = cycle
+        super()._start_asgi_task(cycle, app)
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep a connection whose client waits for an answer; close any other."""
@@ -146,6 +161,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return
         if self._is_rejected or not self._check_head():
             return
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._reject(503, "too_many_requests", "Too many requests wait on this connection.")
+            raise httptools.HttpParserError("nothing more is read")
         self._start_read_timer(self._limits.body_timeout_s)
         self._table.set_busy(self, is_busy=True)
         extensions = {KNOWN_CLIENT_EXTENSION: self.mark_known}

@@ -72,8 +72,10 @@ class VllmArguments(BaseModel):
         enable_prefix_caching: whether sequences share the KV cache of equal prefixes.
         gpu_memory_utilization: part of the device's memory for model and KV cache.
         max_logprobs: most log-probabilities that a request may ask for with a token.
-        tool_call_parser: name of vLLM's parser of tool calls; without one, tools are refused.
-        reasoning_parser: name of vLLM's parser of reasoning.
+        tensor_parallel_size: devices, or on a CPU groups of cores, that share each layer.
+        tool_call_parser: name of vLLM's parser of tool calls, instead of the one that the model's
+            family and chat template imply; `none` for none, and then tools are refused.
+        reasoning_parser: name of vLLM's parser of reasoning, or `none`, likewise.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -82,6 +84,7 @@ class VllmArguments(BaseModel):
     enable_prefix_caching: bool | None = None
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
     max_logprobs: Annotated[int, Field(ge=0, le=1000)] | None = None
+    tensor_parallel_size: Annotated[int, Field(ge=1, le=64)] | None = None
     tool_call_parser: _ParserName | None = None
     reasoning_parser: _ParserName | None = None
 

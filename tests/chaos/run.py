@@ -8,8 +8,8 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class ChaosPlan:
         kills_only_s: duration of the initial phase with kills of sandboxes only. Before it, the
             workload runs undisturbed for as long. In both, all sandboxes are on the router's
             machine, as with `faasmoe up`; afterwards, every second new one seems not to be.
+        router_fields: further fields of `spec.router`.
     """
 
     seed: int
@@ -51,6 +52,7 @@ class ChaosPlan:
     replicated_layers: str
     requests_per_tenant: int = 1
     kills_only_s: float = 0.0
+    router_fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ async def run_chaos(plan: ChaosPlan, folder: Path) -> dict[str, Any]:
         experts=plan.experts,
         capacity=plan.capacity,
         replicated_layers=plan.replicated_layers,
+        router_fields=plan.router_fields,
         folder=folder,
         has_remote=not plan.kills_only_s,
     ) as stack:

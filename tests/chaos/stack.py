@@ -112,6 +112,7 @@ async def running_chaos_stack(
     experts: int,
     capacity: int,
     replicated_layers: str,
+    router_fields: Mapping[str, Any],
     folder: Path,
     has_remote: bool = True,
 ) -> AsyncIterator[ChaosStack]:
@@ -124,6 +125,7 @@ async def running_chaos_stack(
         experts: experts of one layer per function.
         capacity: functions per sandbox.
         replicated_layers: layers whose functions have two replicas, such as 0-3.
+        router_fields: further fields of `spec.router`.
         folder: folder for the copy of the store, API keys and logs.
         has_remote: whether every second sandbox seems to be on another machine, from the start.
     """
@@ -133,7 +135,7 @@ async def running_chaos_stack(
     spec = {
         "model": {"source": f"file://{model}"},
         "granularity": {"expertsPerFunction": experts},
-        "router": ROUTER_SPEC,
+        "router": {**ROUTER_SPEC, **router_fields},
         "experts": {
             "device": "cpu",
             "functionsPerSandbox": capacity,

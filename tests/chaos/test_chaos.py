@@ -8,12 +8,12 @@ import json
 from pathlib import Path
 
 import pytest
+from engines import ENGINES, RouterEngine
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.chaos.run import ChaosPlan, run_chaos
 from tests.chaos.schedule import FAULT_WEIGHTS, QUIET_S, Fault, FaultKind, draw_schedule
 from tests.chaos.tenants import N_TENANTS
-from tiny_chat import save_tiny_chat_model
 
 from faasmoe_router.checkpoint.prepare import prepare
 
@@ -50,16 +50,31 @@ def test_long_schedule_has_every_kind_of_fault() -> None:
     assert {fault.kind for fault in draw_schedule(1, duration_s=600.0)} == set(FaultKind)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("engine", ENGINES)
 # A connection that a proxy accepts while the run ends may be left to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_requests_succeed_with_correct_responses_under_faults(tmp_path: Path) -> None:
-    model = save_tiny_chat_model(tmp_path / "model")
+def test_requests_succeed_with_correct_responses_under_faults(
+    engine: RouterEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in engine.variables.items():
+        monkeypatch.setenv(name, value)
+    model = engine.save_model(tmp_path / "model")
     store = tmp_path / "store"
     prepare(str(model), store)
     faults = draw_schedule(SEED, duration_s=DURATION_S)
+    if not engine.resumes_streams:
+        faults = [fault for fault in faults if fault.kind is not FaultKind.KILL_ROUTER]
     plan = ChaosPlan(
-        SEED, DURATION_S, faults, model, store, experts=2, capacity=2, replicated_layers="0"
+        SEED,
+        DURATION_S,
+        faults,
+        model,
+        store,
+        experts=2,
+        capacity=2,
+        replicated_layers="0",
+        router_fields=engine.router_spec(),
     )
     report = asyncio.run(run_chaos(plan, tmp_path))
     gc.collect()

@@ -13,6 +13,7 @@ from faasmoe_operator.kube.types import (
     OPTIONAL_KINDS,
     OWNED_KINDS,
     POD,
+    POD_RESIZE,
     SECRET,
     TENANT,
     WATCHED_KINDS,
@@ -39,6 +40,7 @@ def required_rights() -> Rights:
         ("faasmoe.dev", "moemodels/finalizers"): frozenset({"update"}),
         resource_key(EVENT): frozenset({"create", "patch"}),
         resource_key(SECRET): frozenset({"create"}),
+        resource_key(POD_RESIZE): frozenset({"patch"}),
     }
     for kind in {*OWNED_KINDS, POD} - {SECRET}:
         rights[resource_key(kind)] = WRITE | (

@@ -74,6 +74,8 @@ NOT_APPLICABLE: tuple[tuple[str, str], ...] = (
     ("*test_per_request_metrics*", _OPTION),
     ("*test_tokenizer_info*", _OPTION),
     ("*/test_return_tokens_as_ids.py*[[]True]", _OPTION),
+    ("*/test_chat_echo.py::test_chat_session_with_echo*", _ENDS),
+    ("*test_comparison_with_prompt_logprobs_and_logprobs", f"{_MODEL}: that it writes a text"),
     ("*/test_chat_echo.py::test_prompt_logprobs", f"{_OPTION} (--max-logprobs)"),
     ("*/test_chat_echo.py::test_top_logprobs", f"{_OPTION} (--max-logprobs)"),
     ("*test_kv_transfer*", "vLLM's disaggregated serving"),

@@ -1,10 +1,11 @@
 """Runs vLLM's own HTTP-level tests, unmodified, against `faasmoe up`.
 
-    python tests/clients/vllm_suite.py SDIST MODEL [pytest options]
+    python tests/clients/vllm_suite.py SDIST MODEL [--engine=NAME] [pytest options]
 
 SDIST is an unpacked source distribution of vLLM, MODEL a chat checkpoint (the demo model). vLLM
 itself is not installed: its packages are stand-ins, and `RemoteOpenAIServer` starts FaaSMoE with
 the settings that vLLM's arguments ask for. Tests that do not apply are skipped with the reason.
+NAME is the router's engine, transformers by default; for vllm, FAASMOE_VLLM_PYTHON has it.
 """
 
 import fnmatch
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -44,9 +45,11 @@ metadata: {{name: vllm-tests}}
 spec:
   model: {{source: "file://{model}"}}
   store: {{path: "{store}"}}
-  router: {{device: cpu, maxModelLen: {max_model_len}, servedModelName: "{name}"}}
+  router: {router}
   experts: {{device: cpu, functionsPerSandbox: 81, scaling: {{minScale: 1}}}}
 """
+ENGINE_ARGS = {"--tool-call-parser": "toolCallParser", "--reasoning-parser": "reasoningParser"}
+ENGINE_OPTION = "--engine="
 
 
 class RemoteOpenAIServer:
@@ -62,6 +65,7 @@ class RemoteOpenAIServer:
     show_hidden_metrics = False
     folder: Path
     checkpoint: Path
+    engine = "transformers"
 
     def __init__(
         self,
@@ -77,8 +81,7 @@ class RemoteOpenAIServer:
         text = MOEMODEL.format(
             model=self.checkpoint,
             store=self.folder / "store",
-            max_model_len=min(int(arguments.get("--max-model-len", 2048)), 8192),
-            name=arguments.get("--served-model-name", model),
+            router=json.dumps(self._router_spec(model, arguments)),
         )
         file.write_text(text)
         python = os.environ["FAASMOE_PYTHON"]
@@ -92,6 +95,16 @@ class RemoteOpenAIServer:
         self._log = self.folder / f"{self.port}.log"
         with self._log.open("wb") as output:
             self.proc = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
+
+    def _router_spec(self, model: str, arguments: Mapping[str, str]) -> dict[str, Any]:
+        spec: dict[str, Any] = {
+            "engine": self.engine,
+            "device": "cpu",
+            "maxModelLen": min(int(arguments.get("--max-model-len", 2048)), 8192),
+            "servedModelName": arguments.get("--served-model-name", model),
+        }
+        given = {f: arguments[name] for name, f in ENGINE_ARGS.items() if name in arguments}
+        return {**spec, "engineArgs": given} if self.engine == "vllm" and given else spec
 
     def __enter__(self) -> "RemoteOpenAIServer":
         end_s = time.monotonic() + START_TIMEOUT_S
@@ -292,7 +305,11 @@ def main() -> int:
     sdist, checkpoint = Path(sys.argv[1]).absolute(), Path(sys.argv[2]).absolute()
     options = sys.argv[3:]
     chosen = [text for text in options if re.match(r"[a-z_/]+/test_\w+\.py", text)]
-    options = [text for text in options if text not in chosen]
+    for text in options:
+        if text.startswith(ENGINE_OPTION):
+            RemoteOpenAIServer.engine = text.removeprefix(ENGINE_OPTION)
+    taken = {*chosen, ENGINE_OPTION + RemoteOpenAIServer.engine}
+    options = [text for text in options if text not in taken]
     with tempfile.TemporaryDirectory(prefix="faasmoe-vllm-") as folder:
         bounded = bounded_checkpoint(checkpoint, Path(folder) / "model")
         install_stand_ins(sdist, bounded, Path(folder))

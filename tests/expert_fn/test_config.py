@@ -1,5 +1,6 @@
 """Settings are read from the environment, and invalid ones name their variable."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,9 @@ def test_every_variable_is_read() -> None:
         "FAASMOE_DRAIN_S": "0",
         "FAASMOE_SOCKET_DIR": "/run/faasmoe",
         "FAASMOE_MAILBOX": "off",
+        "FAASMOE_STORE_PEERS": "http://store:9092,http://[::1]:9093",
+        "FAASMOE_CACHE_DIR": "/cache/blocks",
+        "FAASMOE_CACHE_BYTES": "5000",
         "FAASMOE_METRICS_MIN_TOKENS": "8",
     }
     assert SandboxConfig.from_env(variables) == SandboxConfig(
@@ -44,6 +48,9 @@ def test_every_variable_is_read() -> None:
         drain_s=0.0,
         socket_dir=Path("/run/faasmoe"),
         mailbox=False,
+        store_peers=("http://store:9092", "http://[::1]:9093"),
+        cache_dir=Path("/cache/blocks"),
+        cache_bytes=5000,
         metrics_min_tokens=8,
     )
 
@@ -83,3 +90,20 @@ def test_empty_variables_mean_defaults() -> None:
 def test_rejects_invalid_values_by_variable(name: str, value: str) -> None:
     with pytest.raises(SandboxConfigError, match=f"^{name}: got '?{value}'?, expected "):
         SandboxConfig.from_env({name: value})
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"FAASMOE_STORE_PEERS": "store:9092"}, "FAASMOE_STORE_PEERS: got 'store:9092'"),
+        ({"FAASMOE_STORE_PEERS": "https://store:1"}, "FAASMOE_STORE_PEERS: got 'https"),
+        ({"FAASMOE_STORE_PEERS": "http://store"}, "FAASMOE_STORE_PEERS: got 'http://store'"),
+        ({"FAASMOE_STORE_PEERS": "http://s:99999"}, "FAASMOE_STORE_PEERS: got"),
+        ({"FAASMOE_STORE_PEERS": "http://s:1/x"}, "FAASMOE_STORE_PEERS: got"),
+        ({"FAASMOE_STORE_PEERS": "http://store:1"}, "FAASMOE_CACHE_DIR: got none"),
+        ({"FAASMOE_CACHE_DIR": "/cache"}, "FAASMOE_CACHE_DIR: got '/cache'"),
+    ],
+)
+def test_peers_and_cache_belong_together(variables: dict[str, str], message: str) -> None:
+    with pytest.raises(SandboxConfigError, match=re.escape(message)):
+        SandboxConfig.from_env(variables)

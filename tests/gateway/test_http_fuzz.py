@@ -13,7 +13,7 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from faasmoe_gateway.connections import ConnectionLimits
-from faasmoe_gateway.http_protocol import BoundedHttpProtocol, bounded_protocol
+from faasmoe_gateway.http_protocol import MAX_PIPELINED, BoundedHttpProtocol, bounded_protocol
 
 PIECES = (
     *(b"GET / HTTP/1.1\r\n", b"POST /v1/completions HTTP/1.1\r\n", b"HEAD / HTTP/1.0\r\n"),
@@ -167,3 +167,45 @@ def test_request_that_offers_an_upgrade_is_answered_with_its_body(
     transport = asyncio.run(serve(parts, bodies))
     assert transport.written.count(b"HTTP/1.1 200 OK") == 3
     assert bodies == [b"abc", b"abc", b"def"]
+
+
+def test_connection_with_too_many_requests_at_once_ends_after_the_first_answers() -> None:
+    request = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+    for n_requests, n_answers in ((MAX_PIPELINED, MAX_PIPELINED), (20_000, MAX_PIPELINED + 1)):
+        bodies: list[bytes] = []
+        transport = asyncio.run(serve([request * n_requests, *[b""] * n_answers], bodies))
+        assert transport.written.count(b"HTTP/1.1 200 OK") == len(bodies) == n_answers
+        assert transport.is_closed == (n_requests > n_answers)
+
+
+class PatientApp:
+    """Answers nothing until the client has left; counts requests that began and that were left."""
+
+    def __init__(self) -> None:
+        self.n_begun = self.n_left = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.n_begun += 1
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.n_left += 1
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+
+def test_client_that_leaves_its_pipelined_requests_is_noticed_by_the_first() -> None:
+    app = PatientApp()
+
+    async def leave() -> None:
+        config = Config(app, ws="none", lifespan="off", log_level="critical")
+        config.load()
+        create = bounded_protocol(ConnectionLimits())
+        protocol = create(config=config, server_state=ServerState(), app_state={})
+        protocol.connection_made(FakeTransport())
+        protocol.data_received(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 3)
+        await asyncio.sleep(0)
+        protocol.connection_lost(None)
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        await asyncio.wait_for(asyncio.gather(*tasks), 20)
+
+    asyncio.run(leave())
+    assert (app.n_begun, app.n_left) == (1, 1)

@@ -1,10 +1,18 @@
-"""Fixture: the exact demo model, kept in pytest's cache."""
+"""Fixtures: the router's engines, and the exact demo model, kept in pytest's cache."""
 
 from pathlib import Path
 
 import pytest
+from engines import ENGINES, RouterEngine
 
 from faasmoe_router.checkpoint.demo import make_demo_model, moefication
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> RouterEngine:
+    """Each engine of the router in turn; vLLM where FAASMOE_VLLM_PYTHON names its environment."""
+    selected: RouterEngine = request.param
+    return selected
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ import httpx
 import psutil
 from metric_samples import parse_sample
 
-START_TIMEOUT_S = 240.0
+START_TIMEOUT_S = 600.0
 END_TIMEOUT_S = 60.0
 AT_ONCE = {"FAASMOE_METRICS_MIN_TOKENS": "1"}  # calls in metrics, for tests that count them
 _random = random.SystemRandom()  # tests seed the other one

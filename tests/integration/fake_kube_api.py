@@ -12,7 +12,7 @@ from typing import Any
 
 from faasmoe_operator.kube.cache import ObjectCache, controller_uid
 from faasmoe_operator.kube.errors import Conflict, KubeApiError, NotFound
-from faasmoe_operator.kube.types import Kind, Object, kind_of
+from faasmoe_operator.kube.types import POD, Kind, Object, kind_of
 
 ObjectKey = tuple[Kind, str, str]
 
@@ -113,6 +113,18 @@ class FakeKubeApi:
             entries = {**after["metadata"].get(field, {}), **(values or {})}
             after["metadata"][field] = {k: v for k, v in entries.items() if v is not None}
         return self._store_object((kind, namespace, name), after)
+
+    async def resize_pod(
+        self, namespace: str, name: str, *, container: str, requests: Mapping[str, str]
+    ) -> Object:
+        self._record_request("resize", POD, name)
+        before = self.objects.get((POD, namespace, name))
+        if before is None:
+            raise NotFound(f"{name} is gone", status=404, reason="NotFound")
+        after = copy.deepcopy(before)
+        (resized,) = (c for c in after["spec"]["containers"] if c["name"] == container)
+        resized["resources"]["requests"].update(requests)
+        return self._store_object((POD, namespace, name), after)
 
     async def delete(
         self,

@@ -135,6 +135,10 @@ CASES: dict[str, dict[str, Any]] = {
     "http-route": {"spec": {"networking": {"httpRoute": ROUTE}, "tenants": TENANTS}},
     "existing-claim": {"spec": {"store": {"claimName": "models", "accessMode": "ReadWriteMany"}}},
     "claim-as-source": {"spec": {"model": {"source": "pvc://checkpoints/qwen/chat"}}},
+    "caches": {"spec": {"store": {"cache": {"sizeLimit": "4Gi", "maxBytesPerSecond": "1G"}}}},
+    "caches-suspended": {"spec": {"store": {"cache": {}}, "suspend": True}},
+    "s3-as-source": {"spec": {"model": {"source": "s3://models/qwen/chat"}}},
+    "resized": {"can_resize": True},
     "retain": {"spec": {"store": {"reclaimPolicy": "Retain"}}},
     "long-names": {
         "name": LONG,

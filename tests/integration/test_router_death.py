@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import threading
@@ -11,9 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
+from engines import RouterEngine
 from faasmoe_up import FaasmoeUp, all_gone, running_up, wait_until
 from moemodel_files import write_moemodel, write_tenants
-from tiny_chat import save_tiny_chat_model
 
 N_TOKENS = 500
 N_EVENTS_BEFORE = 5  # that every stream has got when the router is killed
@@ -113,17 +114,23 @@ class Stream(threading.Thread):
 
 
 @pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
+def up(engine: RouterEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
     folder = tmp_path_factory.mktemp("death")
-    model = save_tiny_chat_model(folder / "model", max_model_len=1024)
+    model = engine.save_model(folder / "model", max_model_len=1024)
     spec = {
         "model": {"source": f"file://{model}"},
         "store": {"path": str(folder / "store")},
-        "router": {"device": "cpu", "maxNumSeqs": 16},
+        "router": engine.router_spec(maxNumSeqs=16),
         "experts": {"device": "cpu", "functionsPerSandbox": 8},
         "tenants": write_tenants(folder, ["quiet"]),
     }
-    with running_up(write_moemodel(folder / "model.yaml", spec), folder / "up.log") as running:
+    file = write_moemodel(folder / "model.yaml", spec)
+    with running_up(
+        file,
+        folder / "up.log",
+        variables=engine.variables,
+        timeout_s=engine.start_timeout_s,
+    ) as running:
         yield running
 
 
@@ -189,7 +196,11 @@ def read_usage(up: FaasmoeUp) -> Counter[str]:
     return Counter({**usage["requests"], **tokens})
 
 
-def test_streams_of_a_killed_router_go_on_and_count_once(up: FaasmoeUp) -> None:
+def test_streams_of_a_killed_router_go_on_and_count_once(
+    engine: RouterEngine, up: FaasmoeUp
+) -> None:
+    if not engine.resumes_streams:
+        pytest.skip("the engine keeps no journal of streams")
     usage_before = read_usage(up)
     calm = read_all(up, kills_router=False)
     usage_calm = read_usage(up)
@@ -204,6 +215,19 @@ def test_streams_of_a_killed_router_go_on_and_count_once(up: FaasmoeUp) -> None:
     assert read_usage(up) - usage_calm == used
 
 
+def test_a_stream_that_no_router_goes_on_with_ends_with_an_error(
+    engine: RouterEngine, up: FaasmoeUp
+) -> None:
+    if engine.resumes_streams:
+        pytest.skip("the engine keeps a journal of streams")
+    stream = Stream(up.base_url, *STREAMS["chat"])
+    stream.start()
+    assert stream.has_begun.wait(60)
+    kill_router(up)
+    stream.join()
+    assert "error" in json.loads(stream.events[-1]), stream.events[-1]
+
+
 def test_requests_without_an_answer_are_repeated(up: FaasmoeUp) -> None:
     texts: list[str] = []
 
@@ -212,7 +236,7 @@ def test_requests_without_an_answer_are_repeated(up: FaasmoeUp) -> None:
             f"{up.base_url}/v1/completions",
             json=COMPLETION,
             headers={"Authorization": "Bearer quiet-key"},
-            timeout=60,
+            timeout=180,
         )
         texts.append(response.json()["choices"][0]["text"])
 

@@ -5,22 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 
 import httpx
-import yaml
+from engines import RouterEngine
 from faasmoe_up import FaasmoeUp, running_up, wait_until
-from tiny_chat import save_tiny_chat_model
-from tiny_system import moemodel_yaml
+from moemodel_files import write_moemodel
 
 BODY = {"model": "tiny", "prompt": "the quick", "max_tokens": 4, "temperature": 0}
 END_TIMEOUT_S = 120.0
 
 
-def test_router_ends_and_comes_back(tmp_path: Path) -> None:
-    model = save_tiny_chat_model(tmp_path / "model")
-    document = yaml.safe_load(moemodel_yaml(model, router="cpu", experts="cpu"))
-    document["spec"]["router"]["scaling"] = {"idleSeconds": 10}
-    file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump(document))
-    with running_up(file, tmp_path / "up.log") as up:
+def test_router_ends_and_comes_back(engine: RouterEngine, tmp_path: Path) -> None:
+    model = engine.save_model(tmp_path / "model")
+    spec = {
+        "model": {"source": f"file://{model}"},
+        "store": {"path": str(tmp_path / "store")},
+        "granularity": {"expertsPerFunction": 2},
+        "router": engine.router_spec(maxNumSeqs=4, scaling={"idleSeconds": 10}),
+        "experts": {"device": "cpu", "functionsPerSandbox": 8},
+    }
+    file = write_moemodel(tmp_path / "tiny.yaml", spec)
+    with running_up(
+        file,
+        tmp_path / "up.log",
+        variables=engine.variables,
+        timeout_s=engine.start_timeout_s,
+    ) as up:
         warm = complete(up)
         for _ in range(2):
             wait_until(lambda: n_routers(up) == 0, timeout_s=END_TIMEOUT_S, what="no router")
@@ -30,7 +38,7 @@ def test_router_ends_and_comes_back(tmp_path: Path) -> None:
 
 
 def complete(up: FaasmoeUp) -> str:
-    response = httpx.post(f"{up.base_url}/v1/completions", json=BODY, timeout=60, trust_env=False)
+    response = httpx.post(f"{up.base_url}/v1/completions", json=BODY, timeout=120, trust_env=False)
     assert response.status_code == 200, response.text
     return str(response.json()["choices"][0]["text"])
 

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 import transformers
+from families.reference import load_dequantised
 from tiny_chat import tiny_tokenizer
+
+from faasmoe_contracts.store import Store
 
 SIZES: Mapping[str, Any] = {
     "vocab_size": 128,
@@ -65,13 +68,22 @@ def save_checkpoint(family: str, folder: Path, *, dtype: torch.dtype = torch.flo
     return folder
 
 
-def save_chat_checkpoint(folder: Path) -> Path:
+def save_dequantised(store: Store, checkpoint: Path, folder: Path) -> Path:
+    """Save a checkpoint in float32 with the weights of a store that was prepared from it."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    load_dequantised(model, store)
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_chat_checkpoint(folder: Path, *, max_model_len: int = 256) -> Path:
     """Save a tiny Qwen2-MoE model with a tokenizer and a chat template; return the folder."""
     tokenizer = tiny_tokenizer()
     prefix, fields = FAMILIES["qwen2_moe"]
     no_special_tokens = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
     torch.manual_seed(0)
     sizes = {**SIZES, **fields, "vocab_size": len(tokenizer), **no_special_tokens}
+    sizes["max_position_embeddings"] = max_model_len
     config = getattr(transformers, f"{prefix}Config")(**sizes)
     getattr(transformers, f"{prefix}ForCausalLM")(config).eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

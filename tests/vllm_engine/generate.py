@@ -1,9 +1,11 @@
 """Runs in vLLM's environment: generates with vLLM's own experts or with functions, prints JSON.
 
 `python generate.py REQUEST` with a JSON object: `checkpoint` or `store`, `tables` (routing tables
-to use in turn, with a store), `prompts` (token ids), `max_tokens`, `compile`. The last line of the
-output is a list with, for each table, the outputs of the prompts: token ids and log-probabilities,
-and those of the prompt's own tokens. With a store, it is followed by the dispatcher's metrics.
+to use in turn, with a store), `prompts` (token ids), `max_tokens`, `compile`, `workers` (that share
+each layer; with several, the table is the one in FAASMOE_TABLE). The last line of the output is a
+list with, for each table, the outputs of the prompts: token ids and log-probabilities, those of the
+second-best tokens, and those of the prompt's own tokens. With a store, it is followed by the
+dispatcher's metrics.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
@@ -29,6 +31,7 @@ OPTIONS: dict[str, Any] = {
     "skip_tokenizer_init": True,
 }
 FUNCTIONS: dict[str, Any] = {
+    "worker_extension_cls": "faasmoe_router.vllm_backend.worker_extension.FunctionWorkerExtension",
     "quantization": "faasmoe",
     "load_format": "faasmoe",
     "hf_overrides": {"quantization_config": {"quant_method": "faasmoe"}},
@@ -37,43 +40,65 @@ FUNCTIONS: dict[str, Any] = {
 
 def main() -> None:
     request = json.loads(sys.argv[1])
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
 
-    options = OPTIONS | {"enforce_eager": not request.get("compile")}
     params = SamplingParams(
         temperature=0,
         max_tokens=request["max_tokens"],
         ignore_eos=True,
-        logprobs=1,
+        logprobs=2,
         prompt_logprobs=1,
         detokenize=False,
     )
-    prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
 
-    def generate(llm: LLM) -> list[dict[str, Any]]:
-        return [_described(output) for output in llm.generate(prompts, params, use_tqdm=False)]
+    def generate(engine: LLMEngine) -> list[dict[str, Any]]:
+        for number, ids in enumerate(request["prompts"]):
+            engine.add_request(f"{number}", {"prompt_token_ids": ids}, params)
+        outputs = {}
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    outputs[int(output.request_id.split("-")[0])] = _described(output)
+        return [output for _, output in sorted(outputs.items())]
 
+    n_workers = request.get("workers", 1)
+    options = OPTIONS | {
+        "enforce_eager": not request.get("compile"),
+        "tensor_parallel_size": n_workers,
+    }
     if "checkpoint" in request:
-        print("\n" + json.dumps([generate(LLM(request["checkpoint"], **options))]))
+        config = EngineArgs(request["checkpoint"], **options).create_engine_config()
+        print("\n" + json.dumps([generate(LLMEngine.from_vllm_config(config))]))
         return
-    llm = LLM(f"{request['store']}/model", **FUNCTIONS, **options)
     from faasmoe_contracts.routing_table import RoutingTable
-    from faasmoe_router.vllm_backend.expert_calls import current_calls
+    from faasmoe_router.vllm_backend.expert_calls import ExpertCalls, current_calls
 
+    config = EngineArgs(f"{request['store']}/model", **FUNCTIONS, **options).create_engine_config()
+    engine = LLMEngine.from_vllm_config(config)
     results = []
     for table in request["tables"]:
-        current_calls().dispatcher.replace_table(RoutingTable.from_json(table))
-        results.append(generate(llm))
-    print("\n" + json.dumps([results, current_calls().metrics_text().decode()]))
+        if n_workers == 1:
+            calls = current_calls()
+            assert isinstance(calls, ExpertCalls)
+            calls.dispatcher.replace_table(RoutingTable.from_json(table))
+        results.append(generate(engine))
+    metrics = "".join(engine.collective_rpc("faasmoe_metrics"))
+    print("\n" + json.dumps([results, metrics]))
 
 
 def _described(output: Any) -> dict[str, Any]:
     choice = output.outputs[0]
-    chosen = zip(choice.token_ids, choice.logprobs, strict=True)
+    chosen = list(zip(choice.token_ids, choice.logprobs, strict=True))
     given = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
     return {
         "tokens": list(choice.token_ids),
         "logprobs": [position[token].logprob for token, position in chosen],
+        "seconds": [
+            max(other.logprob for key, other in position.items() if key != token)
+            for token, position in chosen
+        ],
         "prompt_logprobs": [position[token].logprob for token, position in given],
     }
 

@@ -1,12 +1,13 @@
 """vLLM with functions generates what vLLM generates with its own experts, in float32.
 
-For stores of other precisions, whose numbers vLLM's own experts would not have, the reference is
-the router's own engine with the same functions.
+The reference of an int8 store is a checkpoint with the store's weights, dequantised. Calls of a
+bfloat16 store have rows and answers of 16 bits, which vLLM's own experts in float32 have not.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,14 +17,12 @@ import pytest
 import torch
 from metric_samples import parse_sample
 from sandbox_processes import SandboxProcess, StartSandbox, block_specs
-from vllm_checkpoints import FAMILIES, save_checkpoint
+from vllm_checkpoints import FAMILIES, save_checkpoint, save_dequantised
 from vllm_runs import NEEDS_VLLM, run_vllm
 
 from faasmoe_contracts.routing_table import RoutingTable
 from faasmoe_contracts.store import QuantizationEntry, Store
 from faasmoe_router.checkpoint.prepare import prepare
-from faasmoe_router.dispatch import Dispatcher
-from faasmoe_router.model_loader import load_router_model
 
 pytestmark = [*NEEDS_VLLM, pytest.mark.timeout(1500)]
 
@@ -32,6 +31,8 @@ PROMPTS = [[5 + i, 17, 99, 25, 31, 8, 40 + i, 3 * i + 1] for i in range(4)]
 MAX_TOKENS = 16
 TOKEN = "secret"
 TOLERANCE = 1e-4
+INT8_TOLERANCE = 1e-3  # kernels round activations to 16 bits of a group's largest
+BF16_TOLERANCE = 5e-2
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,20 @@ def detach(tables: list[RoutingTable], sandbox_process: SandboxProcess) -> None:
         sandbox_process.http.delete(f"/v1/functions/{name}").raise_for_status()
 
 
+def generate_with_own_experts(checkpoint: Path) -> list[dict[str, Any]]:
+    """Return vLLM's outputs without functions."""
+    request = {"checkpoint": str(checkpoint), "prompts": PROMPTS, "max_tokens": MAX_TOKENS}
+    (outputs,) = run_vllm(request)
+    return list(outputs)
+
+
 def generate_with_functions(
-    store: Store, tables: list[RoutingTable], folder: Path, *, is_compiled: bool = False
+    store: Store,
+    tables: list[RoutingTable],
+    folder: Path,
+    *,
+    is_compiled: bool = False,
+    workers: int = 1,
 ) -> list[list[dict[str, Any]]]:
     """Return vLLM's outputs for each table; no function is computed in its own process."""
     file = folder / "table.json"
@@ -69,6 +82,7 @@ def generate_with_functions(
         "prompts": PROMPTS,
         "max_tokens": MAX_TOKENS,
         "compile": is_compiled,
+        "workers": workers,
     }
     variables = {
         "STORE": str(store.path),
@@ -76,12 +90,27 @@ def generate_with_functions(
         "TOKEN": TOKEN,
         "METRICS_MIN_TOKENS": "1",
     }
-    results, metrics = run_vllm(
-        request, **{f"FAASMOE_{name}": value for name, value in variables.items()}
-    )
+    variables = {f"FAASMOE_{name}": value for name, value in variables.items()}
+    if workers > 1:
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(workers)))
+    results, metrics = run_vllm(request, **variables)
     assert parse_sample(metrics, "faasmoe_router_function_calls_total") > len(tables)
     assert parse_sample(metrics, "faasmoe_router_local_computations_total") == 0
     return list(results)
+
+
+def assert_equal(
+    got: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float
+) -> None:
+    """Assert equal texts and log-probabilities; a text may part where two tokens are a near-tie."""
+    for ours, own in zip(got, expected, strict=True):
+        assert ours["prompt_logprobs"] == pytest.approx(own["prompt_logprobs"], abs=tolerance)
+        pairs = zip(ours["tokens"], own["tokens"], strict=True)
+        n_equal = next((n for n, (got_, own_) in enumerate(pairs) if got_ != own_), MAX_TOKENS)
+        logprobs = own["logprobs"]
+        assert ours["logprobs"][:n_equal] == pytest.approx(logprobs[:n_equal], abs=tolerance)
+        if n_equal < MAX_TOKENS:
+            assert logprobs[n_equal] - own["seconds"][n_equal] <= 2 * tolerance
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,67 +119,77 @@ def test_tokens_and_logprobs_equal_those_of_vllms_own_experts(
 ) -> None:
     checkpoint = save_checkpoint(family, tmp_path / "checkpoint")
     store = prepare(str(checkpoint), tmp_path / "store")
-    request = {"checkpoint": str(checkpoint), "prompts": PROMPTS, "max_tokens": MAX_TOKENS}
-    (expected,) = run_vllm(request)
+    expected = generate_with_own_experts(checkpoint)
     tables = attached_tables(store, sandbox_process)
-    for got in generate_with_functions(store, tables, tmp_path):
-        for ours, own in zip(got, expected, strict=True):
-            assert ours["tokens"] == own["tokens"]
-            assert ours["logprobs"] == pytest.approx(own["logprobs"], abs=TOLERANCE)
-            assert ours["prompt_logprobs"] == pytest.approx(own["prompt_logprobs"], abs=TOLERANCE)
+    outputs = generate_with_functions(store, tables, tmp_path)
+    for got in outputs:
+        assert_equal(got, expected, TOLERANCE)
     detach(tables, sandbox_process)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "experts", "router"),
-    [(torch.bfloat16, "none", "none"), (torch.float32, "int8", "none"), (None, "int8", "int8")],
-    ids=["bf16", "int8 experts", "int8"],
-)
-def test_logprobs_equal_those_of_the_routers_own_engine_with_the_same_functions(
-    dtype: torch.dtype | None,
-    experts: str,
-    router: str,
-    sandbox_process: SandboxProcess,
-    tmp_path: Path,
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int8_functions_equal_vllms_own_experts_with_the_same_weights(
+    family: str, sandbox_process: SandboxProcess, tmp_path: Path
 ) -> None:
-    checkpoint = save_checkpoint(
-        "qwen2_moe", tmp_path / "checkpoint", dtype=dtype or torch.bfloat16
-    )
-    quantization = QuantizationEntry(experts, router)
+    checkpoint = save_checkpoint(family, tmp_path / "checkpoint")
+    quantization = QuantizationEntry("int8", "none")
     store = prepare(str(checkpoint), tmp_path / "store", quantization=quantization)
+    dequantised = save_dequantised(store, checkpoint, tmp_path / "dequantised")
+    expected = generate_with_own_experts(dequantised)
     tables = attached_tables(store, sandbox_process)
     outputs = generate_with_functions(store, tables, tmp_path)
-    for table, got in zip(tables, outputs, strict=True):
-        expected = prompt_logprobs(store, table)
-        for ours, own in zip(got, expected, strict=True):
-            assert ours["prompt_logprobs"] == pytest.approx(own, abs=2e-2)
+    for got in outputs:
+        assert_equal(got, expected, INT8_TOLERANCE)
+    detach(tables, sandbox_process)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_functions_equal_vllms_own_experts(
+    family: str, sandbox_process: SandboxProcess, tmp_path: Path
+) -> None:
+    checkpoint = save_checkpoint(family, tmp_path / "checkpoint", dtype=torch.bfloat16)
+    store = prepare(str(checkpoint), tmp_path / "store")
+    expected = generate_with_own_experts(checkpoint)
+    tables = attached_tables(store, sandbox_process)
+    outputs = generate_with_functions(store, tables, tmp_path)
+    for got in outputs:
+        assert_equal(got, expected, BF16_TOLERANCE)
+    detach(tables, sandbox_process)
+
+
+def test_int8_weights_of_the_router_are_dequantised(
+    sandbox_process: SandboxProcess, tmp_path: Path
+) -> None:
+    checkpoint = save_checkpoint("qwen2_moe", tmp_path / "checkpoint")
+    quantization = QuantizationEntry("int8", "int8")
+    store = prepare(str(checkpoint), tmp_path / "store", quantization=quantization)
+    dequantised = save_dequantised(store, checkpoint, tmp_path / "dequantised")
+    expected = generate_with_own_experts(dequantised)
+    tables = attached_tables(store, sandbox_process)
+    outputs = generate_with_functions(store, tables, tmp_path)
+    for got in outputs:
+        assert_equal(got, expected, INT8_TOLERANCE)
     detach(tables, sandbox_process)
 
 
 def test_compiled_code_generates_the_same(sandbox_process: SandboxProcess, tmp_path: Path) -> None:
     checkpoint = save_checkpoint("qwen2_moe", tmp_path / "checkpoint")
     store = prepare(str(checkpoint), tmp_path / "store")
-    request = {"checkpoint": str(checkpoint), "prompts": PROMPTS, "max_tokens": MAX_TOKENS}
-    (expected,) = run_vllm(request)
+    expected = generate_with_own_experts(checkpoint)
     tables = attached_tables(store, sandbox_process)
     (got,) = generate_with_functions(store, tables[-1:], tmp_path, is_compiled=True)
-    for ours, own in zip(got, expected, strict=True):
-        assert ours["tokens"] == own["tokens"]
-        assert ours["logprobs"] == pytest.approx(own["logprobs"], abs=TOLERANCE)
+    assert_equal(got, expected, TOLERANCE)
     detach(tables, sandbox_process)
 
 
-def prompt_logprobs(store: Store, table: RoutingTable) -> list[list[float]]:
-    """Return the log-probabilities of the prompts' tokens after the first, by transformers."""
-    dispatcher = Dispatcher(store, table, token=TOKEN)
-    try:
-        model = load_router_model(
-            store, dispatcher, device=torch.device("cpu"), dtype=torch.float32
-        )
-        ids = torch.tensor(PROMPTS)  # [B, S]
-        with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits  # [B, S, V]
-    finally:
-        dispatcher.close()
-    logprobs = logits.float().log_softmax(-1)[:, :-1]  # [B, S-1, V]
-    return list(logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1).tolist())
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each worker needs a core")
+def test_workers_that_share_layers_call_each_function_once(
+    sandbox_process: SandboxProcess, tmp_path: Path
+) -> None:
+    checkpoint = save_checkpoint("qwen2_moe", tmp_path / "checkpoint")
+    store = prepare(str(checkpoint), tmp_path / "store")
+    expected = generate_with_own_experts(checkpoint)
+    tables = attached_tables(store, sandbox_process)
+    (got,) = generate_with_functions(store, tables[:1], tmp_path, workers=2)
+    assert_equal(got, expected, TOLERANCE)
+    detach(tables, sandbox_process)

@@ -13,7 +13,7 @@ from metric_samples import parse_sample
 from vllm_checkpoints import save_chat_checkpoint
 from vllm_runs import NEEDS_VLLM, VLLM_PYTHON
 
-pytestmark = [*NEEDS_VLLM, pytest.mark.timeout(900)]
+pytestmark = [*NEEDS_VLLM, pytest.mark.timeout(1800)]
 
 KEYS = {"acme": "acme-" + "k" * 32, "globex": "globex-" + "k" * 32}
 CHAT = {"messages": [{"role": "user", "content": "the quick"}], "max_tokens": 8, "temperature": 0}
@@ -60,7 +60,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
     file = folder / "model.yaml"
     file.write_text(json.dumps(model))
     variables = {"FAASMOE_VLLM_PYTHON": VLLM_PYTHON, "FAASMOE_METRICS_MIN_TOKENS": "1"}
-    with running_up(file, folder / "log", variables=variables) as running:
+    with running_up(file, folder / "log", variables=variables, timeout_s=900) as running:
         yield running
 
 

@@ -15,15 +15,17 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from faasmoe_contracts.store.tensors import MappedLayer
+from faasmoe_contracts.store.tensors import MappedLayer, TensorPiece
 
 PAGE_WORDS = 512  # 8-byte words in a 4 KiB page
+PAGE_BYTES = PAGE_WORDS * 8
 
 
 def page_sum_digest(parts: Iterable[memoryview]) -> str:
     """Return the digest of a byte sequence given in parts, as 32 hexadecimal digits.
 
-    Pages are counted from the beginning of each part, so the same split must be used every time.
+    Pages are counted from the beginning of each part, so the same split must be used every time,
+    except that a part may be split further at whole pages.
     """
     digest = hashlib.sha256()
     for part in parts:
@@ -50,7 +52,12 @@ def layer_digests(mapped: MappedLayer, n_experts: int) -> tuple[str, ...]:
 
 
 def block_buffers(mapped: MappedLayer, n_experts: int, block: int) -> Iterator[memoryview]:
-    """Yield the bytes of one block of a layer, tensor by tensor in name order.
+    """Yield the bytes of one block of a layer, in the order of `block_pieces`."""
+    return (piece.buffer for piece in block_pieces(mapped, n_experts, block))
+
+
+def block_pieces(mapped: MappedLayer, n_experts: int, block: int) -> Iterator[TensorPiece]:
+    """Yield where one block of a layer lies, tensor by tensor in name order.
 
     Args:
         mapped: the mapped layer.
@@ -60,6 +67,6 @@ def block_buffers(mapped: MappedLayer, n_experts: int, block: int) -> Iterator[m
     for _, view in sorted(mapped.tensors.items()):
         is_stacked = view.is_stacked(n_experts)
         if is_stacked and block < n_experts:
-            yield from (piece.buffer for piece in view.expert_pieces(block))
+            yield from view.expert_pieces(block)
         elif not is_stacked and block == n_experts:
-            yield from (piece.buffer for piece in view.pieces)
+            yield from view.pieces

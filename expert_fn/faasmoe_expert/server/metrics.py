@@ -133,6 +133,17 @@ class FunctionMetrics:
             buckets=BUCKETS_S,
             registry=self.registry,
         )
+        self.fetch_seconds = Histogram(
+            "faasmoe_expert_fetch_seconds",
+            "Time to fetch a function's blocks from block servers.",
+            buckets=BUCKETS_S,
+            registry=self.registry,
+        )
+        self.fetched_bytes = Counter(
+            "faasmoe_expert_fetched_bytes_total",
+            "Bytes of blocks fetched from block servers.",
+            registry=self.registry,
+        )
         self.n_attached = Gauge(
             "faasmoe_expert_functions", "Functions attached.", registry=self.registry
         )

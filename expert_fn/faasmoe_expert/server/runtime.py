@@ -21,9 +21,11 @@ from typing import Any
 import torch
 
 from faasmoe_contracts.routing_table import FunctionSpec
-from faasmoe_contracts.store import Store, StoreError
+from faasmoe_contracts.store import MANIFEST_NAME, Store, StoreError
 from faasmoe_contracts.text import short_repr
 from faasmoe_contracts.wire import Buffer, ExpertRequest, WireError, decode_request, encode_response
+from faasmoe_expert.blocks.cache import BlockCache
+from faasmoe_expert.blocks.client import PeerClient
 from faasmoe_expert.config import SandboxConfig
 from faasmoe_expert.errors import (
     AttachRefused,
@@ -36,6 +38,7 @@ from faasmoe_expert.functions import ExpertFunction
 from faasmoe_expert.functions.function import function_size_bytes, request_batch_key
 from faasmoe_expert.functions.native_kernel import describe_kernels
 from faasmoe_expert.functions.transfer import Uploader, uploader_for
+from faasmoe_expert.functions.verification import file_identity, process_verified_blocks
 from faasmoe_expert.server.mailboxes import MailboxServer
 from faasmoe_expert.server.memory_budget import SandboxMemoryBudget, memory_budget_for
 from faasmoe_expert.server.metrics import SandboxMetrics
@@ -48,7 +51,7 @@ class LoadedFunction:
     Attributes:
         function: the function.
         store: its opened store.
-        store_path: the store's path as given in the attachment.
+        store_path: the store's path as given in the attachment, or its folder in the cache.
         load_s: time spent loading.
     """
 
@@ -106,6 +109,7 @@ class SandboxRuntime:
         ] = {}  # of attached functions, by path and digest
         self._memory_budget = memory_budget or memory_budget_for(device, config.memory_bytes)
         self._uploader = uploader or uploader_for(device)
+        self._cache = _block_cache(config)
         self.mailboxes = MailboxServer.create(config, device.type)
         if self.mailboxes is not None:
             self.metrics.include_mailboxes(self.mailboxes.counters)
@@ -172,15 +176,22 @@ class SandboxRuntime:
             BadAttachment: a field is invalid.
             BlockCorrupted: bytes of the store do not match their digest.
             OutOfMemory: allocation failed, or the memory budget is exceeded.
+            StoreUnavailable: the store is not at its path, and no block server served the block.
         """
         start_s = time.perf_counter()
-        with torch.no_grad():  # a per-thread setting
-            opened = self._open_store(store, model_digest)
-            is_copied = self._uploader is not None
-            self._memory_budget.check_fits(
-                function_size_bytes(spec, opened, is_dequantized=is_copied)
-            )
-            function = self._load_function(spec, opened)
+        store = self._fetched_store(spec, store, model_digest)
+        try:
+            with torch.no_grad():  # a per-thread setting
+                opened = self._open_store(store, model_digest)
+                is_copied = self._uploader is not None
+                self._memory_budget.check_fits(
+                    function_size_bytes(spec, opened, is_dequantized=is_copied)
+                )
+                function = self._load_function(spec, opened)
+        except BaseException:
+            if self._cache is not None:
+                self._cache.release(store)
+            raise
         return LoadedFunction(function, opened, store, time.perf_counter() - start_s)
 
     def add(self, loaded: LoadedFunction) -> dict[str, Any]:
@@ -202,11 +213,13 @@ class SandboxRuntime:
             raise _unknown_function(function_id)
         if self.mailboxes is not None:  # before its weights are unmapped
             self.mailboxes.retract(function_id)
-        size_bytes = function.size_bytes
+        size_bytes, store_path = function.size_bytes, function.store_path
         del function
         self._memory_budget.release(size_bytes)
         used_keys = {(f.store_path, f.model_digest) for f in self._functions.values()}
         self._stores = {key: store for key, store in self._stores.items() if key in used_keys}
+        if self._cache is not None and not any(path == store_path for path, _ in used_keys):
+            self._cache.release(store_path)
         self._update_gauges()
 
     def parse_frame(self, function_id: str, frame: Buffer) -> ComputeTask:
@@ -271,6 +284,20 @@ class SandboxRuntime:
                 field="capacity",
             )
 
+    def _fetched_store(self, spec: FunctionSpec, path: Path, model_digest: str) -> Path:
+        """Return the store's path, or a folder of the cache if there is no store at it."""
+        if self._cache is None or (path / MANIFEST_NAME).exists():
+            return path
+        start_s = time.perf_counter()
+        cached = self._cache.ensure(spec, model_digest)
+        if cached.fetched:
+            self.metrics.functions.fetch_seconds.observe(time.perf_counter() - start_s)
+            self.metrics.functions.fetched_bytes.inc(cached.fetched_bytes)
+        verified = process_verified_blocks()
+        for block in cached.fetched:  # while it was written
+            verified.add((file_identity(block.path),), block.block, block.digest)
+        return cached.path
+
     def _load_function(self, spec: FunctionSpec, store: Store) -> ExpertFunction:
         try:
             return ExpertFunction(spec, store, uploader=self._uploader)
@@ -315,6 +342,13 @@ class SandboxRuntime:
         """Close the mailboxes."""
         if self.mailboxes is not None:
             self.mailboxes.close()
+
+
+def _block_cache(config: SandboxConfig) -> BlockCache | None:
+    if config.cache_dir is None:
+        return None
+    peers = PeerClient(config.store_peers, token=config.token)
+    return BlockCache(config.cache_dir, peers, limit_bytes=config.cache_bytes)
 
 
 def _unknown_function(function_id: str) -> UnknownFunction:

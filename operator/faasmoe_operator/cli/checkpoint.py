@@ -116,7 +116,8 @@ def prepare_command(
     """Return the command line that converts a checkpoint into a store.
 
     Args:
-        source: a folder, a GGUF file, the file:// URL of either, hf://ORG/NAME or ORG/NAME.
+        source: a folder, a GGUF file, the file:// URL of either, hf://ORG/NAME or ORG/NAME, or an
+            s3://, gs:// or https:// URL.
         store: folder to write the store to.
         revision: branch, tag or commit; None for the hub's default.
         dtype: dtype of the stored weights; None for that of the checkpoint.

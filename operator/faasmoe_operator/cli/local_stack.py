@@ -376,22 +376,12 @@ def supervised_router(
 
     Args:
         environment: its complete environment.
-        router_zygote: forks it, unless it runs vLLM.
+        router_zygote: forks it.
         log: called with each line of output.
         listener: what it listens on without a gateway.
         name: its name for messages.
     """
     pass_fds = () if listener is None else (listener.fileno(),)
-    if (command := router.own_command(environment)) is not None:
-        return supervised(
-            name,
-            command,
-            environment=environment,
-            log=log,
-            grace_s=router.GRACE_S,
-            restarts=router.RESTARTS,
-            pass_fds=pass_fds,
-        )
     return supervised_start(
         name,
         lambda: router_zygote.running_child(

@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -168,8 +168,8 @@ def environment(
     }
 
 
-def own_command(environment: Mapping[str, str]) -> Sequence[str] | None:
-    """Return the command of a router with vLLM, which no zygote forks; None for any other.
+def zygote_command(environment: Mapping[str, str]) -> Sequence[str]:
+    """Return the command of the zygote that forks a router.
 
     vLLM needs other versions of libraries than the rest: VLLM_PYTHON_VARIABLE names the interpreter
     of its environment, by default this one.
@@ -179,9 +179,9 @@ def own_command(environment: Mapping[str, str]) -> Sequence[str] | None:
     """
     engine = environment.get("FAASMOE_ENGINE", "auto")
     if engine == "transformers" or (engine == "auto" and find_spec("vllm") is None):
-        return None
+        return ZYGOTE_COMMAND
     python = environment.get(VLLM_PYTHON_VARIABLE) if engine == "vllm" else None
-    return (python or sys.executable, *COMMAND[1:])
+    return (python or sys.executable, *ZYGOTE_COMMAND[1:], "vllm")
 
 
 def new_zygote(environment: Mapping[str, str], *, log: Callable[[str], None]) -> Zygote:
@@ -194,14 +194,22 @@ def new_zygote(environment: Mapping[str, str], *, log: Callable[[str], None]) ->
         environment: environment of the routers.
         log: called with each line that it writes.
     """
-    inherited = {n: v for n, v in environment.items() if not n.startswith("FAASMOE_")}
     return Zygote(
         "router zygote",
-        ZYGOTE_COMMAND,
-        environment={**inherited, **ZYGOTE_VARIABLES},
+        zygote_command(environment),
+        environment={**_library_variables(environment), **ZYGOTE_VARIABLES},
         log=log,
         grace_s=ZYGOTE_GRACE_S,
     )
+
+
+def zygote_key(environment: Mapping[str, str]) -> Hashable:
+    """Return what routers have in common that one zygote can fork."""
+    return (*zygote_command(environment), *sorted(_library_variables(environment).items()))
+
+
+def _library_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    return {n: v for n, v in environment.items() if not n.startswith("FAASMOE_")}
 
 
 async def wait_until_healthy(

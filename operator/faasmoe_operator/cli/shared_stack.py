@@ -12,7 +12,7 @@ import json
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Hashable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -413,7 +413,7 @@ def _shared_contexts(spec: SharedSpec, logs: LogSinks) -> dict[str, SupervisedCo
 
 
 class _RouterZygotes:
-    """The zygotes of routers: one for all that have the same variables for libraries.
+    """The zygotes of routers: one for all of an engine that have the same variables for libraries.
 
     Args:
         stack: ends them.
@@ -427,11 +427,11 @@ class _RouterZygotes:
         self.by_name: dict[str, Zygote] = {}
         self._stack = stack
         self._logs = logs
-        self._zygotes: dict[frozenset[tuple[str, str]], Zygote] = {}
+        self._zygotes: dict[Hashable, Zygote] = {}
 
     async def get(self, environment: Mapping[str, str]) -> Zygote:
         """Return the zygote for a router's environment, of which only settings are its own."""
-        key = frozenset(i for i in environment.items() if not i[0].startswith("FAASMOE_"))
+        key = router.zygote_key(environment)
         if key not in self._zygotes:
             name = "router zygote" + (f" {len(self._zygotes) + 1}" if self._zygotes else "")
             created = router.new_zygote(environment, log=self._logs.sink(name.replace(" ", "-")))

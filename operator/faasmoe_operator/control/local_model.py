@@ -213,4 +213,6 @@ def is_same_source(requested: str, stored: str) -> bool:
         return Path(unquote(urlsplit(stored).path)).resolve().as_uri() == requested
     if Path(stored).is_absolute():
         return Path(stored).resolve().as_uri() == requested
-    return requested == (stored if stored.startswith(HUB_SCHEME) else f"{HUB_SCHEME}{stored}")
+    if "://" in stored:
+        return requested == stored
+    return requested == f"{HUB_SCHEME}{stored}"

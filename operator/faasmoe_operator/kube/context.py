@@ -109,6 +109,7 @@ class OperatorContext:
         served_apis: returns the optional APIs that the cluster serves, such as
             "gateway.networking.k8s.io/v1".
         user_id: user and group of models' pods; None if the platform assigns them.
+        can_resize: whether the cluster resizes pods in place.
         gateways: the gateways' pods; None if no gateway runs.
         router_tenants: returns the Tenants that may use a model.
         scaled_routers: returns how many routers of a model should run by its requests; None for
@@ -120,6 +121,7 @@ class OperatorContext:
     root_key: bytes = field(repr=False)
     served_apis: Callable[[], frozenset[str]] = frozenset
     user_id: int | None = USER_ID
+    can_resize: bool = False
     gateways: GatewayPods | None = None
     router_tenants: Callable[[ModelKey], tuple[TenantSpec, ...]] = lambda _: ()
     scaled_routers: Callable[[ModelKey], int | None] = lambda _: None
@@ -145,6 +147,7 @@ class OperatorContext:
             ),
             served_apis=self.served_apis(),
             user_id=self.user_id,
+            can_resize=self.can_resize,
             gateways=self.gateways,
             tenants=self.router_tenants(key),
             scaled_routers=self.scaled_routers(key),

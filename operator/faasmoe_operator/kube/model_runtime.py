@@ -30,9 +30,11 @@ from faasmoe_operator.kube.component_status import RuntimeCounts
 from faasmoe_operator.kube.manifests import ModelContext
 from faasmoe_operator.kube.manifests.names import COMPONENT_LABEL, Component
 from faasmoe_operator.kube.manifests.pods import store_path
+from faasmoe_operator.kube.manifests.resources import resize_policy
 from faasmoe_operator.kube.manifests.sandbox import SANDBOX_PORT
 from faasmoe_operator.kube.platform import KubernetesPlatform, PodPlatformTiming
 from faasmoe_operator.kube.pod_labels import PodLabeler
+from faasmoe_operator.kube.pod_resizer import PodResizer
 from faasmoe_operator.kube.sandbox_template import SandboxPodTemplate
 from faasmoe_operator.kube.state_configmaps import ConfigMapUsageStore, PopularityConfigMap
 from faasmoe_operator.kube.types import POD, ModelKey, Object
@@ -240,6 +242,11 @@ class ModelRuntime:
                 pod_labeler = PodLabeler(deps.api, pods, controller, namespace=spec.ctx.namespace)
                 group.create_task(controller.run())
                 group.create_task(pod_labeler.run())
+                if (policy := resize_policy(spec.ctx)) is not None:
+                    resizer = PodResizer(
+                        deps.api, pods, controller, policy, namespace=spec.ctx.namespace
+                    )
+                    group.create_task(resizer.run())
                 group.create_task(
                     popularity_store.save_periodically(
                         controller, interval_s=deps.timing.popularity_save_interval_s

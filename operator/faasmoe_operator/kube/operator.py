@@ -53,7 +53,7 @@ from faasmoe_operator.kube.tenants.controller import GatewayTokens, TenantContro
 from faasmoe_operator.kube.tenants.gateway_objects import GatewayObjects
 from faasmoe_operator.kube.tenants.router_demand import RouterDemandScaler
 from faasmoe_operator.kube.transport import KubeTransport, load_client_configuration
-from faasmoe_operator.kube.types import MOEMODEL, TENANT, WATCHED_KINDS, ModelKey
+from faasmoe_operator.kube.types import MOEMODEL, POD_RESIZE, TENANT, WATCHED_KINDS, ModelKey
 from faasmoe_operator.kube.work_queue import WorkerPool
 from faasmoe_tracing import create_tracer
 
@@ -127,6 +127,9 @@ class Operator:
         has_tenants = await self._retry_until_success(
             lambda: api.is_served(TENANT), description=f"discovery of {TENANT}"
         )
+        can_resize = await self._retry_until_success(
+            lambda: api.is_served(POD_RESIZE), description=f"discovery of {POD_RESIZE}"
+        )
         apis = OptionalApis(api, self._cache, enqueue=workers.add)
         links = GatewayLinks()
         tenants = self._make_tenant_controller(api, root, links, enqueue=workers.add)
@@ -144,6 +147,7 @@ class Operator:
                 root,
                 served_apis=apis.served_versions,
                 user_id=config.run_as_user,
+                can_resize=can_resize,
                 gateways=config.gateways,
                 router_tenants=tenants.router_tenants,
                 scaled_routers=demand.desired if has_gateways else lambda _: None,

@@ -6,14 +6,12 @@ time are merged into one patch for each pod.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from faasmoe_contracts.backoff import Backoff
 from faasmoe_contracts.routing_table import FunctionSpec
 from faasmoe_operator.aio import gather_limited
 from faasmoe_operator.api.v1alpha1.field_types import format_index_ranges
@@ -28,14 +26,12 @@ from faasmoe_operator.kube.manifests.names import (
     POOL_LABEL,
     Pool,
 )
+from faasmoe_operator.kube.pod_follower import COALESCE_S, MAX_PARALLEL_PATCHES, follow_controller
 from faasmoe_operator.kube.types import POD, Object
 from faasmoe_operator.plan.fleet import SandboxState
 
 logger = logging.getLogger(__name__)
 
-COALESCE_S = 0.5
-RETRY_DELAYS_S = (1.0, 5.0, 15.0, 60.0)
-MAX_PARALLEL_PATCHES = 4
 MAX_ANNOTATION_CHARS = 32 << 10
 
 
@@ -102,16 +98,7 @@ class PodLabeler:
 
     async def run(self) -> None:
         """Patch changed pods until cancelled, retrying failures with increasing delays."""
-        backoff = Backoff(RETRY_DELAYS_S)
-        while True:
-            revision = self._controller.revision
-            is_synced = await self.update()
-            if is_synced:
-                backoff.reset()
-                await self._controller.wait_for_change(revision)
-            else:
-                await asyncio.sleep(backoff.next_delay_s())
-            await asyncio.sleep(self._coalesce_s)
+        await follow_controller(self._controller, self.update, coalesce_s=self._coalesce_s)
 
     async def update(self) -> bool:
         """Patch every pod whose labels are outdated; return whether all succeeded."""

@@ -56,6 +56,7 @@ HTTP_METHODS = {
     "apply": "PATCH",
     "patch": "PATCH",
     "patch_status": "PATCH",
+    "resize": "PATCH",
     "delete": "DELETE",
 }
 

@@ -46,6 +46,8 @@ class Kind:
 MOEMODEL = Kind("faasmoe.dev/v1alpha1", "MoEModel", "moemodels")
 TENANT = Kind("faasmoe.dev/v1alpha1", "Tenant", "tenants")
 POD = Kind("v1", "Pod", "pods")
+POD_RESIZE = Kind("v1", "Pod", "pods/resize")
+"""The subresource that resizes a pod in place, which Kubernetes serves since 1.33."""
 SERVICE = Kind("v1", "Service", "services")
 PERSISTENT_VOLUME_CLAIM = Kind("v1", "PersistentVolumeClaim", "persistentvolumeclaims")
 CONFIG_MAP = Kind("v1", "ConfigMap", "configmaps")

@@ -52,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("prepare", help="prepare a checkpoint as a store")
     command.add_argument(
-        "source", help="folder, GGUF file, file:///PATH, hf://ORG/NAME or ORG/NAME"
+        "source",
+        help="folder, GGUF file, file:///PATH, hf://ORG/NAME, ORG/NAME, s3://BUCKET/PATH, "
+        "gs://BUCKET/PATH or https://HOST/PATH",
     )
     command.add_argument("store", type=Path, help="folder of the store")
     command.add_argument("--revision", help="branch, tag or commit of the hub repository")
@@ -94,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
         help="accept weights that are NaN or infinite, which are refused otherwise",
     )
     command.add_argument(
+        "--existing",
+        action="store_true",
+        help="accept a complete store of this source in STORE, which may be read-only; nothing is "
+        "prepared, and the checkpoint is not looked at",
+    )
+    command.add_argument(
         "--termination-log",
         type=Path,
         metavar="FILE",
@@ -119,11 +127,9 @@ def _run_prepare(args: argparse.Namespace) -> int:
     termination_log: Path | None = args.termination_log
     downloads: Path | None = args.discard_download
     store = (
-        _prepare_store(args)
+        _store(args)
         if termination_log is None
-        else run_with_termination_log(
-            lambda: _existing_store(args) or _prepare_store(args), termination_log
-        )
+        else run_with_termination_log(lambda: _store(args), termination_log)
     )
     if downloads is not None:
         _remove_downloads(downloads)
@@ -159,6 +165,23 @@ def describe_quantization(manifest: Manifest) -> Iterator[str]:
             error = relative_error(entries)
             what = f"relative error {error:.2e}" if error else "as published"
             yield f"{part}: {scheme}{note}, {len(entries)} weights, {what}"
+
+
+def _store(args: argparse.Namespace) -> Store:
+    """Return the store of the arguments; prepare it unless it is complete."""
+    if args.existing:
+        _check_versions()
+        from faasmoe_router.checkpoint.prepare import require_complete_store
+
+        return require_complete_store(
+            args.source,
+            args.store,
+            revision=args.revision,
+            dtype=args.dtype,
+            quantization=_quantization(args),
+        )
+    is_job = args.termination_log is not None
+    return (_existing_store(args) if is_job else None) or _prepare_store(args)
 
 
 def _existing_store(args: argparse.Namespace) -> Store | None:

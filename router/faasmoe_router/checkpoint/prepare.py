@@ -37,6 +37,7 @@ from faasmoe_router.checkpoint.manifest import (
     with_references,
 )
 from faasmoe_router.checkpoint.model_source import load_skeleton, open_tensors
+from faasmoe_router.checkpoint.object_store import is_object_url
 from faasmoe_router.checkpoint.progress import NoProgress, Progress
 from faasmoe_router.checkpoint.reference_digests import verify_references
 from faasmoe_router.checkpoint.reference_plan import (
@@ -52,7 +53,7 @@ from faasmoe_router.checkpoint.source import (
 )
 from faasmoe_router.checkpoint.store_plan import StorePlan, plan_store
 from faasmoe_router.checkpoint.store_writer import StoreFolder, StoreWriter, lock_store_folder
-from faasmoe_router.errors import NoSpace, SourceUnsupported, StoreMismatch
+from faasmoe_router.errors import NoSpace, SourceNotFound, SourceUnsupported, StoreMismatch
 from faasmoe_transformers.model_skeleton import DTYPES, ModelSkeleton
 from faasmoe_transformers.weight_conversion import LazyTensor, ParameterSlice
 
@@ -112,8 +113,8 @@ def prepare(
     So is what it refers to in the checkpoint.
 
     Args:
-        source: a folder or GGUF file, its file:// URL, or a hub repository (hf://ORG/NAME or
-            ORG/NAME).
+        source: a folder or GGUF file, its file:// URL, a hub repository (hf://ORG/NAME or
+            ORG/NAME), or a folder in an object store or on a web server (s3://, gs://, https://).
         store: the store's folder; created if missing.
         revision: branch, tag or commit of the hub repository.
         dtype: bfloat16, float16 or float32; None keeps the checkpoint's.
@@ -332,7 +333,7 @@ def find_complete_store(
     """Return the store if it is complete; None if there is something left to prepare.
 
     Args:
-        source: as for `prepare`; a hub repository is compared by name only.
+        source: as for `prepare`; what is not on this machine is compared by name only.
         store: the store's folder.
         revision: as for `prepare`; a commit must be the store's, a branch or tag may have moved.
         dtype: as for `prepare`.
@@ -346,11 +347,8 @@ def find_complete_store(
     if not (store / MANIFEST_NAME).exists():
         return None
     existing = Store.open(store)
-    if HubName.of(source) is not None:
-        request = HubRequest(source, revision, dtype, quantization)
-        if not request.is_met_by(existing.manifest):
-            raise _mismatch(existing.manifest, str(request), store)
-        return existing
+    if HubName.of(source) is not None or is_object_url(source):
+        return _store_of_request(existing, RemoteRequest(source, revision, dtype, quantization))
     checkpoint = _resolve(source, revision)
     fingerprint = checkpoint.fingerprint(dtype=dtype, quantization=quantization)
     if StoreFolder(store).fingerprint() != fingerprint:
@@ -359,9 +357,46 @@ def find_complete_store(
     return existing
 
 
+def require_complete_store(
+    source: str,
+    store: Path,
+    *,
+    revision: str | None,
+    dtype: str | None,
+    quantization: QuantizationEntry = NO_QUANTIZATION,
+) -> Store:
+    """Return a complete store of a checkpoint, which is compared by name and not looked at.
+
+    Args:
+        source: as for `prepare`.
+        store: the store's folder, which is not written to.
+        revision: as for `find_complete_store`.
+        dtype: as for `prepare`.
+        quantization: as for `prepare`.
+
+    Raises:
+        SourceNotFound: the folder holds no store.
+        StoreMismatch: it holds a store of another checkpoint.
+        StoreError: the store is complete but damaged.
+    """
+    if not (store / MANIFEST_NAME).exists():
+        expected = "a store that `faasmoe prepare --mode copy` wrote"
+        raise SourceNotFound(f"store: got {store} without {MANIFEST_NAME}, expected {expected}")
+    return _store_of_request(
+        Store.open(store), RemoteRequest(source, revision, dtype, quantization)
+    )
+
+
+def _store_of_request(existing: Store, request: RemoteRequest) -> Store:
+    """Return the store if it is what is requested; raises StoreMismatch."""
+    if not request.is_met_by(existing.manifest):
+        raise _mismatch(existing.manifest, str(request), existing.path)
+    return existing
+
+
 @dataclass(frozen=True, slots=True)
-class HubRequest:
-    """A requested store of a hub repository; the arguments of `find_complete_store`."""
+class RemoteRequest:
+    """A requested store of a remote checkpoint; the arguments of `find_complete_store`."""
 
     source: str
     revision: str | None

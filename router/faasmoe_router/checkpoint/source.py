@@ -1,4 +1,4 @@
-"""Checkpoint sources: a local folder, or a repository of the Hugging Face hub at one commit.
+"""Checkpoint sources: a local folder, a repository of the Hugging Face hub, or an object store.
 
 A source is resolved to a local folder, downloading it if necessary, its safetensors files, its
 auxiliary files (configuration, tokenizer, chat template, licence) and a fingerprint that tells
@@ -30,6 +30,12 @@ from faasmoe_router.checkpoint.hub import (
     exact_pattern,
     hub_errors,
 )
+from faasmoe_router.checkpoint.object_store import (
+    ObjectFolder,
+    content_hash,
+    download_dir,
+    is_object_url,
+)
 from faasmoe_router.errors import PrepareError, SourceNotFound, SourceUnsupported
 
 WEIGHT_INDEX_NAME = "model.safetensors.index.json"
@@ -58,7 +64,8 @@ class CheckpointSource:
 
     Attributes:
         name: the source as the user wrote it.
-        revision: the commit of the hub repository; None for a local folder.
+        revision: the commit of the hub repository, or a hash of an object store's listing; None for
+            a local folder.
         folder: the local folder that holds the files.
         weight_files: its safetensors files.
         config: the content of its config.json.
@@ -107,7 +114,7 @@ def resolve_source(name: str, *, revision: str | None) -> CheckpointSource:
     """Resolve a source, downloading it if it is a hub repository.
 
     Args:
-        name: a folder, file:///FOLDER, hf://ORG/NAME or ORG/NAME.
+        name: a folder, file:///FOLDER, hf://ORG/NAME or ORG/NAME, s3://, gs:// or https://.
         revision: branch, tag or commit of the hub repository; None for the default branch.
 
     Raises:
@@ -121,9 +128,14 @@ def resolve_source(name: str, *, revision: str | None) -> CheckpointSource:
 
 def _resolve_folder(name: str, *, revision: str | None) -> tuple[Path, str | None]:
     parts = urlsplit(name)
+    if is_object_url(name):
+        if revision is not None:
+            raise PrepareError(f"revision: got {revision!r}, expected none for {name!r}")
+        return download_objects(name)
     if parts.scheme and parts.scheme not in (HUB_SCHEME, "file") and "://" in name:
         raise SourceUnsupported(
-            f"source: got {name!r}, expected a folder, file:///FOLDER, hf://ORG/NAME or ORG/NAME"
+            f"source: got {name!r}, expected a folder, file:///FOLDER, hf://ORG/NAME, ORG/NAME, "
+            "s3://BUCKET/PATH, gs://BUCKET/PATH or https://HOST/PATH"
         )
     if (hub_name := HubName.of(name)) is not None:
         return download_checkpoint(hub_name.repository, revision=revision)
@@ -154,6 +166,30 @@ def download_checkpoint(repository: str, *, revision: str | None) -> tuple[Path,
             )
         download_files(repository, commit, map(exact_pattern, weight_file_names(folder)))
     return folder, commit
+
+
+def download_objects(source: str) -> tuple[Path, str]:
+    """Download a checkpoint from an object store or a web server, unless it is there.
+
+    Returns:
+        The local folder, and a hash of what was found.
+
+    Raises:
+        PrepareError: it cannot be read, or is no checkpoint; the message says why.
+    """
+    remote, folder = ObjectFolder(source), download_dir(source)
+    files = remote.metadata_files(_METADATA_PATTERNS)
+    if not any(file.name == "config.json" for file in files):
+        raise SourceNotFound(
+            f"source: got {source!r}, which has no config.json, expected a Hugging Face checkpoint"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        remote.download(file, folder)
+    weights = remote.files(weight_file_names(folder))
+    for file in weights:
+        remote.download(file, folder)
+    return folder, content_hash([*files, *weights])
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 
-from faasmoe_router.engine.generation import FinishReason
 from faasmoe_router.sequence_times import SequenceCounts, SequenceTimes
 from faasmoe_tracing import Attribute, Span, epoch_ns
 
@@ -19,7 +18,7 @@ def record_sequence(
     counts: SequenceCounts,
     *,
     index: int,
-    finish_reason: FinishReason,
+    finish_reason: str,
 ) -> None:
     """Record a finished sequence below the span of its generation.
 

@@ -17,11 +17,13 @@ from faasmoe_router.api.metrics_server import metrics_routes
 from faasmoe_router.api.middleware import AuthMiddleware, RequestContextMiddleware
 from faasmoe_router.api.models import model_routes, usage_routes
 from faasmoe_router.api.refusals import RefusalMetricsMiddleware, refusal_counter
+from faasmoe_router.api.request_span import TracingMiddleware
 from faasmoe_router.api.resumption import ResumptionMiddleware
 from faasmoe_router.errors import EngineUnavailable
 from faasmoe_router.tenants.service import TenantService
 from faasmoe_router.version import installed_version
 from faasmoe_router.vllm_backend.engine_client import TenantEngine
+from faasmoe_tracing import Tracer
 
 MAX_BODY_BYTES = 16 << 20
 
@@ -63,6 +65,7 @@ def create_app(
     cors_origins: Sequence[str],
     front_token: str,
     serves_metrics: bool,
+    tracer: Tracer,
 ) -> FastAPI:
     """Return the app.
 
@@ -78,6 +81,7 @@ def create_app(
         cors_origins: origins of web pages that may call the API.
         front_token: what a gateway shows; empty without one.
         serves_metrics: whether /metrics is served here.
+        tracer: traces requests.
     """
     app = FastAPI(title="FaaSMoE router (vLLM)", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(ContentEncodingMiddleware, max_body_bytes=MAX_BODY_BYTES)
@@ -85,6 +89,8 @@ def create_app(
     if tenancy is not None:
         app.add_middleware(AuthMiddleware, authenticator=tenancy)
     app.add_middleware(RequestContextMiddleware, max_body_bytes=MAX_BODY_BYTES)
+    if tracer.is_enabled:
+        app.add_middleware(TracingMiddleware, tracer=tracer)
     app.add_middleware(RefusalMetricsMiddleware, counter=refusal_counter(registry))
     app.add_middleware(ResumptionMiddleware, front_token=front_token)
     if cors_origins:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from faasmoe_contracts.store import Store
 from faasmoe_router.config import PREFIX, RouterConfig
 from faasmoe_router.errors import RouterConfigError
+from faasmoe_router.vllm_backend.parsers import Parsers, read_chat_template, select_parsers
 from faasmoe_router.vllm_backend.quantization import METHOD
 from faasmoe_router.vllm_backend.weights import LOAD_FORMAT
 from faasmoe_transformers.onednn import is_fast_on_cpu
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL_LEN = 8192
 DEFAULT_KV_CACHE_BYTES = 2 << 30
@@ -42,16 +46,19 @@ def parse_engine_arguments(
     Raises:
         RouterConfigError: a setting does not fit the model, the device or another setting.
     """
+    parsers = _parsers(config, store)
+    values = {
+        **_values(config, store, device, model_name, fingerprint),
+        "tool_call_parser": parsers.tool_call,
+        "reasoning_parser": parsers.reasoning,
+    }
     words = [
-        f"--{name.replace('_', '-')}={value}"
-        for name, value in _values(config, store, device, model_name, fingerprint).items()
+        f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None
     ]
     arguments = config.engine_args
-    _check_parser("tool_call_parser", arguments.tool_call_parser, ToolParserManager)
-    _check_parser("reasoning_parser", arguments.reasoning_parser, ReasoningParserManager)
     is_eager = device == "cpu" if arguments.enforce_eager is None else arguments.enforce_eager
     words += ["--enforce-eager"] * is_eager
-    words += ["--enable-auto-tool-choice"] * (arguments.tool_call_parser is not None)
+    words += ["--enable-auto-tool-choice"] * (parsers.tool_call is not None)
     if arguments.enable_prefix_caching is not None:
         words.append(f"--{'' if arguments.enable_prefix_caching else 'no-'}enable-prefix-caching")
     parser = make_arg_parser(FlexibleArgumentParser())
@@ -65,7 +72,7 @@ def _values(
     arguments = config.engine_args
     folder = store.path / "model"
     overrides = {"quantization_config": {"quant_method": METHOD}}
-    values: dict[str, Any] = {
+    return {
         "model": folder,
         "served_model_name": model_name,
         "quantization": METHOD,
@@ -78,8 +85,7 @@ def _values(
         "kv_cache_memory_bytes": _kv_cache_bytes(config, device),
         "gpu_memory_utilization": arguments.gpu_memory_utilization,
         "max_logprobs": arguments.max_logprobs,
-        "tool_call_parser": arguments.tool_call_parser,
-        "reasoning_parser": arguments.reasoning_parser,
+        "tensor_parallel_size": arguments.tensor_parallel_size,
         "scheduling_policy": "priority",
         "generation_config": "auto" if config.generation_config == "auto" else "vllm",
         "worker_extension_cls": WORKER_EXTENSION,
@@ -88,7 +94,6 @@ def _values(
         "chat_template": _chat_template(folder),
         "compilation_config": json.dumps(NO_GRAPHS) if device == "cuda" else None,
     }
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def compute_dtype(setting: str, stored: str, device: str) -> str:
@@ -125,6 +130,17 @@ def _kv_cache_bytes(config: RouterConfig, device: str) -> int | None:
     if config.kv_cache_bytes is None and device == "cpu":
         return DEFAULT_KV_CACHE_BYTES
     return config.kv_cache_bytes
+
+
+def _parsers(config: RouterConfig, store: Store) -> Parsers:
+    """Return the model's parsers; raises RouterConfigError for one that vLLM has not."""
+    template = read_chat_template(store.path / "model")
+    parsers = select_parsers(config.engine_args, store.manifest.model.architecture, template)
+    _check_parser("tool_call_parser", parsers.tool_call, ToolParserManager)
+    _check_parser("reasoning_parser", parsers.reasoning, ReasoningParserManager)
+    if parsers != Parsers(None, None):
+        logger.info("Parsers of %s: %s", store.manifest.model.architecture, parsers)
+    return parsers
 
 
 def _check_parser(name: str, parser: str | None, manager: Any) -> None:

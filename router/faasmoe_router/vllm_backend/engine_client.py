@@ -22,6 +22,7 @@ from faasmoe_router.engine.generation import GenerationRequest
 from faasmoe_router.errors import GenerationFailed, RequestTooLarge
 from faasmoe_router.tenants.service import NoTenants
 from faasmoe_router.vllm_backend.fair_gate import FairGate
+from faasmoe_router.vllm_backend.generation_span import GenerationTrace
 from faasmoe_router.vllm_backend.request_account import REQUEST, RequestAccount, RequestContext
 
 ABORTED = "abort"
@@ -70,7 +71,8 @@ class TenantEngine(AsyncLLM):
         salt = self.gate.cache_salt(caller.tenant, prompt.get("cache_salt"))
         if salt is not None:
             prompt = {**prompt, "cache_salt": salt}
-        run = RequestAccount(caller.tenant, f"{next(self._numbers)}", n_prompt, recorder)
+        trace = GenerationTrace(context.span, n_prompt)
+        run = RequestAccount(caller.tenant, f"{next(self._numbers)}", n_prompt, recorder, trace)
         return self._outputs(run, prompt, params, request_id, priority, options)
 
     async def _outputs(
@@ -90,6 +92,7 @@ class TenantEngine(AsyncLLM):
                 run.tenant, run.id, n_prompt_tokens=run.n_prompt, priority=priority
             ):
                 run.recorder.record_started()
+                run.trace.begin(params)
                 if deadline_s < float("inf"):
                     timer = loop.call_at(deadline_s, self._start_abort, request_id)
                 outputs = super().generate(
@@ -111,6 +114,7 @@ class TenantEngine(AsyncLLM):
         finally:
             if timer is not None:
                 timer.cancel()
+            run.trace.end()
             run.recorder.finish()
 
     def _start_abort(self, request_id: str) -> None:

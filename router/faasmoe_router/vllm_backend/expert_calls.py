@@ -1,5 +1,8 @@
 """The functions' side of a vLLM worker: one dispatcher per process, configured by its environment.
 
+Of several workers that compute a layer together, the first calls functions; the others' outputs are
+zeros, which vLLM adds up over all of them.
+
 It lives in whichever process vLLM computes its layers in. Besides the dispatcher it owns what this
 needs there: the watch of the routing table, load reports and requests for activation, on an event
 loop in a thread of its own.
@@ -35,40 +38,19 @@ BUSY_S = 1.0
 LINK_START_TIMEOUT_S = 30.0
 
 
-class ExpertCalls:
-    """Computes the routed experts of a vLLM worker through functions.
-
-    Belongs to the worker's thread, except for `read_cost` and `metrics_text`.
+class WorkerExperts:
+    """The routed experts of a vLLM worker that calls no functions: another one does.
 
     Args:
-        config: the router's settings.
-        device: device of vLLM's model.
-
-    Raises:
-        RouterConfigError: the store or the routing table cannot be used.
+        store: the prepared model.
 
     Attributes:
         store: the prepared model.
-        dispatcher: calls the functions.
     """
 
-    def __init__(self, config: RouterConfig, device: torch.device) -> None:
-        self.store = open_store(config.store)
-        self._registry = CollectorRegistry()
-        self.dispatcher, link = create_dispatcher(
-            self.store, config, self._registry, transfer_for(device)
-        )
-        self._cost_meter = FunctionCostMeter(self.store)
-        self._layer_of = _layers_by_number(self.store)
-        self._sent: dict[int, SentLayer] = {}
-        self._computed_s = float("-inf")
-        self._n_tokens = 0  # computed so far
-        self.dispatcher.show_calls_late(
-            lambda: self._n_tokens, min_tokens=config.metrics_min_tokens
-        )
-        if link is not None:
-            link.is_busy = lambda: time.monotonic() - self._computed_s < BUSY_S
-            _run_link(link)
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._layer_of = _layers_by_number(store)
 
     def layer_index(self, name: str, number: int, *, num_experts: int, hidden_size: int) -> int:
         """Return the index in the store of a MoE layer of vLLM's model.
@@ -104,27 +86,81 @@ class ExpertCalls:
         top_k_weight: Tensor,
         while_waiting: Callable[[], None] | None,
     ) -> Tensor:
-        """Return the weighted sum of each token's experts; see `Dispatcher.compute`."""
-        sent = self._send(layer, hidden, top_k_index, top_k_weight)
+        """Return this worker's part of the weighted sum of each token's experts, [T, H].
+
+        Args:
+            layer: index of the layer in the store.
+            hidden: [T, H].
+            top_k_index: [T, k].
+            top_k_weight: [T, k].
+            while_waiting: called while calls are in flight.
+        """
+        self.send(layer, hidden, top_k_index, top_k_weight)
         if while_waiting is not None:
             while_waiting()  # not by the dispatcher, which would change the number of threads
-        output = self.dispatcher.receive(sent)
-        self._computed_s = time.monotonic()
-        return output
+        return self.receive(layer, hidden)
 
     def send(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weight: Tensor) -> None:
         """Send the calls of a layer; a layer has one send before its receive."""
-        self._sent[layer] = self._send(layer, hidden, top_k_index, top_k_weight)
 
-    def _send(
-        self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weight: Tensor
-    ) -> SentLayer:
+    def receive(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return the output of a layer that was sent, [T, H]."""
+        return torch.zeros_like(hidden)
+
+    def read_cost(self) -> FunctionCost:
+        """Return what functions cost since the last call."""
+        return FunctionCost()
+
+    def metrics_text(self) -> bytes:
+        """Return the metrics of the dispatcher in Prometheus' text format."""
+        return b""
+
+    def release_memory(self) -> None:
+        """Free memory that is kept for the next calls."""
+
+
+class ExpertCalls(WorkerExperts):
+    """Computes the routed experts of a vLLM worker through functions.
+
+    Belongs to the worker's thread, except for `read_cost` and `metrics_text`.
+
+    Args:
+        store: the prepared model.
+        config: the router's settings.
+        device: device of vLLM's model.
+
+    Raises:
+        RouterConfigError: the routing table cannot be used.
+
+    Attributes:
+        dispatcher: calls the functions.
+    """
+
+    def __init__(self, store: Store, config: RouterConfig, device: torch.device) -> None:
+        super().__init__(store)
+        self._registry = CollectorRegistry()
+        self.dispatcher, link = create_dispatcher(
+            self.store, config, self._registry, transfer_for(device)
+        )
+        self._cost_meter = FunctionCostMeter(self.store)
+        self._sent: dict[int, SentLayer] = {}
+        self._computed_s = float("-inf")
+        self._n_tokens = 0  # computed so far
+        self.dispatcher.show_calls_late(
+            lambda: self._n_tokens, min_tokens=config.metrics_min_tokens
+        )
+        if link is not None:
+            link.is_busy = lambda: time.monotonic() - self._computed_s < BUSY_S
+            _run_link(link)
+
+    def send(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weight: Tensor) -> None:
+        """Send the calls of a layer; a layer has one send before its receive."""
         if layer == 0:
             self._n_tokens += len(hidden)
-        return self.dispatcher.send(layer, hidden, top_k_index, top_k_weight)
+        self._sent[layer] = self.dispatcher.send(layer, hidden, top_k_index, top_k_weight)
 
-    def receive(self, layer: int) -> Tensor:
-        """Return the output of a layer that was sent."""
+    def receive(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return the output of a layer that was sent, [T, H]."""
         output = self.dispatcher.receive(self._sent.pop(layer))
         self._computed_s = time.monotonic()
         return output
@@ -173,24 +209,30 @@ def _run_link(link: ControlLink) -> None:
         )
 
 
-_calls: ExpertCalls | None = None
+_calls: WorkerExperts | None = None
 
 
-def expert_calls(device: torch.device) -> ExpertCalls:
+def expert_calls(device: torch.device, *, is_caller: bool) -> WorkerExperts:
     """Return the calls of this process, created at first from FAASMOE_* variables.
 
     Args:
         device: device of vLLM's model.
+        is_caller: whether this worker calls functions, of those that compute a layer together.
+
+    Raises:
+        RouterConfigError: the store or the routing table cannot be used.
     """
     global _calls
     if _calls is None:
         if (parent := multiprocessing.parent_process()) is not None:
             die_with_parent(parent.pid)
-        _calls = ExpertCalls(RouterConfig.from_env(), device)
+        config = RouterConfig.from_env()
+        store = open_store(config.store)
+        _calls = ExpertCalls(store, config, device) if is_caller else WorkerExperts(store)
     return _calls
 
 
-def current_calls() -> ExpertCalls:
+def current_calls() -> WorkerExperts:
     """Return the calls of this process, in which vLLM's model was built."""
     assert _calls is not None, "no MoE layer was built in this process"
     return _calls

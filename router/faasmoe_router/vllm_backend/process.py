@@ -50,7 +50,7 @@ from faasmoe_router.vllm_backend.fair_gate import FairGate
 from faasmoe_router.vllm_backend.metrics import JoinedRegistry
 from faasmoe_router.vllm_backend.routing_view import RoutingView
 from faasmoe_router.vllm_backend.tenant_middleware import TenantMiddleware
-from faasmoe_tracing import is_requested
+from faasmoe_tracing import create_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +78,7 @@ class VllmRouterProcess:
 
     def __init__(self, config: RouterConfig, phases: StartPhases) -> None:
         os.environ.update({k: v for k, v in VLLM_ENVIRONMENT.items() if k not in os.environ})
-        if is_requested(os.environ):
-            logger.warning("No traces of this router: the engine vllm writes none")
+        self._tracer = create_tracer(os.environ, service="faasmoe-router")
         self._phases = phases
         self._has_given_up = False
         self._registry = JoinedRegistry()
@@ -89,6 +88,7 @@ class VllmRouterProcess:
         model_name = config.model_name or Path(store.manifest.model.source).name
         self._arguments = _arguments(config, store, model_name)
         self._vllm_config = _engine_config(self._arguments)
+        phases.end("configuration")
         self._gate = FairGate(slots=config.max_num_seqs, max_waiting=config.max_waiting)
         self._cost = FunctionCost()
         self._state = EngineState()
@@ -128,6 +128,7 @@ class VllmRouterProcess:
             cors_origins=config.cors_origins,
             front_token=config.front_token,
             serves_metrics=metrics_server is None,
+            tracer=self._tracer,
         )
         self._server, self._listeners = create_http_server(
             app, config, on_started=self._log_start, on_drain_timeout=self._abort_running
@@ -141,7 +142,10 @@ class VllmRouterProcess:
 
     def serve(self) -> bool:
         """Serve until SIGTERM or SIGINT; return whether that ended it, rather than a failure."""
-        self._server.run(sockets=self._listeners)
+        try:
+            self._server.run(sockets=self._listeners)
+        finally:
+            self._tracer.close()
         return self._server.started and not self._has_given_up
 
     @asynccontextmanager
@@ -207,9 +211,9 @@ class VllmRouterProcess:
             await self._poll_worker()
 
     async def _poll_worker(self) -> None:
-        """Fetch the worker's metrics, and the cost of its calls, while it computes.
+        """Fetch the workers' metrics, and the cost of their calls, while they compute.
 
-        Once it has been idle for a while, it frees what it keeps for the next calls.
+        Once they have been idle for a while, they free what they keep for the next calls.
         """
         polled_s, is_released = time.monotonic(), True
         while True:
@@ -228,9 +232,9 @@ class VllmRouterProcess:
                 await engine.collective_rpc("faasmoe_release_memory")
 
     async def _read_worker(self, engine: TenantEngine) -> None:
-        ((seconds, gb_seconds),) = await engine.collective_rpc("faasmoe_cost")
-        self._cost += FunctionCost(seconds, gb_seconds)
-        (self._registry.worker_text,) = await engine.collective_rpc("faasmoe_metrics")
+        for seconds, gb_seconds in await engine.collective_rpc("faasmoe_cost"):
+            self._cost += FunctionCost(seconds, gb_seconds)
+        self._registry.worker_text = "".join(await engine.collective_rpc("faasmoe_metrics"))
 
     def _drain_cost(self) -> FunctionCost:
         cost, self._cost = self._cost, FunctionCost()

@@ -143,11 +143,13 @@ def _experts_method(layer: RoutedExperts, name: str) -> FunctionExpertsMethod:
             f"({name}), expected one that applies them to their output; use engine transformers"
         )
     parallel = moe.moe_parallel_config
-    if parallel.tp_size * parallel.dp_size * parallel.pcp_size * parallel.ep_size != 1:
+    if parallel.dp_size * parallel.pcp_size * parallel.ep_size != 1:
         raise RouterConfigError(
-            "FAASMOE_ENGINE_ARGS: got a parallel engine, expected one of one worker"
+            "FAASMOE_ENGINE_ARGS: got data, context or expert parallelism, expected none: experts "
+            "are functions"
         )
-    calls = expert_calls(torch.device(current_platform.device_type))
+    device = torch.device(current_platform.device_type)
+    calls = expert_calls(device, is_caller=parallel.tp_rank == 0)
     index = calls.layer_index(
         name, decoder_layer(name), num_experts=moe.num_experts, hidden_size=moe.hidden_dim
     )

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from faasmoe_router.tenants.service import ANONYMOUS, Caller, RequestUsageRecorder
+from faasmoe_router.vllm_backend.generation_span import GenerationTrace
+from faasmoe_tracing import NO_SPAN, Span
 
 
 @dataclass(slots=True)
@@ -18,11 +20,13 @@ class RequestContext:
         caller: who sent it.
         has_token_limit: whether it says how many tokens to generate.
         headers: headers to add to its response.
+        span: the span of its generation.
     """
 
     caller: Caller = ANONYMOUS
     has_token_limit: bool = False
     headers: dict[str, str] = field(default_factory=dict)
+    span: Span = NO_SPAN
 
 
 REQUEST: ContextVar[RequestContext | None] = ContextVar("faasmoe_request", default=None)
@@ -54,12 +58,14 @@ class RequestAccount:
         id: its id in the fair queue.
         n_prompt: tokens of its prompt.
         recorder: records its usage.
+        trace: takes the times of its choices.
     """
 
     tenant: str
     id: str
     n_prompt: int
     recorder: RequestUsageRecorder
+    trace: GenerationTrace
     _n_tokens: dict[int, int] = field(default_factory=dict)
     _finished: set[int] = field(default_factory=set)
     _is_prompt_computed: bool = False
@@ -76,7 +82,11 @@ class RequestAccount:
         """
         n_computed = 0 if self._is_prompt_computed else self.n_prompt - n_cached
         self._is_prompt_computed = True
-        n_generated = sum(self._add_choice(choice, is_delta=is_delta) for choice in choices)
+        n_generated = 0
+        for choice in choices:
+            n_generated += self._add_choice(choice, is_delta=is_delta)
+            n_tokens = self._n_tokens[choice.index]
+            self.trace.add(choice.index, n_tokens, choice.finish_reason, n_cached=n_cached)
         return n_computed + n_generated, n_generated
 
     def _add_choice(self, choice: ChoiceOutput, *, is_delta: bool) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import Request
 from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect as StarletteDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from faasmoe_router.api.admission import (
@@ -31,10 +32,12 @@ from faasmoe_router.api.errors import (
     not_an_object,
 )
 from faasmoe_router.api.middleware import get_caller
+from faasmoe_router.api.request_span import scope_span
 from faasmoe_router.api.resumption import is_resumed
 from faasmoe_router.api.streaming import run_until_disconnect
 from faasmoe_router.errors import RouterError
 from faasmoe_router.tenants.service import Caller
+from faasmoe_router.vllm_backend.generation_span import begin_generation
 from faasmoe_router.vllm_backend.request_account import REQUEST, RequestContext
 
 GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
@@ -70,16 +73,16 @@ class TenantMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
         path = scope["path"]
-        if scope["type"] != "http" or path not in GENERATION_PATHS + OTHER_PATHS:
-            await error_response(path, _unknown_url(scope))(scope, receive, send)
-            return
         try:
+            if scope["type"] != "http" or path not in GENERATION_PATHS + OTHER_PATHS:
+                await Request(scope, receive).body()  # unread, it could reset the connection
+                raise _unknown_url(scope)
             await self._pass_on(scope, receive, send)
         except RouterError as error:
             await error_response(path, from_router_error(error))(scope, receive, send)
         except ApiError as error:
             await error_response(path, error)(scope, receive, send)
-        except ClientDisconnected:
+        except (ClientDisconnected, StarletteDisconnect):
             await send({"type": "http.response.start", "status": CLIENT_CLOSED_REQUEST})
             await send({"type": "http.response.body"})
 
@@ -90,21 +93,26 @@ class TenantMiddleware:
                 code="invalid_journal",
             )
         request = Request(scope, receive)
-        caller, context = get_caller(request), RequestContext()
-        context.caller = caller
-        body = await request.body()
+        caller = get_caller(request)
+        body, value = await request.body(), dict[str, Any]()
         if scope["method"] == "POST":
             value = parse_body(body, caller, self._model_name)
-            context.has_token_limit = token_limit(value, caller) is not None
             body = json.dumps(value | system_prompt(value, scope["path"], caller)).encode()
-        if scope["path"] in GENERATION_PATHS:
-            await self._wait_for_functions(request, caller, context, len(body))
+        context = RequestContext(caller, token_limit(value, caller) is not None)
         inner = {**scope, "headers": _with_length(scope, len(body))}
-        token = REQUEST.set(context)
-        try:
-            await self._app(inner, _BodyThenReceive(body, receive), _HeaderAdder(context, send))
-        finally:
-            REQUEST.reset(token)
+        received, answer = _BodyThenReceive(body, receive), _HeaderAdder(context, send)
+        if scope["path"] not in GENERATION_PATHS:
+            await self._app(inner, received, answer)
+            return
+        with begin_generation(
+            scope_span(scope), scope["path"], value, model=self._model_name, tenant=caller.tenant
+        ) as context.span:
+            await self._wait_for_functions(request, caller, context, len(body))
+            token = REQUEST.set(context)
+            try:
+                await self._app(inner, received, answer)
+            finally:
+                REQUEST.reset(token)
 
     async def _wait_for_functions(
         self, request: Request, caller: Caller, context: RequestContext, n_bytes: int
@@ -112,8 +120,9 @@ class TenantMiddleware:
         n_tokens = max(1, n_bytes // BYTES_PER_TOKEN)
         if self._activator.is_activated_for(n_tokens):
             return
-        with self._admission.queue_slot(caller, size_bytes=n_bytes):
-            waiting = self._activator.wait_for_activation(n_tokens, size_bytes=n_bytes)
+        slot = self._admission.queue_slot(caller, size_bytes=n_bytes)
+        with slot, context.span.child("hold") as hold:
+            waiting = self._activator.wait_for_activation(n_tokens, size_bytes=n_bytes, span=hold)
             queued_s = await run_until_disconnect(request, waiting)
         if queued_s:
             context.headers[COLD_START_HEADER] = f"{queued_s:.3f}"

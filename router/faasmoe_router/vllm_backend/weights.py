@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from vllm.config import ModelConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-from vllm.platforms import current_platform
 
 from faasmoe_contracts.store import Store, StoreError
 from faasmoe_contracts.store.quantization import SCALE_SUFFIX
@@ -24,7 +23,7 @@ from faasmoe_expert.functions.dequantization import dequantize
 from faasmoe_router.errors import RouterConfigError, RouterWeightsChanged
 from faasmoe_router.referenced_tensors import map_referenced_tensors
 from faasmoe_router.vllm_backend.compatibility import checkpoint_name
-from faasmoe_router.vllm_backend.expert_calls import expert_calls
+from faasmoe_router.vllm_backend.expert_calls import current_calls
 
 LOAD_FORMAT = "faasmoe"
 
@@ -44,7 +43,7 @@ class StoreModelLoader(BaseModelLoader):
 
     def load_weights(self, model: Any, model_config: ModelConfig) -> None:
         """Load the weights; raises RouterConfigError naming a tensor that does not fit."""
-        store = expert_calls(torch.device(current_platform.device_type)).store
+        store = current_calls().store
         architecture = store.manifest.model.architecture
         tensors = (
             (checkpoint_name(name, architecture), tensor)

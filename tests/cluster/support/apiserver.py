@@ -160,6 +160,10 @@ class ApiServer:
         """Return the server's version."""
         return str(self._call("GET", "/version")["gitVersion"])
 
+    def core_resources(self) -> set[str]:
+        """Return the names of the resources and subresources of the core group."""
+        return {str(resource["name"]) for resource in self._call("GET", "/api/v1")["resources"]}
+
     def find(self, plural: str, namespace: str, name: str) -> Object | None:
         """Return an object; None if it does not exist."""
         try:

@@ -16,6 +16,7 @@ from containers import Container, Mount
 
 CPU_LIMIT = "1"
 """CPU limit that containers see, since they all share this machine."""
+_SERVICE_HOST = re.compile(r"(?P<name>[a-z0-9-]+)\.(?P<namespace>[a-z0-9-]+)\.svc(?=:)")
 _REFERENCE = re.compile(r"\$\(([A-Za-z_][A-Za-z0-9_]*)\)")
 
 
@@ -69,8 +70,27 @@ class ContainerFactory:
         return {
             "HOME": "/tmp",
             "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
-            **{name: _expand(value, given) for name, value in given.items()},
+            **{
+                name: self._resolved(_expand(value, given), pod["metadata"]["namespace"])
+                for name, value in given.items()
+            },
         }
+
+    def _resolved(self, value: str, namespace: str) -> str:
+        """Replace the names of Services of the namespace by the address of one of their pods."""
+        return _SERVICE_HOST.sub(lambda found: self._pod_address(found, namespace), value)
+
+    def _pod_address(self, found: re.Match[str], namespace: str) -> str:
+        if found["namespace"] != namespace:
+            return found[0]
+        service = self._api.find("services", namespace, found["name"])
+        selector = {} if service is None else service["spec"].get("selector", {})
+        labels = ",".join(f"{key}={value}" for key, value in selector.items())
+        pods = self._api.list("pods", namespace, labels=labels) if labels else []
+        addresses = [pod["status"]["podIP"] for pod in pods if pod["status"].get("podIP")]
+        if not addresses:
+            raise ContainerConfigError(f"service {found['name']} has no pod with an address")
+        return str(addresses[-1])
 
     def _entry_point(self, container: Object) -> list[str]:
         if "command" in container:

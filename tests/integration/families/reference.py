@@ -16,7 +16,11 @@ E2M1 = torch.tensor([*_POSITIVE, *(-value for value in _POSITIVE)])
 
 def upcast_model(family: Family, store: Store) -> PreTrainedModel:
     """Return the family's whole model in float32, with the weights of the store."""
-    model = family.build()
+    return load_dequantised(family.build(), store)
+
+
+def load_dequantised(model: PreTrainedModel, store: Store) -> PreTrainedModel:
+    """Load the weights of a store into a model in float32; return the model."""
     router = {
         f"{module}.weight": entry for module, entry in store.manifest.router.quantized.items()
     }

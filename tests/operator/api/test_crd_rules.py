@@ -56,6 +56,15 @@ VALID = {
     "hub": model(revision="main", tokenSecretRef=SECRET_KEY),
     "claim": model(source="pvc://models/qwen/1.5"),
     "claim-root": model(source="pvc://models"),
+    "image": model(source="oci://registry.example.com:5000/models/qwen@sha256:0123"),
+    "bucket": model(source="s3://models/qwen/1.5"),
+    "google-bucket": model(source="gs://models"),
+    "web-server": model(source="https://models.example.com:8443/qwen/"),
+    "store-of-an-image": {"store": {"source": "oci://registry/stores/qwen:1", "subPath": "a"}},
+    "store-caches": {
+        "store": {"cache": {"sizeLimit": "4Gi", "maxBytesPerSecond": "1G", "maxConnections": 8}}
+    },
+    "no-resize": {"experts": {"resize": "none"}},
     "step-as-large-as-the-batch": router(maxNumSeqs=64, maxNumBatchedTokens=64),
     "env-in-both": router(env=[{"name": "A"}], template={"env": [{"name": "B", "value": ""}]}),
     "env-of-a-secret": pods(env=[{"name": "A", "valueFrom": {"secretKeyRef": SECRET_KEY}}]),
@@ -90,7 +99,20 @@ VALID = {
 
 INVALID = {
     "file": (model(source="file:///x"), "file:// is for `faasmoe up` only"),
-    "way-up": (model(source="pvc://models/../x"), "expected hf://ORG/NAME or pvc://CLAIM/PATH"),
+    "way-up": (model(source="pvc://models/../x"), "expected hf://ORG/NAME, pvc://CLAIM/PATH"),
+    "way-up-in-a-bucket": (model(source="s3://models/../x"), "expected hf://ORG/NAME"),
+    "image-and-claim": (
+        {"store": {"source": "oci://a/b", "claimName": "c"}},
+        "no claimName together with source",
+    ),
+    "image-and-class": (
+        {"store": {"source": "oci://a/b", "storageClassName": "c"}},
+        "no storageClassName together with source",
+    ),
+    "image-and-cache": (
+        {"store": {"source": "oci://a/b", "cache": {}}},
+        "no cache together with source",
+    ),
     "revision": (model(source="pvc://m/x", revision="a"), "no revision unless source is hf://"),
     "token": (
         model(source="pvc://m/x", tokenSecretRef=SECRET_KEY),
@@ -212,6 +234,9 @@ INVALID_BY_SCHEMA = {
     "no-gateway": networking(httpRoute={"parentRefs": []}),
     "folder-of-keys": {"tenants": [{"name": "a", "apiKeysPath": "keys"}]},
     "store-folder": {"store": {"path": "x"}},
+    "store-of-a-bucket": {"store": {"source": "s3://stores/qwen"}},
+    "no-connections": {"store": {"cache": {"maxConnections": 0}}},
+    "source-of-no-scheme": model(source="ftp://models/qwen"),
     "tenants-name": tenants({"name": "Acme"}),
     "negative-quantity": {"store": {"size": -5}},
     "negative-quantity-as-text": {"store": {"size": "-5Gi"}},

@@ -51,7 +51,7 @@ def test_to_object_round_trips() -> None:
         pytest.param(
             {"model": {"source": "file:///x"}},
             "llm/demo: spec.model.source: got 'file:///x', "
-            "expected hf://ORG/NAME or pvc://CLAIM/PATH on Kubernetes",
+            "expected hf://ORG/NAME, pvc://CLAIM/PATH or another source on Kubernetes",
             id="file",
         ),
         pytest.param(

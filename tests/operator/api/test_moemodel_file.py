@@ -252,9 +252,10 @@ def test_names_the_field_its_value_and_what_was_expected(added: str, problem: st
     [
         pytest.param(
             "hf://org/model",
-            "s3://bucket/x",
-            "spec.model.source: got 's3://bucket/x', "
-            "expected hf://ORG/NAME, hf://ORG/NAME:QUANT, pvc://CLAIM/PATH or file://PATH",
+            "ftp://bucket/x",
+            "spec.model.source: got 'ftp://bucket/x', "
+            "expected hf://ORG/NAME, hf://ORG/NAME:QUANT, pvc://CLAIM/PATH, oci://IMAGE, "
+            "s3://BUCKET/PATH, gs://BUCKET/PATH, https://HOST/PATH or file://PATH",
             id="scheme",
         ),
         pytest.param(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from faasmoe_operator.cli.router import Endpoint, environment, own_command
+from faasmoe_operator.cli.router import Endpoint, environment, zygote_command, zygote_key
 from faasmoe_operator.control.local_model import LocalModel
 
 WriteModel = Callable[..., Path]
@@ -44,16 +44,24 @@ def test_arguments_of_vllm_are_passed_on_under_its_names(write_model: WriteModel
     assert json.loads(variables["FAASMOE_ENGINE_ARGS"]) == expected
 
 
-def test_a_router_with_vllm_runs_in_the_environment_that_has_it() -> None:
+def test_a_router_with_vllm_is_forked_in_the_environment_that_has_it() -> None:
     variables = {"FAASMOE_ENGINE": "vllm", "FAASMOE_VLLM_PYTHON": "/vllm/bin/python"}
-    assert own_command(variables) == ("/vllm/bin/python", "-m", "faasmoe_router")
-    assert own_command({"FAASMOE_ENGINE": "vllm"}) == (sys.executable, "-m", "faasmoe_router")
+    command = ("-m", "faasmoe_router.zygote", "vllm")
+    assert zygote_command(variables) == ("/vllm/bin/python", *command)
+    assert zygote_command({"FAASMOE_ENGINE": "vllm"}) == (sys.executable, *command)
 
 
-def test_other_routers_are_forked_by_the_zygote() -> None:
+def test_other_routers_are_forked_by_a_zygote_without_vllm() -> None:
     for engine in ("transformers", "auto"):  # there is no vLLM in this environment
         variables = {"FAASMOE_ENGINE": engine, "FAASMOE_VLLM_PYTHON": "/vllm/bin/python"}
-        assert own_command(variables) is None
+        assert zygote_command(variables) == (sys.executable, "-m", "faasmoe_router.zygote")
+
+
+def test_a_zygote_forks_routers_of_one_engine_and_of_the_same_variables_for_libraries() -> None:
+    ours = {"FAASMOE_ENGINE": "transformers", "OMP_NUM_THREADS": "1"}
+    assert zygote_key({**ours, "FAASMOE_PORT": "1"}) == zygote_key({**ours, "FAASMOE_PORT": "2"})
+    others = ({**ours, "FAASMOE_ENGINE": "vllm"}, {**ours, "OMP_NUM_THREADS": "2"})
+    assert len({zygote_key(variables) for variables in (ours, *others)}) == 3
 
 
 def test_environment_omits_settings_absent_from_spec(write_model: WriteModel) -> None:

@@ -29,6 +29,7 @@ from faasmoe_operator.kube.types import (
     HTTP_ROUTE,
     MOEMODEL,
     POD,
+    POD_RESIZE,
     SERVICE,
     Kind,
 )
@@ -264,6 +265,28 @@ def test_patch_metadata_sends_only_the_given_labels() -> None:
     )
     assert scenario.only["body"] == {"metadata": {"labels": {"x": "1", "y": None}}}
     assert scenario.only["type"] == "application/merge-patch+json"
+
+
+def test_resize_sends_the_requests_of_one_container() -> None:
+    scenario = exchange(
+        lambda client: client.resize_pod(
+            "llm", "a", container="sandbox", requests={"memory": "1Gi"}
+        ),
+        ok({}),
+    )
+    assert scenario.only["method"] == "PATCH"
+    assert scenario.only["path"] == "/api/v1/namespaces/llm/pods/a/resize"
+    assert scenario.only["type"] == "application/strategic-merge-patch+json"
+    container = {"name": "sandbox", "resources": {"requests": {"memory": "1Gi"}}}
+    assert scenario.only["body"] == {"spec": {"containers": [container]}}
+
+
+@pytest.mark.parametrize("names", [["pods", "pods/resize"], ["pods", "pods/status"]])
+def test_a_subresource_is_discovered_as_a_resource(names: list[str]) -> None:
+    resources = [{"name": name} for name in names]
+    scenario = exchange(lambda client: client.is_served(POD_RESIZE), ok({"resources": resources}))
+    assert scenario.result is ("pods/resize" in names)
+    assert scenario.only["path"] == "/api/v1"
 
 
 def test_delete_sends_the_uid_as_precondition() -> None:

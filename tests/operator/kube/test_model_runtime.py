@@ -26,9 +26,11 @@ from faasmoe_operator.kube.manifests.names import (
     FUNCTIONS_ANNOTATION,
     POOL_LABEL,
 )
+from faasmoe_operator.kube.manifests.resources import resize_policy
 from faasmoe_operator.kube.model_runtime import RuntimeDependencies, RuntimeManager
 from faasmoe_operator.kube.platform import PodPlatformTiming
 from faasmoe_operator.kube.pod_labels import PodLabeler
+from faasmoe_operator.kube.pod_resizer import pod_requests
 from faasmoe_operator.kube.store_summary import LayerGroup
 from faasmoe_operator.kube.types import CONFIG_MAP, POD, ModelKey
 
@@ -295,6 +297,68 @@ def test_counts_report_why_sandboxes_cannot_be_started() -> None:
             counts = running.runtimes.counts(KEY)
             assert counts is not None
             assert counts.failure == ""
+
+    asyncio.run(scenario())
+
+
+def memory_requests(running: RuntimeHarness) -> list[int]:
+    return sorted(pod_requests(p).memory_bytes for p in running.cluster.api.pods().values())
+
+
+def test_pods_grow_at_attach_and_shrink_at_detach() -> None:
+    ctx = replace(model_context(warmPool=1), can_resize=True)
+    policy = resize_policy(ctx)
+    assert policy is not None
+    idle = policy.idle.memory_bytes
+
+    async def scenario() -> None:
+        async with world() as running:
+            await running.runtimes.ensure(ctx)
+            controller = await running.controller()
+            await eventually(lambda: memory_requests(running) == [idle])
+            name = next(iter(controller.model.functions))
+            size_bytes = controller.model.functions[name].size_bytes
+            controller.activate([name])
+            await eventually(lambda: memory_requests(running) == [idle, idle + size_bytes])
+
+            def is_shrunk() -> bool:
+                controller.add_load_report(LoadReport("r"))  # a router that is idle
+                return set(memory_requests(running)) == {idle}
+
+            await eventually(is_shrunk)
+
+    asyncio.run(scenario())
+
+
+def test_a_resize_that_is_refused_keeps_nothing_from_serving() -> None:
+    ctx = replace(model_context(warmPool=1), can_resize=True)
+
+    async def scenario() -> None:
+        async with world() as running:
+            running.cluster.api.errors["resize", POD] = Forbidden("exceeded quota", status=403)
+            await running.runtimes.ensure(ctx)
+            controller = await running.controller()
+            name = next(iter(controller.model.functions))
+            controller.activate([name])
+            await eventually(lambda: ("resize", "Pod") in requested(running))
+            await eventually(lambda: routable_functions(controller) == {name})
+
+    asyncio.run(scenario())
+
+
+def requested(running: RuntimeHarness) -> set[tuple[str, str]]:
+    return {(verb, kind) for verb, kind, _ in running.cluster.api.requests}
+
+
+def test_pods_have_a_fixed_size_where_they_cannot_be_resized() -> None:
+    async def scenario() -> None:
+        async with world() as running:
+            await running.runtimes.ensure(model_context(warmPool=1))
+            controller = await running.controller()
+            name = next(iter(controller.model.functions))
+            controller.activate([name])
+            await eventually(lambda: ("assigned", name) in running.pod_labels())
+            assert ("resize", "Pod") not in requested(running)
 
     asyncio.run(scenario())
 

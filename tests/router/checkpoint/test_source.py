@@ -27,7 +27,7 @@ def test_file_url_names_a_folder(make_checkpoint: MakeCheckpoint) -> None:
         pytest.param("file:///no/such", None, "expected a folder that exists", id="file"),
         pytest.param("./no/such", None, "expected a folder that exists", id="relative"),
         pytest.param("name", None, "expected a folder that exists or ORG/NAME", id="name"),
-        pytest.param("s3://bucket/model", None, "got 's3://bucket/model', expected", id="scheme"),
+        pytest.param("ftp://host/model", None, "got 'ftp://host/model', expected", id="scheme"),
         pytest.param("/tmp", "main", "revision: got 'main', expected none", id="revision"),
         pytest.param("/proc", None, r"/proc/config\.json: cannot be read", id="no-config"),
     ],

@@ -2,7 +2,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from faasmoe_router.tenants.usage import RequestOutcome
+from faasmoe_router.vllm_backend.generation_span import GenerationTrace
 from faasmoe_router.vllm_backend.request_account import RequestAccount
+from faasmoe_tracing import NO_SPAN
 
 
 @dataclass
@@ -35,7 +37,7 @@ def test_outputs_with_new_tokens_and_outputs_with_all_so_far_count_the_same() ->
     totals.append([Choice(1, [4, 5], "stop")])
     for outputs, is_delta in ((deltas, True), (totals, False)):
         recorder = Recorder()
-        account = RequestAccount("a", "1", 10, recorder)
+        account = RequestAccount("a", "1", 10, recorder, GenerationTrace(NO_SPAN, 10))
         counts = [account.add(o, n_cached=4, is_delta=is_delta) for o in outputs]
         assert counts == [(8, 2), (2, 2), (1, 1)]
         assert (recorder.tokens, recorder.n_last) == (5, 1)
@@ -43,7 +45,7 @@ def test_outputs_with_new_tokens_and_outputs_with_all_so_far_count_the_same() ->
 
 def test_the_end_of_a_choice_counts_once() -> None:
     recorder = Recorder()
-    account = RequestAccount("a", "1", 1, recorder)
+    account = RequestAccount("a", "1", 1, recorder, GenerationTrace(NO_SPAN, 1))
     for _ in range(2):
         account.add([Choice(0, [7], "length")], n_cached=0, is_delta=False)
     assert (recorder.tokens, recorder.n_last) == (1, 1)

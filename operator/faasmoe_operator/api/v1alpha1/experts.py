@@ -293,6 +293,13 @@ class ExpertsSpec(ApiModel):
         "was measured to be faster, at most half of those of a layer; functions never does.",
         json_schema_extra=PROCESS_ONLY,
     )
+    resize: Literal["auto", "none"] = Field(
+        "auto",
+        description="auto lets the requests of sandboxes' pods follow what is attached to them "
+        "where the cluster can resize pods in place (Kubernetes 1.33 or newer); none requests what "
+        "a sandbox needs with all its functions from the start.",
+        json_schema_extra=KUBERNETES_ONLY,
+    )
     warm_pool: int = Field(1, ge=0, le=1000, description="Number of empty sandboxes kept ready.")
     memory: ByteQuantity | None = Field(
         None,

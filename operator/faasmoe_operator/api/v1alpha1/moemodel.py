@@ -119,8 +119,9 @@ class MoEModel(ApiModel):
 
     @property
     def store_sub_path(self) -> str:
-        """The store's folder in its PersistentVolumeClaim."""
-        return self.spec.store.sub_path or self.metadata.name
+        """The store's folder in its claim or image; empty for the root of an image."""
+        store = self.spec.store
+        return store.sub_path or ("" if store.image is not None else self.metadata.name)
 
 
 def _to_builtin(value: Any) -> Any:

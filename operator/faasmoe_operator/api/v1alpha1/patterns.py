@@ -31,8 +31,11 @@ _HUB_FILE = r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*"  # a GGUF file or quantisation
 HUB_ID = rf"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+(:{_HUB_FILE})?"
 _HUB_SOURCE = rf"hf://{HUB_ID}"
 _PVC_SOURCE = rf"pvc://{_DNS_LABEL}(\.{_DNS_LABEL})*(/[A-Za-z0-9._-]+)*/?"
-KUBERNETES_SOURCE = rf"^({_HUB_SOURCE}|{_PVC_SOURCE})$"
-SOURCE = rf"^({_HUB_SOURCE}|{_PVC_SOURCE}|file://.+)$"
+_OCI_REFERENCE = r"[A-Za-z0-9][A-Za-z0-9._:/@-]*"
+_OBJECT_SOURCE = r"(s3|gs|https)://[A-Za-z0-9][A-Za-z0-9.:_-]*(/[A-Za-z0-9._-]+)*/?"
+OCI_SOURCE = rf"^oci://{_OCI_REFERENCE}$"
+KUBERNETES_SOURCE = rf"^({_HUB_SOURCE}|{_PVC_SOURCE}|oci://{_OCI_REFERENCE}|{_OBJECT_SOURCE})$"
+SOURCE = rf"^({_HUB_SOURCE}|{_PVC_SOURCE}|oci://{_OCI_REFERENCE}|{_OBJECT_SOURCE}|file://.+)$"
 
 DESCRIPTIONS = {
     DNS_LABEL: "lowercase letters, digits and '-', a letter or digit at both ends",
@@ -51,5 +54,9 @@ DESCRIPTIONS = {
     HTTP_URL: "a URL such as http://127.0.0.1:4318",
     INDEX_RANGES: 'indices such as "0-3,7"',
     QUANTITY: "a quantity such as 500m, 4 or 100Gi",
-    SOURCE: "hf://ORG/NAME, hf://ORG/NAME:QUANT, pvc://CLAIM/PATH or file://PATH",
+    SOURCE: (
+        "hf://ORG/NAME, hf://ORG/NAME:QUANT, pvc://CLAIM/PATH, oci://IMAGE, s3://BUCKET/PATH, "
+        "gs://BUCKET/PATH, https://HOST/PATH or file://PATH"
+    ),
+    OCI_SOURCE: "an OCI artifact such as oci://registry.example.com/stores/qwen:1",
 }

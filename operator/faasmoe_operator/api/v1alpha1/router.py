@@ -56,11 +56,20 @@ class EngineArgsSpec(ApiModel):
     max_logprobs: Annotated[int, Field(ge=0, le=1000)] | None = Field(
         None, description="Most log-probabilities that a request may ask for with a token."
     )
+    tensor_parallel_size: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        None,
+        description="Devices, or on a CPU groups of cores, that compute each layer together; the "
+        "first calls functions.",
+    )
     tool_call_parser: Annotated[str, Field(pattern=PARSER_NAME, max_length=64)] | None = Field(
-        None, description="vLLM's parser of tool calls; if omitted, requests with tools get 400."
+        None,
+        description="vLLM's parser of tool calls, instead of the one of the model's family; none "
+        "for none: requests with tools then get 400.",
     )
     reasoning_parser: Annotated[str, Field(pattern=PARSER_NAME, max_length=64)] | None = Field(
-        None, description="vLLM's parser of reasoning."
+        None,
+        description="vLLM's parser of reasoning, instead of the one of the model's family; none "
+        "for none.",
     )
 
 

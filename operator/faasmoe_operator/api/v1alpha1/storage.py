@@ -27,6 +27,7 @@ from faasmoe_operator.api.v1alpha1.pod_template import ResourceRequirements
 HUB_SCHEME = "hf://"
 PVC_SCHEME = "pvc://"
 FILE_SCHEME = "file://"
+OCI_SCHEME = "oci://"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +83,15 @@ class ModelSource(ApiModel):
 
     source: Annotated[str, Field(pattern=patterns.SOURCE, max_length=2048)] = Field(
         description="hf://ORG/NAME of a model hub, hf://ORG/NAME:QUANT or hf://ORG/NAME:FILE of "
-        "its GGUF files, or pvc://CLAIM/PATH of a PersistentVolumeClaim; for `faasmoe up` hf://, "
-        "file:///PATH, or file://PATH relative to the MoEModel "
-        "file.",
+        "its GGUF files, s3://BUCKET/PATH, gs://BUCKET/PATH, https://HOST/PATH, pvc://CLAIM/PATH "
+        "of a PersistentVolumeClaim, or oci://IMAGE, an OCI artifact with the checkpoint's files; "
+        "for `faasmoe up` all but pvc:// and oci://, and file:///PATH, or file://PATH relative to "
+        "the MoEModel file.",
         json_schema_extra=validations(
             cel_rule(
                 f"self.matches(r'{patterns.KUBERNETES_SOURCE}') && !self.contains('/..')",
-                "expected hf://ORG/NAME or pvc://CLAIM/PATH; file:// is for `faasmoe up` only",
+                "expected hf://ORG/NAME, pvc://CLAIM/PATH, oci://IMAGE, s3://BUCKET/PATH, "
+                "gs://BUCKET/PATH or https://HOST/PATH; file:// is for `faasmoe up` only",
             ),
             cel_rule(
                 "self == oldSelf", f"{_SOURCE_IMMUTABLE} source", reason="FieldValueForbidden"
@@ -121,9 +124,14 @@ class ModelSource(ApiModel):
         claim, _, path = self.source.removeprefix(PVC_SCHEME).partition("/")
         return PVCPath(claim, path.strip("/"))
 
+    @property
+    def image(self) -> str | None:
+        """Reference of the artifact of an oci:// source; None for other sources."""
+        return _oci_reference(self.source)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.source.startswith(PVC_SCHEME) and "/.." in self.source:
+        if not self.source.startswith(FILE_SCHEME) and "/.." in self.source:
             raise validation_error("source", got=self.source, expected="a path without ..")
         if self.source.startswith(HUB_SCHEME):
             return self
@@ -138,6 +146,35 @@ class ModelSource(ApiModel):
         return self
 
 
+def _oci_reference(source: str | None) -> str | None:
+    if source is None or not source.startswith(OCI_SCHEME):
+        return None
+    return source.removeprefix(OCI_SCHEME)
+
+
+class StoreCacheSpec(ApiModel):
+    """Caches of sandboxes, which then need no claim and run on any node."""
+
+    size_limit: ByteQuantity | None = Field(
+        None,
+        description="Size of each sandbox's cache; room for twice the functions that it holds if "
+        "omitted.",
+    )
+    max_bytes_per_second: ByteQuantity | None = Field(
+        None,
+        description="Maximum rate at which the store server sends, to all sandboxes together; no "
+        "limit if omitted.",
+    )
+    max_connections: int = Field(
+        64, ge=1, le=1024, description="Maximum number of connections to the store server."
+    )
+    resources: ResourceRequirements | None = Field(
+        None,
+        description="Resources of the store server. Defaults: requests of 100m CPU and 256Mi of "
+        "memory, limits of 2 CPUs and 1Gi.",
+    )
+
+
 _STORE_IMMUTABLE = "immutable: a store cannot move, create another MoEModel"
 
 
@@ -147,11 +184,14 @@ def _cel_immutable(field: str) -> SchemaExtension:
     return cel_rule(unchanged, _STORE_IMMUTABLE, field=f".{field}", reason="FieldValueForbidden")
 
 
+_NO_CLAIM = "the store is in an image, there is no claim"
+
+
 class StoreSpec(ApiModel):
     """The store that holds the prepared checkpoint."""
 
     model_config = model_validations(
-        *map(_cel_immutable, ("storageClassName", "accessMode", "claimName", "subPath")),
+        *map(_cel_immutable, ("source", "storageClassName", "accessMode", "claimName", "subPath")),
         cel_rule(
             "quantity(string(self.size)).compareTo(quantity(string(oldSelf.size))) >= 0",
             "expected at least the current size: a volume cannot shrink",
@@ -163,8 +203,28 @@ class StoreSpec(ApiModel):
             "expected no storageClassName together with claimName: the claim has one already",
             field=".storageClassName",
         ),
+        *(
+            cel_rule(
+                f"!(has(self.source) && has(self.{field}))",
+                f"expected no {field} together with source: {_NO_CLAIM}",
+                field=f".{field}",
+            )
+            for field in ("storageClassName", "claimName", "cache")
+        ),
     )
 
+    source: Annotated[str, Field(pattern=patterns.OCI_SOURCE, max_length=2048)] | None = Field(
+        None,
+        description="oci://IMAGE, an OCI artifact with the prepared store, which each node pulls "
+        "and pods mount as an image volume; without a claim and without preparation.",
+        json_schema_extra=KUBERNETES_ONLY,
+    )
+    cache: StoreCacheSpec | None = Field(
+        None,
+        description="Sandboxes fetch the blocks of their functions from a server beside the claim "
+        "into caches of their own, so that they run on any node; if omitted they mount the claim.",
+        json_schema_extra=KUBERNETES_ONLY,
+    )
     path: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
         None,
         description="Folder, relative to the MoEModel file; .faasmoe/NAME if omitted.",
@@ -226,4 +286,23 @@ class StoreSpec(ApiModel):
             raise validation_error(
                 "storageClassName", got=self.storage_class_name, expected=expected
             )
+        self._check_without_claim()
         return self
+
+    def _check_without_claim(self) -> None:
+        if self.source is None:
+            return
+        cache = None if self.cache is None else self.cache.to_object()
+        for field, value in (
+            ("storageClassName", self.storage_class_name),
+            ("claimName", self.claim_name),
+            ("cache", cache),
+        ):
+            if value is not None:
+                expected = f"none together with source: {_NO_CLAIM}"
+                raise validation_error(field, got=value, expected=expected)
+
+    @property
+    def image(self) -> str | None:
+        """Reference of the artifact that holds the store; None if it is in a claim."""
+        return _oci_reference(self.source)

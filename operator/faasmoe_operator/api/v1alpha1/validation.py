@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from faasmoe_operator.api.v1alpha1.base import PLATFORM_EXTENSION, ApiModel
 from faasmoe_operator.api.v1alpha1.patterns import DESCRIPTIONS
-from faasmoe_operator.api.v1alpha1.storage import FILE_SCHEME, PVC_SCHEME
+from faasmoe_operator.api.v1alpha1.storage import FILE_SCHEME, OCI_SCHEME, PVC_SCHEME
 
 if TYPE_CHECKING:
     from faasmoe_operator.api.v1alpha1.moemodel import MoEModel
@@ -180,10 +180,10 @@ def process_platform_problems(model: MoEModel) -> list[str]:
     """Return one line for each setting that `faasmoe up` cannot serve."""
     source = model.spec.model.source
     problems = []
-    if source.startswith(PVC_SCHEME):
+    if source.startswith((PVC_SCHEME, OCI_SCHEME)):
         problems.append(
             f"spec.model.source: got {source!r}, expected hf://ORG/NAME or file://PATH: "
-            "only Kubernetes has PersistentVolumeClaims"
+            "only Kubernetes has PersistentVolumeClaims and image volumes"
         )
     for index, tenant in enumerate(model.spec.tenants):
         if tenant.api_keys_path is None:
@@ -202,7 +202,7 @@ def kubernetes_problems(model: MoEModel) -> list[str]:
         for field in _fields_set_for_platform(model.spec, "spec", platform="process")
     ]
     if source.startswith(FILE_SCHEME):
-        expected = "hf://ORG/NAME or pvc://CLAIM/PATH on Kubernetes"
+        expected = "hf://ORG/NAME, pvc://CLAIM/PATH or another source on Kubernetes"
         problems.insert(0, f"spec.model.source: got {source!r}, expected {expected}")
     for index, tenant in enumerate(model.spec.tenants):
         if tenant.api_keys_secret_ref is None:

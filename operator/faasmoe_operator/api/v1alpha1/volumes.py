@@ -17,7 +17,15 @@ from faasmoe_operator.api.v1alpha1.base import (
 from faasmoe_operator.api.v1alpha1.field_types import ByteQuantity, DNSLabel, ObjectName
 
 SOURCES = ("configMap", "secret", "persistentVolumeClaim", "emptyDir")
-RESERVED_PATHS = ("/store", "/source", "/tmp", "/etc/faasmoe", "/var/lib/faasmoe", "/opt/faasmoe")
+RESERVED_PATHS = (
+    "/store",
+    "/source",
+    "/cache",
+    "/tmp",
+    "/etc/faasmoe",
+    "/var/lib/faasmoe",
+    "/opt/faasmoe",
+)
 """Where the operator's own volumes and the images' files are."""
 _ONE_SOURCE = f"expected exactly one of {', '.join(SOURCES)}"
 _OTHER_PATH = f"expected a path outside {', '.join(RESERVED_PATHS)}"

@@ -103,6 +103,7 @@ class ModelContext:
         summary: summary of the prepared store; None until it is prepared.
         served_apis: optional APIs that the cluster serves, such as "gateway.networking.k8s.io/v1".
         user_id: user and group of the pods; None if the platform assigns them.
+        can_resize: whether the cluster resizes pods in place.
         gateways: the gateways' pods; None if no gateway runs.
         tenants: Tenants that may use the model, by the gateways alone.
         scaled_routers: routers that should run by the model's requests; None if they are not
@@ -119,6 +120,7 @@ class ModelContext:
     summary: StoreSummary | None = None
     served_apis: frozenset[str] = frozenset()
     user_id: int | None = USER_ID
+    can_resize: bool = False
     gateways: GatewayPods | None = None
     tenants: tuple[TenantSpec, ...] = ()
     scaled_routers: int | None = None

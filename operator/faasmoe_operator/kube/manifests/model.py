@@ -8,6 +8,7 @@ from faasmoe_operator.kube.manifests.names import (
     router_name,
     sandbox_name,
     store_name,
+    store_server_name,
 )
 from faasmoe_operator.kube.manifests.networking import (
     ingress_objects,
@@ -17,13 +18,14 @@ from faasmoe_operator.kube.manifests.networking import (
     serving_policies,
     store_policies,
 )
-from faasmoe_operator.kube.manifests.pods import control_secret, service_account
+from faasmoe_operator.kube.manifests.pods import control_secret, has_caches, service_account
 from faasmoe_operator.kube.manifests.router import (
     router_deployment,
     router_disruption_budget,
     tenants_config_map,
 )
 from faasmoe_operator.kube.manifests.store import store_claim, store_job
+from faasmoe_operator.kube.manifests.store_server import store_server_objects
 from faasmoe_operator.kube.types import Object
 
 
@@ -44,7 +46,9 @@ def serving_objects(ctx: ModelContext) -> list[Object]:
         *serving_policies(ctx),
         service_account(ctx, router_name(ctx.name), Component.ROUTER),
         service_account(ctx, sandbox_name(ctx.name), Component.SANDBOX),
+        *_store_server_account(ctx),
         control_secret(ctx),
+        *store_server_objects(ctx),
         *([tenants_config_map(ctx)] if ctx.has_tenants else []),
         router_disruption_budget(ctx),
         router_deployment(ctx),
@@ -53,6 +57,12 @@ def serving_objects(ctx: ModelContext) -> list[Object]:
         *service_monitors(ctx),
         *pod_monitors(ctx),
     ]
+
+
+def _store_server_account(ctx: ModelContext) -> list[Object]:
+    if not has_caches(ctx):
+        return []
+    return [service_account(ctx, store_server_name(ctx.name), Component.STORE_SERVER)]
 
 
 def missing_apis(ctx: ModelContext) -> dict[str, str]:

@@ -29,6 +29,7 @@ class Component(StrEnum):
     ROUTER = "router"
     SANDBOX = "sandbox"
     STORE = "store"
+    STORE_SERVER = "store-server"
     CONTROL = "control"
 
 
@@ -68,6 +69,11 @@ def pod_selector_text(model: str, component: Component | None = None) -> str:
 def store_name(model: str) -> str:
     """Return the name of the store's claim, Job, ServiceAccount and NetworkPolicy."""
     return truncate_name(f"{model}-store")
+
+
+def store_server_name(model: str) -> str:
+    """Return the name of the store server's Deployment, Service, ServiceAccount and policy."""
+    return truncate_name(_as_dns_1035_label(f"{model}-store-server"))
 
 
 def router_name(model: str) -> str:

@@ -10,6 +10,7 @@ Traffic that no NetworkPolicy allows is denied in both directions:
 clients ──8000──▶ routers ──9090──▶ sandboxes ◀──9090── operator
                   routers ──control port──▶ operator         store Job ──443──▶ anywhere
 
+With `store.cache`, sandboxes ──9092──▶ store server.
 Gateways may reach routers as clients do. Metrics have ports of their own on routers and sandboxes,
 which `monitoring.clients` may reach.
 """
@@ -42,11 +43,13 @@ from faasmoe_operator.kube.manifests.names import (
     sandbox_name,
     service_name,
     store_name,
+    store_server_name,
     tenant_service_name,
 )
-from faasmoe_operator.kube.manifests.pods import METRICS_PORT_NAME
+from faasmoe_operator.kube.manifests.pods import METRICS_PORT_NAME, has_caches
 from faasmoe_operator.kube.manifests.router import ROUTER_PORT, router_metrics_port
 from faasmoe_operator.kube.manifests.sandbox import SANDBOX_METRICS_PORT, SANDBOX_PORT
+from faasmoe_operator.kube.manifests.store_server import STORE_SERVER_PORT
 from faasmoe_operator.kube.types import (
     HTTP_ROUTE,
     INGRESS,
@@ -228,7 +231,7 @@ def store_policies(ctx: ModelContext) -> list[Object]:
 
 
 def serving_policies(ctx: ModelContext) -> list[Object]:
-    """Return the policies of routers and sandboxes."""
+    """Return the policies of routers, sandboxes and the store server."""
     from_clients = {"from": _peers(ctx.spec.networking.clients), "ports": _ports(ROUTER_PORT)}
     to_sandboxes = {
         "to": [_pods_peer(ctx, Component.SANDBOX)],
@@ -256,9 +259,32 @@ def serving_policies(ctx: ModelContext) -> list[Object]:
             sandbox_name(ctx.name),
             Component.SANDBOX,
             ingress=[from_callers, *_from_scrapers(ctx, SANDBOX_METRICS_PORT)],
-            egress=[],
+            egress=_to_store_server(ctx),
         ),
+        *_store_server_policies(ctx),
     ]
+
+
+def _to_store_server(ctx: ModelContext) -> list[Object]:
+    """Return the egress of sandboxes: none, or to the store server by its name."""
+    if not has_caches(ctx):
+        return []
+    server = {
+        "to": [_pods_peer(ctx, Component.STORE_SERVER)],
+        "ports": _ports(STORE_SERVER_PORT),
+    }
+    return [_dns_egress(), server]
+
+
+def _store_server_policies(ctx: ModelContext) -> list[Object]:
+    if not has_caches(ctx):
+        return []
+    from_sandboxes = {
+        "from": [_pods_peer(ctx, Component.SANDBOX)],
+        "ports": _ports(STORE_SERVER_PORT),
+    }
+    name = store_server_name(ctx.name)
+    return [_policy(ctx, name, Component.STORE_SERVER, ingress=[from_sandboxes], egress=[])]
 
 
 def _to_collector(ctx: ModelContext) -> list[Object]:

@@ -15,6 +15,7 @@ from typing import Any
 from faasmoe_operator.api.v1alpha1.pod_template import PodTemplateSpec, TopologySpreadConstraint
 from faasmoe_operator.kube.manifests.context import ModelContext, new_object
 from faasmoe_operator.kube.manifests.names import (
+    COMPONENT_LABEL,
     Component,
     control_name,
     model_labels,
@@ -37,6 +38,7 @@ HOSTNAME_LABEL = "kubernetes.io/hostname"
 REQUIRED_TERMS = "requiredDuringSchedulingIgnoredDuringExecution"
 STORE_MOUNT_PATH = "/store"
 SOURCE_MOUNT_PATH = "/source"
+SOURCE_IMAGE_PATH = f"{SOURCE_MOUNT_PATH}/image"
 TMP_MOUNT_PATH = "/tmp"
 TMP_SIZE_LIMIT = "2Gi"
 STATE_MOUNT_PATH = "/var/lib/faasmoe"
@@ -95,7 +97,7 @@ def scheduling_fields(ctx: ModelContext, template: PodTemplateSpec, component: C
     fields: Object = {
         "nodeSelector": dict(template.node_selector or {}),
         "tolerations": [toleration.to_object() for toleration in template.tolerations],
-        "affinity": _affinity(ctx, template),
+        "affinity": _affinity(ctx, template, component),
         "topologySpreadConstraints": _topology_spread(ctx, template, component),
         "priorityClassName": template.priority_class_name,
         "runtimeClassName": template.runtime_class_name,
@@ -104,24 +106,38 @@ def scheduling_fields(ctx: ModelContext, template: PodTemplateSpec, component: C
 
 
 def is_single_node_claim(ctx: ModelContext) -> bool:
-    """Return whether the store's claim can be mounted on only one node."""
-    return ctx.spec.store.access_mode == READ_WRITE_ONCE
+    """Return whether the store is in a claim that can be mounted on only one node."""
+    store = ctx.spec.store
+    return store.image is None and store.access_mode == READ_WRITE_ONCE
 
 
-def _affinity(ctx: ModelContext, template: PodTemplateSpec) -> Object:
+def has_caches(ctx: ModelContext) -> bool:
+    """Return whether sandboxes have caches instead of the store."""
+    return ctx.spec.store.cache is not None
+
+
+def _affinity(ctx: ModelContext, template: PodTemplateSpec, component: Component) -> Object:
     affinity: Object = {} if template.affinity is None else template.affinity.to_object()
-    if not is_single_node_claim(ctx):
+    is_anywhere = has_caches(ctx) and component is Component.SANDBOX
+    if is_anywhere or not is_single_node_claim(ctx):
         return affinity
     # The scheduler would bind a pod to another node, where it waits for the volume forever.
-    colocation_term = {
-        "labelSelector": {"matchLabels": pod_selector(ctx.name)},
-        "topologyKey": HOSTNAME_LABEL,
-    }
+    colocation_term = {"labelSelector": _claim_users(ctx), "topologyKey": HOSTNAME_LABEL}
     pod_affinity = affinity.get("podAffinity", {})
     terms = pod_affinity.get(REQUIRED_TERMS, [])
     if isinstance(terms, list):  # otherwise the API server rejects it
         affinity["podAffinity"] = {**pod_affinity, REQUIRED_TERMS: [*terms, colocation_term]}
     return affinity
+
+
+def _claim_users(ctx: ModelContext) -> Object:
+    """Return the selector of the pods that mount the store's claim."""
+    selector: Object = {"matchLabels": pod_selector(ctx.name)}
+    if has_caches(ctx):
+        values = [Component.SANDBOX.value]
+        other = {"key": COMPONENT_LABEL, "operator": "NotIn", "values": values}
+        selector["matchExpressions"] = [other]
+    return selector
 
 
 def _topology_spread(
@@ -193,44 +209,56 @@ def store_claim_name(ctx: ModelContext) -> str:
 
 def store_path(ctx: ModelContext) -> str:
     """Return the path of the store in every pod of the model."""
-    return f"{STORE_MOUNT_PATH}/{ctx.model.store_sub_path}"
+    return f"{STORE_MOUNT_PATH}/{ctx.model.store_sub_path}".rstrip("/")
 
 
 def checkpoint_source(ctx: ModelContext) -> str:
-    """Return the checkpoint source for the store Job: a path if it is in a claim."""
-    claim_path = ctx.spec.model.claim_path
-    if claim_path is None:
-        return ctx.spec.model.source
-    return f"{SOURCE_MOUNT_PATH}/{claim_path.claim}/{claim_path.path}".rstrip("/")
+    """Return the checkpoint source for the store Job: a path if it is in a claim or an image."""
+    model = ctx.spec.model
+    if model.claim_path is not None:
+        return f"{SOURCE_MOUNT_PATH}/{model.claim_path.claim}/{model.claim_path.path}".rstrip("/")
+    return model.source if model.image is None else SOURCE_IMAGE_PATH
+
+
+def _image_volume(ctx: ModelContext, name: str, reference: str) -> Object:
+    """Return a volume with the files of an OCI artifact, which the kubelet pulls."""
+    image = {"reference": reference, "pullPolicy": ctx.images.pull_policy}
+    return {"name": name, "image": image}
 
 
 def store_volume(ctx: ModelContext) -> Object:
-    """Return the volume of the store's claim."""
+    """Return the volume of the store's claim or image."""
+    if (reference := ctx.spec.store.image) is not None:
+        return _image_volume(ctx, "store", reference)
     # Mounts set readOnly. Set here, two pods of one node could not share the claim.
     return {"name": "store", "persistentVolumeClaim": {"claimName": store_claim_name(ctx)}}
 
 
 def store_mount(*, read_only: bool) -> Object:
-    """Return the mount of the store's claim."""
+    """Return the mount of the store's volume."""
     return {"name": "store", "mountPath": STORE_MOUNT_PATH, "readOnly": read_only}
 
 
 def source_volumes(ctx: ModelContext) -> list[Object]:
-    """Return the volume of the checkpoint's claim, if it is in one."""
-    claim_path = ctx.spec.model.claim_path
-    if claim_path is None:
+    """Return the volume of the checkpoint's claim or image, if it is in one."""
+    model = ctx.spec.model
+    if model.image is not None:
+        return [_image_volume(ctx, "source", model.image)]
+    if model.claim_path is None:
         return []
-    return [{"name": "source", "persistentVolumeClaim": {"claimName": claim_path.claim}}]
+    return [{"name": "source", "persistentVolumeClaim": {"claimName": model.claim_path.claim}}]
 
 
 def source_mounts(ctx: ModelContext) -> list[Object]:
-    """Return the mount of the checkpoint's claim, if it is in one."""
-    claim_path = ctx.spec.model.claim_path
-    if claim_path is None:
+    """Return the mount of the checkpoint's claim or image, if it is in one."""
+    model = ctx.spec.model
+    if model.image is not None:
+        path = SOURCE_IMAGE_PATH
+    elif model.claim_path is not None:
+        path = f"{SOURCE_MOUNT_PATH}/{model.claim_path.claim}"
+    else:
         return []
-    return [
-        {"name": "source", "mountPath": f"{SOURCE_MOUNT_PATH}/{claim_path.claim}", "readOnly": True}
-    ]
+    return [{"name": "source", "mountPath": path, "readOnly": True}]
 
 
 def tmp_volume() -> Object:

@@ -3,10 +3,12 @@
     sandbox  memory = functionsPerSandbox * largest function + runtime     cpu = threads
     router   memory = its weights + KV cache + logits + runtime            cpu = 1, at most 4
 
-The memory limit equals the request. Weights of functions are pages of a mapped file, which the
-kernel reclaims where a sandbox would exceed its limit. A router's weights and KV cache count in
-float32 where it may compute in that: the node's CPU is not known here. With CUDA, weights and KV
-cache are on the device; host memory holds the runtime and the pages read to fill the device.
+The memory limit equals the request, or is slightly more where a sandbox's requests follow what is
+attached: its pods then request the runtime's memory and hardly any CPU while they are generic.
+Weights of functions are pages of a mapped file, which the kernel reclaims where a sandbox would
+exceed its limit. A router's weights and KV cache count in float32 where it may compute in that: the
+node's CPU is not known here. With CUDA, weights and KV cache are on the device; host memory holds
+the runtime and the pages read to fill the device.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fractions import Fraction
 
-from faasmoe_operator.api.v1alpha1.field_types import parse_quantity
+from faasmoe_operator.api.v1alpha1.field_types import parse_quantity, quantity_to_bytes
 from faasmoe_operator.api.v1alpha1.pod_template import ResourceRequirements
 from faasmoe_operator.control.functions import partitioning_of
 from faasmoe_operator.kube.manifests.context import ModelContext
 from faasmoe_operator.kube.store_summary import StoreSummary
 from faasmoe_operator.kube.types import Object
 from faasmoe_operator.plan.functions import largest_function_bytes
+from faasmoe_operator.plan.pod_requests import PodRequests, ResizePolicy
 from faasmoe_operator.plan.router_weights import (
     element_bytes,
     router_weights_bytes,
@@ -38,6 +41,10 @@ KV_CACHE_BYTES = 2 * GIB
 """The router's default, unless one request of maximum length needs more."""
 DEFAULT_MODEL_LEN = 8192
 LOGITS_COPIES = 2
+IDLE_SANDBOX_CPU_MILLIS = 50
+RESIZE_MARGIN_BYTES = 64 * MIB
+CACHE_FUNCTIONS_FACTOR = 2
+"""Functions that a cache has room for, over those that its sandbox holds."""
 FLOAT_BYTES = 4
 ROUTER_CORES = 1
 ROUTER_MAX_CORES = 4
@@ -45,16 +52,74 @@ ROUTER_MAX_CORES = 4
 
 
 def sandbox_resources(ctx: ModelContext) -> Object:
-    """Return requests and limits of a sandbox; raises PlanError for an invalid granularity."""
+    """Return requests and limits of a new sandbox; raises PlanError for an invalid granularity.
+
+    If requests follow what is attached, these are the ones of a generic sandbox.
+    """
+    full, policy = _full_sandbox_resources(ctx), resize_policy(ctx)
+    if policy is None:
+        return full
+    requests = {**full["requests"], **request_quantities(policy.idle)}
+    return {"requests": requests, "limits": full["limits"]}
+
+
+def resize_policy(ctx: ModelContext) -> ResizePolicy | None:
+    """Return what sandboxes request by what is attached; None if they have a fixed size.
+
+    Resources that the template requests are fixed. A resize must not change the QoS class, so
+    a sandbox whose requests would all reach its limits has a fixed size.
+    """
+    experts = ctx.spec.experts
+    if not ctx.can_resize or experts.resize == "none":
+        return None
+    resources = _full_sandbox_resources(ctx)
+    requests, limits = resources["requests"], resources["limits"]
+    if all(_is_equal(requests[name], limits.get(name)) for name in ("cpu", "memory")):
+        return None
+    cpu_millis = int(parse_quantity(requests["cpu"]) * 1000)
+    full = PodRequests(cpu_millis, int(parse_quantity(requests["memory"])))
+    fixed = (experts.template.resources and experts.template.resources.requests) or {}
+    runtime = SANDBOX_RUNTIME_BYTES.get(experts.device, SANDBOX_RUNTIME_CPU_BYTES)
+    idle = PodRequests(
+        full.cpu_millis if "cpu" in fixed else min(IDLE_SANDBOX_CPU_MILLIS, full.cpu_millis),
+        full.memory_bytes if "memory" in fixed else min(runtime, full.memory_bytes),
+    )
+    return None if idle == full else ResizePolicy(idle, full)
+
+
+def request_quantities(requests: PodRequests) -> dict[str, str]:
+    """Return requests as quantities."""
+    return {"cpu": f"{requests.cpu_millis}m", "memory": str(requests.memory_bytes)}
+
+
+def _full_sandbox_resources(ctx: ModelContext) -> Object:
+    """Return requests and limits of a sandbox with all the functions that it can hold."""
     experts = ctx.spec.experts
     runtime = SANDBOX_RUNTIME_BYTES.get(experts.device, SANDBOX_RUNTIME_CPU_BYTES)
-    functions = experts.functions_per_sandbox * _largest_function_bytes(ctx)
-    memory = _mebibytes(runtime + functions)
+    memory_bytes = runtime + experts.functions_per_sandbox * _largest_function_bytes(ctx)
+    is_resized = ctx.can_resize and experts.resize != "none"
+    # Beyond the request, so that the pod stays Burstable: a resize cannot change its QoS class.
+    limit_bytes = memory_bytes + (RESIZE_MARGIN_BYTES if is_resized else 0)
     cores = str(experts.threads)
     computed = _resources(
-        {"cpu": cores, "memory": memory}, {"cpu": cores, "memory": memory}, experts.device
+        {"cpu": cores, "memory": mebibytes(memory_bytes)},
+        {"cpu": cores, "memory": mebibytes(limit_bytes)},
+        experts.device,
     )
     return with_overrides(computed, experts.template.resources)
+
+
+def _is_equal(request: str, limit: str | None) -> bool:
+    return limit is not None and parse_quantity(request) == parse_quantity(limit)
+
+
+def sandbox_cache_bytes(ctx: ModelContext) -> int:
+    """Return the size of a sandbox's cache, of a model that has some; raises PlanError."""
+    cache = ctx.spec.store.cache
+    if cache is not None and cache.size_limit is not None:
+        return quantity_to_bytes(cache.size_limit)
+    functions = ctx.spec.experts.functions_per_sandbox * _largest_function_bytes(ctx)
+    return max(CACHE_FUNCTIONS_FACTOR * functions, MIB)
 
 
 def router_resources(ctx: ModelContext) -> Object:
@@ -62,7 +127,7 @@ def router_resources(ctx: ModelContext) -> Object:
     router = ctx.spec.router
     runtime = ROUTER_RUNTIME_BYTES.get(router.device, ROUTER_RUNTIME_CPU_BYTES)
     model_bytes = 0 if ctx.summary is None else _router_bytes(ctx, ctx.summary)
-    memory = _mebibytes(runtime + model_bytes)
+    memory = mebibytes(runtime + model_bytes)
     computed = _resources(
         {"cpu": str(ROUTER_CORES), "memory": memory},
         {"cpu": str(ROUTER_MAX_CORES), "memory": memory},
@@ -147,5 +212,6 @@ def _without_gpu(limits: Mapping[str, str], override_limits: Mapping[str, str]) 
     }
 
 
-def _mebibytes(size_bytes: int) -> str:
+def mebibytes(size_bytes: int) -> str:
+    """Return a quantity of at least this size."""
     return f"{-(-Fraction(size_bytes) // MIB)}Mi"

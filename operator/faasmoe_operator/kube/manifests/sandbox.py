@@ -19,6 +19,7 @@ from faasmoe_operator.kube.manifests.pods import (
     container_security_context,
     env_vars,
     faasmoe_env_vars,
+    has_caches,
     http_probe,
     image_fields,
     merge_env_vars,
@@ -31,7 +32,12 @@ from faasmoe_operator.kube.manifests.pods import (
     tmp_volume,
     token_env_var,
 )
-from faasmoe_operator.kube.manifests.resources import sandbox_resources
+from faasmoe_operator.kube.manifests.resources import (
+    mebibytes,
+    sandbox_cache_bytes,
+    sandbox_resources,
+)
+from faasmoe_operator.kube.manifests.store_server import store_server_url
 from faasmoe_operator.kube.types import POD, Object
 from faasmoe_operator.platforms.zygote import SANDBOX_ENVIRONMENT
 
@@ -40,6 +46,9 @@ SANDBOX_PORT = 9090
 SANDBOX_METRICS_PORT = 9091
 TERMINATION_GRACE_S = 30
 STARTUP_TIMEOUT_S = 300
+CACHE_MOUNT_PATH = "/cache"
+CACHE_MARGIN_BYTES = 256 << 20
+"""Manifests, headers and file systems' own blocks, beside what a cache counts."""
 
 
 def sandbox_pod(ctx: ModelContext, *, name: str) -> Object:
@@ -59,7 +68,7 @@ def _pod(ctx: ModelContext, *, name: str, template_hash: str) -> Object:
         Component.SANDBOX,
         service_account_name=sandbox_name(ctx.name),
         container=_container(ctx),
-        volumes=[store_volume(ctx), tmp_volume()],
+        volumes=[_weights_volume(ctx), tmp_volume()],
         termination_grace_s=TERMINATION_GRACE_S,
     )
     # A restarted container would hold no functions: the pod is replaced instead.
@@ -92,8 +101,22 @@ def _container(ctx: ModelContext) -> Object:
         "startupProbe": http_probe("/healthz", period_s=1, failure_threshold=STARTUP_TIMEOUT_S),
         "livenessProbe": http_probe("/healthz", period_s=10, failure_threshold=6, timeout_s=5),
         "readinessProbe": http_probe("/readyz", period_s=5, failure_threshold=2),
-        "volumeMounts": [store_mount(read_only=True), tmp_mount(), *template_mounts(template)],
+        "volumeMounts": [_weights_mount(ctx), tmp_mount(), *template_mounts(template)],
     }
+
+
+def _weights_volume(ctx: ModelContext) -> Object:
+    """Return the volume of the store, or of the cache in its place."""
+    if not has_caches(ctx):
+        return store_volume(ctx)
+    size_limit = mebibytes(sandbox_cache_bytes(ctx) + CACHE_MARGIN_BYTES)
+    return {"name": "cache", "emptyDir": {"sizeLimit": size_limit}}
+
+
+def _weights_mount(ctx: ModelContext) -> Object:
+    if not has_caches(ctx):
+        return store_mount(read_only=True)
+    return {"name": "cache", "mountPath": CACHE_MOUNT_PATH}
 
 
 def _environment(ctx: ModelContext) -> list[Object]:
@@ -106,6 +129,7 @@ def _environment(ctx: ModelContext) -> list[Object]:
             "CAPACITY": experts.functions_per_sandbox,
             "DEVICE": experts.device,
             "THREADS": experts.threads,
+            **_cache_settings(ctx),
         }
     )
     name = {"name": "FAASMOE_SANDBOX_ID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
@@ -116,3 +140,13 @@ def _environment(ctx: ModelContext) -> list[Object]:
         config_env,
         [name, token_env_var(ctx)],
     )
+
+
+def _cache_settings(ctx: ModelContext) -> dict[str, str | int]:
+    if not has_caches(ctx):
+        return {}
+    return {
+        "STORE_PEERS": store_server_url(ctx),
+        "CACHE_DIR": f"{CACHE_MOUNT_PATH}/blocks",
+        "CACHE_BYTES": sandbox_cache_bytes(ctx),
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from faasmoe_operator.kube.manifests.context import ModelContext, new_object
 from faasmoe_operator.kube.manifests.names import TEMPLATE_LABEL, Component, store_name
 from faasmoe_operator.kube.manifests.pods import (
+    OFFLINE_ENV,
     STORE_MOUNT_PATH,
     TMP_MOUNT_PATH,
     checkpoint_source,
@@ -46,9 +47,9 @@ PREPARE_RESOURCES = {
 
 
 def store_claim(ctx: ModelContext) -> Object | None:
-    """Return the model's own claim; None if the spec names an existing one."""
+    """Return the model's own claim; None if the spec names an existing one, or an image."""
     store = ctx.spec.store
-    if store.claim_name is not None:
+    if store.claim_name is not None or store.image is not None:
         return None
     spec: Object = {
         "accessModes": [store.access_mode],
@@ -130,7 +131,7 @@ def _container(ctx: ModelContext) -> Object:
         "terminationMessagePath": TERMINATION_MESSAGE_PATH,
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [
-            store_mount(read_only=False),
+            store_mount(read_only=ctx.spec.store.image is not None),
             *source_mounts(ctx),
             tmp_mount(),
             *_ca_mounts(ctx),
@@ -146,11 +147,13 @@ def _arguments(ctx: ModelContext) -> list[str]:
         store_path(ctx),
         "--termination-log",
         TERMINATION_MESSAGE_PATH,
-        "--mode",
-        "copy",  # pods mount the store's claim alone
     ]
-    if model.claim_path is None:
-        arguments += ["--discard-download", _download_dir(ctx)]
+    if ctx.spec.store.image is not None:
+        arguments.append("--existing")
+    else:
+        arguments += ["--mode", "copy"]  # pods mount the store's claim alone
+        if _is_downloaded(ctx):
+            arguments += ["--discard-download", _download_dir(ctx)]
     if model.revision is not None:
         arguments += ["--revision", model.revision]
     if model.dtype != "auto":
@@ -164,14 +167,20 @@ def _arguments(ctx: ModelContext) -> list[str]:
 
 def store_names_by_path(ctx: ModelContext) -> dict[str, str]:
     """Return what the spec calls the checkpoint and the store, by their paths in the Job's pod."""
-    names = {store_path(ctx): f"{store_claim_name(ctx)}/{ctx.model.store_sub_path}"}
-    if ctx.spec.model.claim_path is not None:
+    store = ctx.spec.store
+    names = {store_path(ctx): store.source or f"{store_claim_name(ctx)}/{ctx.model.store_sub_path}"}
+    if not _is_downloaded(ctx):
         names[checkpoint_source(ctx)] = ctx.spec.model.source
     return names
 
 
+def _is_downloaded(ctx: ModelContext) -> bool:
+    """Return whether the Job downloads the checkpoint, and does not mount it."""
+    return ctx.spec.model.claim_path is None and ctx.spec.model.image is None
+
+
 def _download_dir(ctx: ModelContext) -> str:
-    """Return the download folder of the hub: in the claim, so that a retry resumes downloads."""
+    """Return the folder of downloads: in the claim, so that a retry resumes them."""
     return f"{STORE_MOUNT_PATH}/.hub/{ctx.name}"
 
 
@@ -179,8 +188,11 @@ def _environment(ctx: ModelContext) -> list[Object]:
     defaults = {
         "HOME": TMP_MOUNT_PATH,
         "HF_HOME": _download_dir(ctx),
+        "FAASMOE_DOWNLOAD_DIR": _download_dir(ctx),
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
+    if ctx.spec.store.image is not None:  # nothing is downloaded
+        defaults = OFFLINE_ENV
     return merge_env_vars(
         env_vars({**defaults, **_ca_env(ctx)}), router_env_overrides(ctx), _hub_token_env(ctx)
     )

@@ -66,5 +66,6 @@ def test_pod_selector_is_a_subset_of_the_labels() -> None:
 
 
 def test_label_values() -> None:
-    assert [component.value for component in Component] == ["router", "sandbox", "store", "control"]
+    components = ["router", "sandbox", "store", "store-server", "control"]
+    assert [component.value for component in Component] == components
     assert [pool.value for pool in Pool] == ["warm", "assigned"]

@@ -117,3 +117,26 @@ def test_policies_precede_the_store_job() -> None:
     assert names == ["qwen-default-deny", "qwen-store"]
     assert [obj["kind"] for obj in objects].index("NetworkPolicy") < len(objects) - 1
     assert objects[-1]["kind"] == "Job"
+
+
+CACHES: dict[str, Any] = {"store": {"cache": {}}}
+STORE_SERVER = {**STORE, "app.kubernetes.io/component": "store-server"}
+
+
+@pytest.mark.parametrize(
+    ("pod", "direction", "peer", "port", "expected"),
+    [
+        pytest.param(SANDBOX, "egress", (IN_MODEL, STORE_SERVER), 9092, True, id="to-the-server"),
+        pytest.param(SANDBOX, "egress", OUTSIDE, 53, True, id="sandbox-dns"),
+        pytest.param(SANDBOX, "egress", OUTSIDE, 443, False, id="sandbox-out"),
+        pytest.param(SANDBOX, "egress", (ELSEWHERE, STORE_SERVER), 9092, False, id="to-anothers"),
+        pytest.param(STORE_SERVER, "ingress", (IN_MODEL, SANDBOX), 9092, True, id="sandboxes"),
+        pytest.param(STORE_SERVER, "ingress", (IN_MODEL, STRANGER), 9092, False, id="a-stranger"),
+        pytest.param(STORE_SERVER, "ingress", (ELSEWHERE, SANDBOX), 9092, False, id="anothers"),
+        pytest.param(STORE_SERVER, "egress", OUTSIDE, 443, False, id="server-out"),
+    ],
+)
+def test_connections_to_the_store_server(
+    pod: Mapping[str, str], direction: str, peer: Peer, port: int, expected: bool
+) -> None:
+    assert allowed(make_context(CACHES), pod, direction, peer, port) is expected

@@ -4,8 +4,14 @@ from typing import Any
 import pytest
 from model_contexts import SUMMARY, make_context
 
-from faasmoe_operator.kube.manifests.resources import router_resources, sandbox_resources
+from faasmoe_operator.kube.manifests import ModelContext
+from faasmoe_operator.kube.manifests.resources import (
+    resize_policy,
+    router_resources,
+    sandbox_resources,
+)
 from faasmoe_operator.kube.types import Object
+from faasmoe_operator.plan.pod_requests import PodRequests, ResizePolicy
 
 GIB = 1024
 FUNCTION = 20 * 16  # MiB: a third of 60 experts
@@ -35,6 +41,59 @@ def test_sandbox_cpu_equals_its_threads() -> None:
 def test_sandbox_has_the_guaranteed_qos_class() -> None:
     resources = sandbox_resources(make_context())
     assert resources["requests"] == resources["limits"]
+
+
+def resizable(**experts: Any) -> ModelContext:
+    return make_context({"experts": experts}, can_resize=True)
+
+
+def test_a_generic_sandbox_requests_little_where_pods_can_be_resized() -> None:
+    resources = sandbox_resources(resizable(threads=4))
+    assert resources["requests"] == {"cpu": "50m", "memory": str(RUNTIME << 20)}
+    assert resources["limits"]["cpu"] == "4"
+    assert mib(resources, "limits") > FUNCTION + RUNTIME
+
+
+def test_requests_grow_to_a_full_sandbox_that_stays_burstable() -> None:
+    ctx = resizable(threads=4, functionsPerSandbox=2)
+    policy = resize_policy(ctx)
+    assert policy is not None
+    assert policy.idle == PodRequests(50, RUNTIME << 20)
+    assert policy.full == PodRequests(4000, (RUNTIME + 2 * FUNCTION) << 20)
+    assert policy.full.memory_bytes < mib(sandbox_resources(ctx), "limits") << 20
+
+
+@pytest.mark.parametrize(
+    ("experts", "can_resize"),
+    [
+        pytest.param({}, False, id="not-served"),
+        pytest.param({"resize": "none"}, True, id="switched-off"),
+        pytest.param(
+            {"template": {"resources": {"requests": {"cpu": "1", "memory": "8192Mi"}}}},
+            True,
+            id="all-is-requested-by-the-template",
+        ),
+        pytest.param(
+            {"template": {"resources": {"limits": {"memory": f"{RUNTIME + FUNCTION}Mi"}}}},
+            True,
+            id="a-resize-would-make-it-guaranteed",
+        ),
+    ],
+)
+def test_a_sandbox_has_a_fixed_size_if_it_cannot_be_resized(
+    experts: dict[str, Any], can_resize: bool
+) -> None:
+    ctx = make_context({"experts": experts}, can_resize=can_resize)
+    assert resize_policy(ctx) is None
+    assert mib(sandbox_resources(ctx)) >= FUNCTION + RUNTIME
+
+
+def test_what_the_template_requests_is_fixed() -> None:
+    resources = {"requests": {"memory": "8Gi"}, "limits": {"memory": "9Gi"}}
+    ctx = resizable(threads=4, template={"resources": resources})
+    policy = resize_policy(ctx)
+    assert policy == ResizePolicy(PodRequests(50, 8 << 30), PodRequests(4000, 8 << 30))
+    assert sandbox_resources(ctx)["requests"] == {"cpu": "50m", "memory": str(8 << 30)}
 
 
 WEIGHTS = 3 * GIB  # in the store, as bfloat16

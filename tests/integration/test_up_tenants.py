@@ -1,0 +1,123 @@
+"""Tenants of `faasmoe up`, with each engine: fair turns, cached prefixes of their own, hang-ups."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from engines import RouterEngine
+from faasmoe_up import FaasmoeUp, running_up, wait_until
+from moemodel_files import write_moemodel, write_tenants
+
+TENANTS = ("loud", "quiet", "third")
+N_FLOOD = 12
+MAX_AHEAD = 4  # two that run, and what ends while the quiet one's request arrives and is computed
+LONG, SHORT = 120, 8
+PROMPT = [40 + n % 200 for n in range(400)]  # several blocks of the cache
+TIMEOUT_S = 300
+
+
+@pytest.fixture(scope="module")
+def up(engine: RouterEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
+    folder = tmp_path_factory.mktemp("tenants")
+    model = engine.save_model(folder / "model", max_model_len=1024)
+    spec = {
+        "model": {"source": f"file://{model}"},
+        "store": {"path": str(folder / "store")},
+        "granularity": {"expertsPerFunction": 2},
+        "router": engine.router_spec(maxNumSeqs=2),
+        "experts": {"device": "cpu", "functionsPerSandbox": 16, "scaling": {"minScale": 1}},
+        "tenants": write_tenants(folder, TENANTS),
+    }
+    file = write_moemodel(folder / "model.yaml", spec)
+    with running_up(
+        file,
+        folder / "up.log",
+        variables=engine.variables,
+        timeout_s=engine.start_timeout_s,
+    ) as running:
+        yield running
+
+
+def complete(up: FaasmoeUp, tenant: str, **fields: Any) -> dict[str, Any]:
+    body = {"model": "tiny", "prompt": "the quick", "temperature": 0, "max_tokens": SHORT}
+    response = httpx.post(
+        f"{up.base_url}/v1/completions",
+        json={**body, **fields},
+        headers=key_of(tenant),
+        timeout=TIMEOUT_S,
+        trust_env=False,
+    )
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+def key_of(tenant: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {tenant}-key"}
+
+
+def usage_of(up: FaasmoeUp, tenant: str) -> dict[str, Any]:
+    url = f"{up.base_url}/v1/usage"
+    return dict(httpx.get(url, headers=key_of(tenant), timeout=60, trust_env=False).json())
+
+
+def load_of(up: FaasmoeUp) -> int:
+    return int(httpx.get(f"{up.base_url}/load", timeout=60, trust_env=False).json()["server_load"])
+
+
+def test_a_quiet_tenant_does_not_wait_for_all_that_a_loud_one_has_queued(up: FaasmoeUp) -> None:
+    ended: list[str] = []
+
+    def run(tenant: str, n_tokens: int) -> None:
+        complete(up, tenant, max_tokens=n_tokens, ignore_eos=True)
+        ended.append(tenant)
+
+    complete(up, "quiet")
+    flood = [threading.Thread(target=run, args=("loud", LONG)) for _ in range(N_FLOOD)]
+    for thread in flood:
+        thread.start()
+    wait_until(lambda: load_of(up) >= N_FLOOD, timeout_s=120, what="the flood")
+    n_ended = len(ended)
+    run("quiet", SHORT)
+    n_ahead = ended.index("quiet") - n_ended
+    for thread in flood:
+        thread.join()
+    assert len(ended) == N_FLOOD + 1
+    assert n_ahead <= MAX_AHEAD
+
+
+def test_cached_prefixes_are_found_by_their_tenant_only(up: FaasmoeUp) -> None:
+    def cached_tokens(tenant: str) -> int:
+        usage = complete(up, tenant, prompt=PROMPT)["usage"]
+        return int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+
+    assert cached_tokens("loud") == 0
+    assert cached_tokens("loud") > 0
+    assert cached_tokens("quiet") == 0
+    assert cached_tokens("quiet") > 0
+
+
+def test_a_client_that_hangs_up_frees_the_engine(up: FaasmoeUp) -> None:
+    body = {"model": "tiny", "prompt": "the quick", "max_tokens": 900, "stream": True}
+    with httpx.stream(
+        "POST",
+        f"{up.base_url}/v1/completions",
+        json={**body, "ignore_eos": True},
+        headers=key_of("third"),
+        timeout=TIMEOUT_S,
+        trust_env=False,
+    ) as response:
+        lines = (line for line in response.iter_lines() if line.startswith("data: {"))
+        assert json.loads(next(lines)[6:])["choices"]
+        assert load_of(up) == 1
+    wait_until(lambda: load_of(up) == 0, timeout_s=120, what="the end of the request")
+
+    def cancelled() -> bool:
+        return bool(usage_of(up, "third")["requests"].get("cancelled") == 1)
+
+    wait_until(cancelled, timeout_s=60, what="the account of the request")
+    assert usage_of(up, "third")["completion_tokens"] < 900
