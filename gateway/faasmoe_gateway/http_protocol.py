@@ -16,7 +16,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import (
@@ -63,6 +63,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._is_rejected = False
         self._running_cycle: RequestResponseCycle | None = None  # the one that is being answered
         self._has_cycle = False  # `cycle` is that of the message being read
+        self._last_cycle: RequestResponseCycle | None = None  # its request is still being sent
         self._head_bytes = 0  # of header names and values
         self._fed_bytes = 0  # since the message began
         self._body_bytes = 0
@@ -170,6 +171,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.scope["extensions"] = extensions  # type: ignore[typeddict-item]
         super().on_headers_complete()
         self._has_cycle = True
+        self.cycle.transport = cast(asyncio.Transport, _CycleTransport(self, self.cycle))
 
     def on_body(self, body: bytes) -> None:
         """Pass on a part of the body."""
@@ -188,6 +190,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             super().on_message_complete()
         if self.cycle is not None and self.cycle.response_complete:
             self._table.set_busy(self, is_busy=False)
+            if self.cycle is self._last_cycle:
+                self.transport.close()
 
     def on_response_complete(self) -> None:
         """Go on with the next request, or end a connection whose client still sends this one."""
@@ -197,6 +201,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if not self._is_message_complete:
             self._unset_keepalive_if_required()
             self._start_read_timer(LINGER_S)
+
+    def close_after(self, cycle: RequestResponseCycle) -> None:
+        """Close the connection after a response, once its request was sent to its end.
+
+        A system answers with a reset what it receives on a closed connection, and a client that
+        still sends its request would lose the response.
+        """
+        is_being_sent = cycle is self.cycle and not self._is_message_complete
+        if is_being_sent and cycle.response_complete and not self._is_rejected:
+            self._last_cycle = cycle
+        else:
+            self.transport.close()
 
     def pause_writing(self) -> None:
         """Stop writing to a client that does not read; end it after a while."""
@@ -313,6 +329,25 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         elif index + 1 < len(PROBE_DELAYS_S):
             delay_s = PROBE_DELAYS_S[index + 1]
             self._probe_timer = self.loop.call_later(delay_s, self._probe, index + 1)
+
+
+class _CycleTransport:
+    """The transport that a request's answer is written to.
+
+    Args:
+        protocol: the connection.
+        cycle: the request.
+    """
+
+    def __init__(self, protocol: BoundedHttpProtocol, cycle: RequestResponseCycle) -> None:
+        self._protocol = protocol
+        self._cycle = cycle
+        self.write = protocol.transport.write
+        self.is_closing = protocol.transport.is_closing
+
+    def close(self) -> None:
+        """Close the connection once the client may read the answer."""
+        self._protocol.close_after(self._cycle)
 
 
 def bounded_protocol(limits: ConnectionLimits) -> Callable[..., BoundedHttpProtocol]:

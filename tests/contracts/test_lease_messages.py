@@ -13,7 +13,7 @@ from faasmoe_contracts.tenant_usage import Usage
 from faasmoe_contracts.token_leases import LeaseGrant, LeaseRequest
 
 USAGE = {"acme": PeriodUsage("2026-11-29", Usage(1, 2, 3, 0.5), Usage(4, 5, 6, 0.75))}
-REPORT = LeaseReport("0", {"acme/tokens": LeaseRequest(2, 1, 1.5, 0.0, 3.0, 0.25)}, USAGE)
+REPORT = LeaseReport("0", {"acme/tokens": LeaseRequest(2, 1, 1.5, 0.0, 3.0, 0.25)}, USAGE, "run")
 ANSWER = LeaseAnswer({"acme/tokens": LeaseGrant(2, 3.0, 0.5)}, {"acme/tokens": 7.0}, USAGE)
 
 
@@ -21,6 +21,10 @@ def test_lines_are_read_as_they_were_written() -> None:
     assert LeaseReport.loads(REPORT.dumps()) == REPORT
     assert LeaseAnswer.loads(ANSWER.dumps()) == ANSWER
     assert REPORT.dumps().count(b"\n") == 1
+
+
+def test_what_counts_the_usage_is_the_holder_unless_named() -> None:
+    assert LeaseReport.loads(LeaseReport("0", {}).dumps()).run == "0"
 
 
 def changed(line: bytes, **fields: Any) -> bytes:

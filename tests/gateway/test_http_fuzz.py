@@ -7,6 +7,7 @@ import itertools
 import re
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn import Config
@@ -209,3 +210,35 @@ def test_client_that_leaves_its_pipelined_requests_is_noticed_by_the_first() -> 
 
     asyncio.run(leave())
     assert (app.n_begun, app.n_left) == (1, 1)
+
+
+async def refuse(scope: Any, receive: Any, send: Any) -> None:
+    """Answer without reading the body."""
+    await send({"type": "http.response.start", "status": 401, "headers": []})
+    await send({"type": "http.response.body", "body": b"no"})
+
+
+@pytest.mark.parametrize("is_sent", [True, False])
+def test_refused_client_that_still_sends_its_body_can_read_the_answer(is_sent: bool) -> None:
+    head = b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 4\r\n\r\n"
+
+    async def send(*parts: bytes) -> FakeTransport:
+        config = Config(refuse, ws="none", lifespan="off", log_level="critical")
+        config.load()
+        create = bounded_protocol(ConnectionLimits())
+        protocol = create(config=config, server_state=ServerState(), app_state={})
+        transport = FakeTransport()
+        protocol.connection_made(transport)
+        for part in parts:
+            assert not transport.is_closed
+            protocol.data_received(part)
+            for _ in range(3):
+                await asyncio.sleep(0)
+        is_closed = transport.is_closed
+        protocol.connection_lost(None)
+        transport.is_closed = is_closed
+        return transport
+
+    transport = asyncio.run(send(head, b"bo", b"dy") if is_sent else send(head, b"bo"))
+    assert transport.written.startswith(b"HTTP/1.1 401")
+    assert transport.is_closed == is_sent

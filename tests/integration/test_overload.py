@@ -19,6 +19,7 @@ MAX_WAITING = 0  # accepted requests run immediately
 N_TOKENS = 96
 BASELINE_S = 8.0
 FACTOR = 10
+MAX_CONNECTIONS = 512  # fewer than the gateway keeps of one address
 MAX_GROWTH_BYTES = 64 << 20
 MOEMODEL = """
 apiVersion: faasmoe.dev/v1alpha1
@@ -133,7 +134,7 @@ async def run_overload(up: FaasmoeUp, for_s: float) -> dict[str, float]:
     router = up.router
     assert router is not None
     timeout = aiohttp.ClientTimeout(total=120)
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=MAX_CONNECTIONS)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
         clients = Clients(http, up)
         await clients.run_at_capacity(2.0)

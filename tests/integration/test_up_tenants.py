@@ -16,7 +16,7 @@ from moemodel_files import write_moemodel, write_tenants
 TENANTS = ("loud", "quiet", "third")
 N_FLOOD = 12
 MAX_AHEAD = 4  # two that run, and what ends while the quiet one's request arrives and is computed
-LONG, SHORT = 120, 8
+LONG, SHORT = 800, 8  # the flood still runs when the quiet tenant asks
 PROMPT = [40 + n % 200 for n in range(400)]  # several blocks of the cache
 TIMEOUT_S = 300
 

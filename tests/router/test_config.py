@@ -139,7 +139,7 @@ def test_reads_the_arguments_of_vllm() -> None:
 @pytest.mark.parametrize(
     ("arguments", "engine", "message"),
     [
-        ('{"tensor_parallel_size": 2}', "vllm", "tensor_parallel_size: Extra inputs"),
+        ('{"load_format": "auto"}', "vllm", "load_format: Extra inputs"),
         ('{"max_logprobs": "5"}', "vllm", "max_logprobs: Input should be a valid integer"),
         ("[]", "vllm", "FAASMOE_ENGINE_ARGS: got '\\[\\]', expected a JSON object"),
         ("{", "vllm", "FAASMOE_ENGINE_ARGS: got '{', expected a JSON object"),

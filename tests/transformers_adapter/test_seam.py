@@ -29,9 +29,9 @@ PRIVATE_ATTRIBUTES = {
 SHARED_ATTRIBUTES = {
     # of classes of our own, the adapter's among them
     *("add_request", "cache", "error", "fatal_error", "generated_tokens", "is_finished"),
-    *("is_transposed", "model", "request_id", "scheduler", "state"),
-    # of the standard library, and documented ones of torch
-    *("__call__", "dim", "register", "reset", "convert", "disable"),
+    *("index", "is_transposed", "model", "request_id", "scheduler", "state"),
+    # of the standard library, and documented ones of torch and transformers
+    *("__call__", "device", "dim", "input_ids", "register", "reset", "convert", "disable"),
 }
 
 

@@ -338,15 +338,19 @@ def test_top_finds_running_instance(model: Path) -> None:
         instance.read_until("memory of all processes")
         functions = instance.activate_all()
         eventually(lambda: instance.ready_functions() == functions, "all functions")
-        shown = subprocess.run(
-            [sys.executable, "-m", "faasmoe_operator.cli", "top", "--once", "-f", str(model)],
-            env={**os.environ, "XDG_RUNTIME_DIR": str(instance.runtime)},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    assert shown.stdout.startswith("tiny: 6 functions (6 Activ")
-    assert len([line for line in shown.stdout.splitlines() if line[:12].isalnum()]) == 6
+
+        def shown() -> str:
+            command = [sys.executable, "-m", "faasmoe_operator.cli", "top", "--once"]
+            return subprocess.run(
+                [*command, "-f", str(model)],
+                env={**os.environ, "XDG_RUNTIME_DIR": str(instance.runtime)},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+
+        eventually(lambda: shown().startswith("tiny: 6 functions (6 Active"), "6 active functions")
+        assert len([line for line in shown().splitlines() if line[:12].isalnum()]) == 6
 
 
 def test_rejects_missing_device_before_starting_processes(
