@@ -146,13 +146,13 @@ async def run_overload(up: FaasmoeUp, for_s: float) -> dict[str, float]:
         after = await clients.run_at_capacity(BASELINE_S)
     assert before.statuses.keys() == after.statuses.keys() == {200}
     assert during.errors == before.errors == after.errors == []
-    assert during.statuses.total() >= 0.8 * per_s * for_s, "offered rate not reached"
     assert during.statuses[200] < during.statuses.total() / 2
     assert peak - memory <= MAX_GROWTH_BYTES
     assert up.router_metric("local_computations_total") == 0
     return {
         "capacity_per_s": len(before.accepted_s) / BASELINE_S,
         "offered_per_s": during.statuses.total() / for_s,
+        "offered_share": during.statuses.total() / (per_s * for_s),
         "accepted_per_s": during.statuses[200] / for_s,
         "p50_before_s": before.percentile_s(50),
         "p50_after_s": after.percentile_s(50),
@@ -179,5 +179,6 @@ def test_overload_does_not_slow_accepted_requests(up: FaasmoeUp) -> None:
     """Needs an otherwise idle machine, since it compares latencies."""
     figures = asyncio.run(run_overload(up, 60.0))
     print(figures)
+    assert figures["offered_share"] >= 0.8, "offered rate not reached"
     assert figures["p99_during_s"] <= 2 * figures["p99_before_s"]
     assert figures["p50_after_s"] <= 1.5 * figures["p50_before_s"], "it did not recover"
