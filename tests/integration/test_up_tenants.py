@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from engines import RouterEngine
-from faasmoe_up import FaasmoeUp, running_up, wait_until
+from faasmoe_up import running_up, wait_until
 from moemodel_files import write_moemodel, write_tenants
 
 TENANTS = ("loud", "quiet", "third")
@@ -19,11 +19,11 @@ MAX_AHEAD = 4  # two that run, and what ends while the quiet one's request arriv
 LONG, SHORT = 800, 8  # the flood still runs when the quiet tenant asks
 PROMPT = [40 + n % 200 for n in range(400)]  # several blocks of the cache
 TIMEOUT_S = 300
-HTTP = httpx.Client(timeout=TIMEOUT_S, trust_env=False, limits=httpx.Limits(max_connections=None))
+LIMITS = httpx.Limits(max_connections=None)
 
 
 @pytest.fixture(scope="module")
-def up(engine: RouterEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
+def http(engine: RouterEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     folder = tmp_path_factory.mktemp("tenants")
     model = engine.save_model(folder / "model", max_model_len=1024)
     spec = {
@@ -40,14 +40,17 @@ def up(engine: RouterEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         folder / "up.log",
         variables=engine.variables,
         timeout_s=engine.start_timeout_s,
-    ) as running:
-        yield running
+    ) as up:
+        client = httpx.Client(
+            base_url=up.base_url, timeout=TIMEOUT_S, trust_env=False, limits=LIMITS
+        )
+        with client:
+            yield client
 
 
-def complete(up: FaasmoeUp, tenant: str, **fields: Any) -> dict[str, Any]:
+def complete(http: httpx.Client, tenant: str, **fields: Any) -> dict[str, Any]:
     body = {"model": "tiny", "prompt": "the quick", "temperature": 0, "max_tokens": SHORT}
-    url = f"{up.base_url}/v1/completions"
-    response = HTTP.post(url, json={**body, **fields}, headers=key_of(tenant))
+    response = http.post("/v1/completions", json={**body, **fields}, headers=key_of(tenant))
     assert response.status_code == 200, response.text
     return dict(response.json())
 
@@ -56,27 +59,28 @@ def key_of(tenant: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {tenant}-key"}
 
 
-def usage_of(up: FaasmoeUp, tenant: str) -> dict[str, Any]:
-    url = f"{up.base_url}/v1/usage"
-    return dict(httpx.get(url, headers=key_of(tenant), timeout=60, trust_env=False).json())
+def usage_of(http: httpx.Client, tenant: str) -> dict[str, Any]:
+    return dict(http.get("/v1/usage", headers=key_of(tenant)).json())
 
 
-def load_of(up: FaasmoeUp) -> int:
-    return int(HTTP.get(f"{up.base_url}/load").json()["server_load"])
+def load_of(http: httpx.Client) -> int:
+    return int(http.get("/load").json()["server_load"])
 
 
-def test_a_quiet_tenant_does_not_wait_for_all_that_a_loud_one_has_queued(up: FaasmoeUp) -> None:
+def test_a_quiet_tenant_does_not_wait_for_all_that_a_loud_one_has_queued(
+    http: httpx.Client,
+) -> None:
     ended: list[str] = []
 
     def run(tenant: str, n_tokens: int) -> None:
-        complete(up, tenant, max_tokens=n_tokens, ignore_eos=True)
+        complete(http, tenant, max_tokens=n_tokens, ignore_eos=True)
         ended.append(tenant)
 
-    complete(up, "quiet")
+    complete(http, "quiet")
     flood = [threading.Thread(target=run, args=("loud", LONG)) for _ in range(N_FLOOD)]
     for thread in flood:
         thread.start()
-    wait_until(lambda: load_of(up) >= MAX_AHEAD + 3, timeout_s=120, what="the flood")
+    wait_until(lambda: load_of(http) >= MAX_AHEAD + 3, timeout_s=120, what="the flood")
     n_ended = len(ended)
     run("quiet", SHORT)
     n_ahead = ended.index("quiet") - n_ended
@@ -86,9 +90,9 @@ def test_a_quiet_tenant_does_not_wait_for_all_that_a_loud_one_has_queued(up: Faa
     assert n_ahead <= MAX_AHEAD
 
 
-def test_cached_prefixes_are_found_by_their_tenant_only(up: FaasmoeUp) -> None:
+def test_cached_prefixes_are_found_by_their_tenant_only(http: httpx.Client) -> None:
     def cached_tokens(tenant: str) -> int:
-        usage = complete(up, tenant, prompt=PROMPT)["usage"]
+        usage = complete(http, tenant, prompt=PROMPT)["usage"]
         return int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
 
     assert cached_tokens("loud") == 0
@@ -97,23 +101,17 @@ def test_cached_prefixes_are_found_by_their_tenant_only(up: FaasmoeUp) -> None:
     assert cached_tokens("quiet") > 0
 
 
-def test_a_client_that_hangs_up_frees_the_engine(up: FaasmoeUp) -> None:
+def test_a_client_that_hangs_up_frees_the_engine(http: httpx.Client) -> None:
     body = {"model": "tiny", "prompt": "the quick", "max_tokens": 900, "stream": True}
-    with httpx.stream(
-        "POST",
-        f"{up.base_url}/v1/completions",
-        json={**body, "ignore_eos": True},
-        headers=key_of("third"),
-        timeout=TIMEOUT_S,
-        trust_env=False,
-    ) as response:
+    fields = {**body, "ignore_eos": True}
+    with http.stream("POST", "/v1/completions", json=fields, headers=key_of("third")) as response:
         lines = (line for line in response.iter_lines() if line.startswith("data: {"))
         assert json.loads(next(lines)[6:])["choices"]
-        assert load_of(up) == 1
-    wait_until(lambda: load_of(up) == 0, timeout_s=120, what="the end of the request")
+        assert load_of(http) == 1
+    wait_until(lambda: load_of(http) == 0, timeout_s=120, what="the end of the request")
 
     def cancelled() -> bool:
-        return bool(usage_of(up, "third")["requests"].get("cancelled") == 1)
+        return bool(usage_of(http, "third")["requests"].get("cancelled") == 1)
 
     wait_until(cancelled, timeout_s=60, what="the account of the request")
-    assert usage_of(up, "third")["completion_tokens"] < 900
+    assert usage_of(http, "third")["completion_tokens"] < 900
