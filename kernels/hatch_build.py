@@ -42,8 +42,11 @@ SANITIZER_FLAGS = (
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     *("-O1", "-g1", "-fno-omit-frame-pointer"),  # more than lines takes GCC twice the time
 )
-# GCC 12 misaligns vectors of 64 bytes in frames that AddressSanitizer lays out (GCC bug 110027).
-SANITIZER_ISA_FLAGS = dict.fromkeys(("avx512", "avx512_bf16"), ("--param=asan-stack=0",))
+# GCC 12 places vectors of 64 bytes at multiples of 32 in frames of a build with sanitizers, and reads
+# them so (GCC bug 110027 is one case): the check of alignment tells of nothing else there.
+SANITIZER_ISA_FLAGS = dict.fromkeys(
+    ("avx512", "avx512_bf16"), ("--param=asan-stack=0", "-fno-sanitize=alignment")
+)
 
 
 def find_compiler() -> str | None:
