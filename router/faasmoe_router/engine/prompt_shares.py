@@ -49,7 +49,7 @@ def divide_prompt_tokens(
         prompts: in the order of their arrival.
         running_tenants: the tenant of each sequence that generates a token in this batch.
         max_tokens: tokens of a batch.
-        weight: returns the weight of a tenant.
+        weight: returns the weight of a tenant; asked once, as it may change meanwhile.
     """
     asked: Counter[str] = Counter()
     for prompt in prompts:
@@ -61,22 +61,23 @@ def divide_prompt_tokens(
         tenant: min(n_tokens, part) if short - {tenant} else n_tokens
         for tenant, n_tokens in asked.items()
     }
-    shares = _max_min_shares(limits, max(0, max_tokens - running.total()), weight)
+    weights = {tenant: weight(tenant) for tenant in limits}
+    shares = _max_min_shares(limits, max(0, max_tokens - running.total()), weights)
     return _in_order(prompts, shares)
 
 
 def _max_min_shares(
-    limits: Mapping[str, int], budget: int, weight: Callable[[str], float]
+    limits: Mapping[str, int], budget: int, weights: Mapping[str, float]
 ) -> dict[str, int]:
     """Return each tenant's tokens: by weight, and what one leaves goes to the others."""
     shares: dict[str, int] = {}
-    by_need = sorted(limits, key=lambda tenant: limits[tenant] / weight(tenant))
-    weights_left = sum(map(weight, by_need))
+    by_need = sorted(limits, key=lambda tenant: limits[tenant] / weights[tenant])
+    weights_left = sum(weights.values())
     for tenant in by_need:
-        fair = round(budget * weight(tenant) / weights_left)
+        fair = round(budget * weights[tenant] / weights_left)
         shares[tenant] = min(limits[tenant], max(min(1, budget), fair), budget)
         budget -= shares[tenant]
-        weights_left -= weight(tenant)
+        weights_left -= weights[tenant]
     return shares
 
 

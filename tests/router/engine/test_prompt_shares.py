@@ -59,6 +59,14 @@ def test_smallest_batches_have_room_for_a_token(max_tokens: int) -> None:
     assert 0 < sum(parts.values()) <= max_tokens
 
 
+def test_weights_that_change_meanwhile_do_no_harm() -> None:
+    """They are read on the batcher's thread, while the event loop may replace them."""
+    weights = iter((1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 1.0, 1.0))
+    prompts = [PendingPrompt(name, name, 900) for name in "ab"]
+    parts = divide_prompt_tokens(prompts, (), max_tokens=MAX_TOKENS, weight=lambda _: next(weights))
+    assert parts == {"a": 256, "b": 256}
+
+
 TENANTS = "abc"
 
 
