@@ -177,8 +177,10 @@ class PreemptibleFIFOScheduler(FIFOScheduler):  # type: ignore[misc]
         scheduled: tuple[Any, ...] = super().schedule_batch(token_budget, cache_budget)
         if scheduled[0] is None and self._prompt_parts:  # the cache has no room for these prompts
             divide_prompts, self.divide_prompts = self.divide_prompts, None
-            scheduled = super().schedule_batch(token_budget, cache_budget)
-            self.divide_prompts = divide_prompts
+            try:
+                scheduled = super().schedule_batch(token_budget, cache_budget)
+            finally:
+                self.divide_prompts = divide_prompts
         batch = scheduled[0] or ()
         self.count_batch([(each.state.request_id, each.query_length) for each in batch])
         return scheduled
