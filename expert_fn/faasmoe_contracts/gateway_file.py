@@ -11,7 +11,7 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Self
 
-from faasmoe_contracts.json_reader import ObjectReader, parse_json
+from faasmoe_contracts.json_reader import ContractError, ObjectReader, parse_json
 from faasmoe_contracts.socket_address import split_host_port
 
 VERSION = 1
@@ -43,7 +43,10 @@ class RouterEntry:
         """Read an entry; raises ContractError."""
         reader = ObjectReader(value, field=path, path=path, known=("name", "address"))
         entry = cls(_text(reader, "name"), _text(reader, "address"))
-        split_host_port(entry.address)
+        try:
+            split_host_port(entry.address)
+        except ContractError as error:
+            raise reader.error("address", error.expected) from error
         return entry
 
 
