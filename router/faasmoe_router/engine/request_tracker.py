@@ -394,14 +394,23 @@ class RequestTracker:
         tracked = self._tracked.pop(sequence_id, None)
         if tracked is not None:
             self._finish_rate.record(time.monotonic())
-            if (delta := tracked.process_collected()) is not None:
-                self._charge(sequence_id, delta)
-                tracked.generation.put_output(tracked.index, delta)
+            self._put_collected(sequence_id, tracked)
         self._fair_queue.remove(sequence_id)
         batcher = self._get_batcher()
         if tracked is not None and batcher is not None and tracked.is_in_epoch(batcher.epoch):
             batcher.cancel_request(sequence_id)
         return tracked
+
+    def _put_collected(self, sequence_id: str, tracked: TrackedRequest) -> None:
+        """Put out what was computed of a sequence that ends early, and not processed."""
+        try:
+            delta = tracked.process_collected()
+        except Exception:  # it ends all the same, and so do the others
+            logger.exception("Processing the output of a request failed")
+            return
+        if delta is not None:
+            self._charge(sequence_id, delta)
+            tracked.generation.put_output(tracked.index, delta)
 
     def process_outputs(
         self, outputs: Sequence[BatchOutput], cached_tokens: Mapping[str, int]

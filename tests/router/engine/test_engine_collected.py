@@ -12,12 +12,14 @@ from tiny_engine import manager_of
 
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.generation import (
+    CompletionOutput,
     Generation,
     GenerationRequest,
     NullUsageRecorder,
     SamplingParams,
     StopConditions,
 )
+from faasmoe_router.engine.output_processor import SequenceOutputProcessor
 from faasmoe_router.engine.request_tracker import MAX_COLLECTED_TOKENS
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 
@@ -130,6 +132,36 @@ def test_request_that_is_left_has_used_what_was_computed(
         assert recorder.n_tokens >= n_computed
         assert recorder.is_finished
         assert engine.metrics.generation_tokens._value.get() == recorder.n_tokens
+
+    run(engine, work)
+
+
+def test_sequences_end_though_what_was_computed_of_one_cannot_be_processed(
+    make_engine: Maker, prompt_ids: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, n_batches = make_engine(), 0
+    process = SequenceOutputProcessor.process_tokens
+
+    def process_first_only(self: SequenceOutputProcessor, tokens: list[int]) -> CompletionOutput:
+        if self.n_tokens:
+            raise ValueError("a test")
+        return process(self, tokens)
+
+    def count(batch: object) -> None:
+        nonlocal n_batches
+        n_batches += 1
+
+    async def work() -> None:
+        monkeypatch.setattr(SequenceOutputProcessor, "process_tokens", process_first_only)
+        manager_of(engine).batch_processor.scheduler.count_batch = count
+        generation = engine.generate([GenerationRequest(prompt_ids, 200)] * 2, is_streamed=False)
+        end_s = time.monotonic() + DEADLINE_S
+        while n_batches < 6:
+            assert time.monotonic() < end_s
+            await asyncio.sleep(0.001)
+        generation.cancel()
+        assert engine.sequence_counts("") == (0, 0)
+        assert not engine.is_busy
 
     run(engine, work)
 
