@@ -88,26 +88,41 @@ class NativeAttention:
             return sdpa_attention_forward(  # type: ignore[no-any-return]
                 *(module, query, key, value, mask), scaling=scaling, cache=cache, **kwargs
             )
-        allocator = cache.layer_to_allocator[module.layer_idx]
+        attention = self._attention(
+            cache, module.layer_idx, query, scaling=scaling, softcap=softcap
+        )
+        sinks = None if s_aux is None else s_aux.detach().float().contiguous()  # [H]
+        attention.sinks = None if sinks is None else sinks.data_ptr()
+        batch = describe_batch(cache.layer_to_allocator[module.layer_idx], kwargs)
+        return self._compute(attention, batch, query, key, value), None
+
+    def _attention(
+        self, cache: Any, layer: int, query: Tensor, *, scaling: float | None, softcap: float | None
+    ) -> Attention:
+        """Return the attention of a layer, described when it is first used with a cache."""
         layers = self._layers.setdefault(cache, {})
-        attention = layers.get(module.layer_idx)
+        attention = layers.get(layer)
         if attention is None:
-            attention = layers[module.layer_idx] = describe_attention(
+            attention = layers[layer] = describe_attention(
                 cache,
-                module.layer_idx,
+                layer,
                 n_heads=query.shape[1],
                 scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
                 softcap=softcap or 0.0,
             )
-        sinks = None if s_aux is None else s_aux.detach().float().contiguous()  # [H]
-        attention.sinks = None if sinks is None else sinks.data_ptr()
+        return attention
+
+    def _compute(
+        self, attention: Attention, batch: AttentionBatch, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        """Return the output [1, T, H, D] of the arguments of a call."""
         queries, keys, values = (
             x[0].transpose(0, 1).contiguous() for x in (query, key, value)
         )  # [T, H or K, D] each
         out = torch.empty_like(queries)
         self._attend(
             attention,
-            describe_batch(allocator, kwargs),
+            batch,
             queries=queries.data_ptr(),
             query_stride=queries.shape[1] * queries.shape[2],
             keys=keys.data_ptr(),
@@ -117,7 +132,7 @@ class NativeAttention:
             out=out.data_ptr(),
             n_threads=torch.get_num_threads(),
         )
-        return out.unsqueeze(0), None
+        return out.unsqueeze(0)
 
 
 def describe_attention(
