@@ -20,8 +20,8 @@ from faasmoe_router.engine.generation import (
     StopConditions,
 )
 from faasmoe_router.engine.output_processor import SequenceOutputProcessor
-from faasmoe_router.engine.request_tracker import MAX_COLLECTED_TOKENS
 from faasmoe_router.engine.tokenizer import ModelTokenizer
+from faasmoe_router.engine.tracked_request import MAX_COLLECTED_TOKENS
 
 DEADLINE_S = 20.0
 Maker = Callable[..., Engine]
