@@ -21,11 +21,11 @@ from faasmoe_contracts.store import Store
 from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.dispatch.cold_start import ActivationSettings
 from faasmoe_router.dispatch.endpoint_health import (
-    MIN_SAMPLES,
     OutlierDetectionSettings,
     ResilienceSettings,
 )
 from faasmoe_router.dispatch.fanout import DispatchTimeouts
+from faasmoe_router.dispatch.latency_tracker import MIN_SAMPLES
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 
 DEADLINE_S = 120.0

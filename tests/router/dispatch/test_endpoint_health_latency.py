@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faasmoe_router.dispatch.endpoint_health import MIN_SAMPLES, WINDOW_SIZE, LatencyTracker
+from faasmoe_router.dispatch.latency_tracker import MIN_SAMPLES, WINDOW_SIZE, LatencyTracker
 
 
 def test_quantile_is_unknown_before_enough_samples_of_a_size() -> None:
