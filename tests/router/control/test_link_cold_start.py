@@ -351,6 +351,7 @@ def test_load_is_reported_by_function(
     router: Any, control: FakeControl, warm: Addresses, cold_table: RoutingTable, until: Until
 ) -> None:
     activate_with(control, warm)
+    started_s = time.monotonic()
     with router() as r:
         r.complete(max_tokens=4)
 
@@ -364,5 +365,7 @@ def test_load_is_reported_by_function(
         until(lambda: not control.load_reports[-1]["functions"])  # idle
         report = control.load_reports[-1]
         assert report["router"] == "router"
-        assert 0 < report["interval_s"] < 120  # the interval that it covers, on a busy machine
+        intervals_s = [load["interval_s"] for load in control.load_reports]
+        assert min(intervals_s) > 0
+        assert sum(intervals_s) <= time.monotonic() - started_s  # each covers a time of its own
         assert {"sent_at_s", "held", "local"} <= report.keys()
