@@ -12,8 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from faasmoe_contracts.control_messages import MAX_TENANTS
-from faasmoe_contracts.gateway_file import GatewayFile, ModelEntry, TenantEntry
-from faasmoe_operator.api.v1alpha1.tenant import Tenant, TenantModelSpec
+from faasmoe_contracts.gateway_file import (
+    MAX_TENANT_ENTRIES,
+    GatewayFile,
+    ModelEntry,
+    TenantEntry,
+)
+from faasmoe_contracts.gateway_file import MAX_MODELS as MAX_FILE_MODELS
+from faasmoe_operator.api.v1alpha1.tenant import MAX_MODELS, Tenant, TenantModelSpec
 from faasmoe_operator.api.v1alpha1.tenants import TenantSpec
 from faasmoe_operator.control.tenant_entries import tenant_entry
 from faasmoe_operator.kube.conditions import (
@@ -106,8 +112,9 @@ def plan_tenants(
     for model in models:
         by_namespace.setdefault(model.key.namespace, []).append(model)
     n_tenants = Counter({model.key: len(model.own_tenants) for model in models})
+    used: set[ModelKey] = set()
     for candidate in candidates:
-        _choose_models(candidate, by_namespace.get(candidate.key.namespace, ()), n_tenants)
+        _choose_models(candidate, by_namespace.get(candidate.key.namespace, ()), n_tenants, used)
     shared = _shared_digests(candidates, secrets)
     entries = []
     for candidate in candidates:
@@ -121,7 +128,6 @@ def plan_tenants(
             tuple(sorted(key.name for key in candidate.models)),
         )
         entries.append(_entry(candidate, digests))
-    used = {key for candidate in candidates for key in candidate.models}
     file = GatewayFile(
         tuple(_model_entry(model, front_token) for model in models if model.key in used),
         tuple(sorted(entries, key=lambda entry: entry.name)),
@@ -157,6 +163,10 @@ def _accept(
             )
             outcomes[observed.key] = TenantOutcome.refused(condition_false("NameTaken", what))
             continue
+        if len(accepted) >= MAX_TENANT_ENTRIES:
+            what = f"the gateways have {MAX_TENANT_ENTRIES} older Tenants already"
+            outcomes[observed.key] = TenantOutcome.refused(condition_false("TooManyTenants", what))
+            continue
         state, host = ACCEPTED, tenant.spec.host
         if host is not None and host in hosts:
             state = condition_false(
@@ -171,9 +181,19 @@ def _accept(
 
 
 def _choose_models(
-    candidate: _Candidate, models: Sequence[ObservedModel], n_tenants: Counter[ModelKey]
+    candidate: _Candidate,
+    models: Sequence[ObservedModel],
+    n_tenants: Counter[ModelKey],
+    used: set[ModelKey],
 ) -> None:
-    """Set the models that a Tenant may use, and say why it may not use others that it names."""
+    """Set the models that a Tenant may use, and say why it may not use others that it names.
+
+    Args:
+        candidate: the Tenant.
+        models: those of its namespace.
+        n_tenants: tenants of each model so far.
+        used: models that any Tenant uses so far.
+    """
     by_name = {model.key.name: model for model in models}
     problems = [
         ("ModelUnknown", f"there is no MoEModel {model.name} in the namespace")
@@ -192,11 +212,17 @@ def _choose_models(
         elif model.served_name in names:
             other = names[model.served_name]
             problems.append(("NameAmbiguous", f"{name} has the name of {other} in requests"))
+        elif len(candidate.models) >= MAX_MODELS:
+            problems.append(("TooManyModels", f"{name}: the Tenant has {MAX_MODELS} models already"))
+        elif len(used | {model.key}) > MAX_FILE_MODELS:
+            what = f"{name}: all Tenants together use {MAX_FILE_MODELS} other models already"
+            problems.append(("TooManyModels", what))
         elif model.max_model_len is None:
             waiting.append(name)
         else:
             names[model.served_name] = name
             n_tenants[model.key] += 1
+            used.add(model.key)
             candidate.models[model.key] = _named(terms, model, names, problems)
     candidate.models_state = _models_state(candidate, problems, waiting)
 

@@ -29,7 +29,7 @@ from faasmoe_gateway.refusal import Refusal
 from faasmoe_gateway.tenant_directory import TenantDirectory
 from faasmoe_operator.control.gateway_links import GatewayLinks
 from faasmoe_operator.kube.cache import ObjectCache
-from faasmoe_operator.kube.errors import Unavailable
+from faasmoe_operator.kube.errors import Invalid, Unavailable
 from faasmoe_operator.kube.events import EventRecorder
 from faasmoe_operator.kube.manifests.names import router_name
 from faasmoe_operator.kube.tenants.controller import GatewayTokens, TenantController
@@ -43,6 +43,7 @@ from faasmoe_operator.kube.types import (
     POD,
     SECRET,
     TENANT,
+    Kind,
     ModelKey,
     Object,
 )
@@ -387,6 +388,31 @@ def test_without_the_api_server_no_share_is_granted_that_is_not_saved(cluster: C
                     await asyncio.sleep(0.05)
 
     run(work)
+
+
+def test_a_status_that_is_refused_keeps_no_other_and_no_secret_from_being_written(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("acme", "beta"):
+        cluster.add_tenant(name)
+        cluster.set_keys(name, first=f"sk-{name}")
+    patch_status = cluster.api.patch_status
+
+    async def refuse_acme(kind: Kind, namespace: str, name: str, *args: Any, **more: Any) -> Object:
+        if (kind, name) == (TENANT, "acme"):
+            raise Invalid("status.models: too many", status=422)
+        return await patch_status(kind, namespace, name, *args, **more)
+
+    monkeypatch.setattr(cluster.api, "patch_status", refuse_acme)
+
+    async def work() -> None:
+        async with cluster.running():
+            await until(lambda: cluster.condition(name="beta") == ("True", "Ready"))
+            secret = (SECRET, "faasmoe-system", "faasmoe-gateway")
+            await until(lambda: secret in cluster.api.objects)
+
+    run(work)
+    assert cluster.status("acme") == {}
 
 
 def test_without_a_gateway_tenants_say_so(cluster: Cluster) -> None:
