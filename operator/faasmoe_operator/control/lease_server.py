@@ -19,6 +19,7 @@ from faasmoe_contracts.lease_messages import (
     LeaseReport,
     PeriodUsage,
 )
+from faasmoe_operator.aio import LineSource
 from faasmoe_operator.control.lease_book import LeaseBook, Shares
 from faasmoe_operator.control.models_file import ModelsFileError
 
@@ -40,7 +41,7 @@ class LeaseServer:
         self._save = save
         self._saving = asyncio.Lock()
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(self, reader: LineSource, writer: asyncio.StreamWriter) -> None:
         """Answer one gateway until it disconnects."""
         told: dict[str, PeriodUsage] = {}
         try:

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from faasmoe_contracts.control_messages import MAX_TENANTS
+from faasmoe_contracts.gateway_file import MAX_MODELS as MAX_FILE_MODELS
 from faasmoe_contracts.gateway_file import (
     MAX_TENANT_ENTRIES,
     GatewayFile,
     ModelEntry,
     TenantEntry,
 )
-from faasmoe_contracts.gateway_file import MAX_MODELS as MAX_FILE_MODELS
 from faasmoe_operator.api.v1alpha1.tenant import MAX_MODELS, Tenant, TenantModelSpec
 from faasmoe_operator.api.v1alpha1.tenants import TenantSpec
 from faasmoe_operator.control.tenant_entries import tenant_entry
@@ -213,7 +213,9 @@ def _choose_models(
             other = names[model.served_name]
             problems.append(("NameAmbiguous", f"{name} has the name of {other} in requests"))
         elif len(candidate.models) >= MAX_MODELS:
-            problems.append(("TooManyModels", f"{name}: the Tenant has {MAX_MODELS} models already"))
+            problems.append(
+                ("TooManyModels", f"{name}: the Tenant has {MAX_MODELS} models already")
+            )
         elif len(used | {model.key}) > MAX_FILE_MODELS:
             what = f"{name}: all Tenants together use {MAX_FILE_MODELS} other models already"
             problems.append(("TooManyModels", what))

@@ -18,6 +18,7 @@ from kube_objects import make_object
 
 from faasmoe_contracts.gateway_file import GatewayFile
 from faasmoe_contracts.gateway_hello import PURPOSES, GatewayHello
+from faasmoe_contracts.router_demand import RouterDemand
 from faasmoe_contracts.socket_address import open_connection
 from faasmoe_contracts.tenant_usage import day_of
 from faasmoe_gateway.accounts import Accounts
@@ -27,11 +28,13 @@ from faasmoe_gateway.front import Front
 from faasmoe_gateway.lease_client import LeaseClient
 from faasmoe_gateway.refusal import Refusal
 from faasmoe_gateway.tenant_directory import TenantDirectory
+from faasmoe_operator.control import gateway_links
 from faasmoe_operator.control.gateway_links import GatewayLinks
 from faasmoe_operator.kube.cache import ObjectCache
 from faasmoe_operator.kube.errors import Invalid, Unavailable
 from faasmoe_operator.kube.events import EventRecorder
 from faasmoe_operator.kube.manifests.names import router_name
+from faasmoe_operator.kube.tenants import link_server
 from faasmoe_operator.kube.tenants.controller import GatewayTokens, TenantController
 from faasmoe_operator.kube.tenants.gateway_objects import GatewayObjects
 from faasmoe_operator.kube.tenants.router_demand import RouterDemandScaler
@@ -461,18 +464,43 @@ def test_a_request_wakes_a_router_once(cluster: Cluster) -> None:
     assert cluster.demand.desired(ModelKey("llm", "nowhere")) is None
 
 
+def test_requests_of_a_gateway_whose_machine_is_gone_are_none(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_links, "SILENCE_S", 0.2)
+
+    async def work() -> None:
+        async with cluster.running():
+            _, writer = await open_connection(f"127.0.0.1:{cluster.port}", limit=1 << 16)
+            writer.write(GatewayHello(TOKEN, "gateway-a", "demand").dumps())
+            writer.write(RouterDemand({"llm/chat": 3}).dumps())
+            await until(lambda: seen[-1:] == [0])
+            writer.close()
+
+    seen: list[int] = []
+    cluster.links.add("llm/chat", lambda: seen.append(cluster.links.n_requests("llm/chat")))
+    run(work)
+    assert seen == [3, 0]
+
+
 @pytest.mark.parametrize(
     "line",
     [
         b"\n",
+        b"x" * (1 << 20),
         b"GET / HTTP/1.1\r\n",
         GatewayHello("wrong", "x", "config").dumps(),
         b'{"token": "operator-token", "gateway": "x", "purpose": "else"}\n',
     ],
 )
 def test_others_get_nothing_from_the_operator(
-    cluster: Cluster, line: bytes, caplog: pytest.LogCaptureFixture
+    cluster: Cluster,
+    line: bytes,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(link_server, "HELLO_TIMEOUT_S", 600)  # it waits for no end of a long line
+
     async def work() -> None:
         async with cluster.running():
             reader, writer = await open_connection(f"127.0.0.1:{cluster.port}", limit=1 << 16)

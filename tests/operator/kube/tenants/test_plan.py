@@ -202,9 +202,8 @@ def test_tenants_beyond_what_gateways_read_keep_no_older_one_out() -> None:
 
 
 def test_models_beyond_what_gateways_and_a_status_take_are_left_out() -> None:
-    selector = {"modelSelector": {"matchLabels": {"tier": "open"}}}
     models = tuple(model(f"m{n:04}", labels={"tier": "open"}) for n in range(260))
-    acme = tenant("acme", **selector)
+    acme = tenant("acme", modelSelector={"matchLabels": {"tier": "open"}})
     planned = plan(acme, models=models)
     assert state(planned.outcomes[acme.key], "models") == ("False", "TooManyModels")
     assert len(planned.outcomes[acme.key].model_names) == 256
