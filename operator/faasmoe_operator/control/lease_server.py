@@ -20,7 +20,7 @@ from faasmoe_contracts.lease_messages import (
     PeriodUsage,
 )
 from faasmoe_operator.aio import LineSource
-from faasmoe_operator.control.lease_book import LeaseBook, Shares
+from faasmoe_operator.control.lease_book import LeaseBook, Shares, parse_shares
 from faasmoe_operator.control.models_file import ModelsFileError
 
 SHARES_FILE_NAME = "lease-shares.json"
@@ -107,7 +107,6 @@ def _read_tenants(path: Path) -> tuple[TenantEntry, ...]:
 
 def _read_shares(path: Path) -> Shares | None:
     try:
-        shares: Shares = json.loads(path.read_bytes())
+        return parse_shares(path.read_bytes())
     except FileNotFoundError:
         return None
-    return shares

@@ -215,7 +215,7 @@ class TenantController:
         try:
             return await self._objects.read_shares()
         except ValueError as error:
-            logger.error("shares of limits: got no JSON (%s): starting without", error)
+            logger.error("shares of limits: starting without: %s", error)
             return None
 
     def _restore_usage(self, tenant: ObservedTenant) -> None:

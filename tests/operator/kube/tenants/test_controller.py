@@ -393,6 +393,22 @@ def test_without_the_api_server_no_share_is_granted_that_is_not_saved(cluster: C
     run(work)
 
 
+@pytest.mark.parametrize(
+    "saved", ["", "[]", '{"acme/requests": 1}', '{"acme/requests": {"a": "b"}}']
+)
+def test_operator_starts_with_shares_that_are_none(cluster: Cluster, saved: str) -> None:
+    name, data = "faasmoe-gateway-shares", {"shares.json": saved}
+    cluster.api.write(make_object(CONFIG_MAP, name, namespace="faasmoe-system") | {"data": data})
+    cluster.add_tenant(limits={"requestsPerMinute": 6})
+    cluster.set_keys(first="sk-1")
+
+    async def work() -> None:
+        async with cluster.running():
+            await until(lambda: cluster.condition() == ("True", "Ready"))
+
+    run(work)
+
+
 def test_a_status_that_is_refused_keeps_no_other_and_no_secret_from_being_written(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
