@@ -240,6 +240,8 @@ class TenantController:
 
         One that the API server refuses keeps no other from being written.
         """
+        uids = {tenant.obj["metadata"]["uid"] for tenant in tenants}
+        self._statuses = {uid: s for uid, s in self._statuses.items() if uid in uids}
         failure: KubeApiError | None = None
         for tenant in tenants:
             try:

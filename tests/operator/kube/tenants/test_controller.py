@@ -448,6 +448,18 @@ def test_without_a_gateway_tenants_say_so(cluster: Cluster) -> None:
     assert not [r for r in cluster.api.requests if r[1] == "Secret"]
 
 
+def test_tenants_that_are_deleted_are_forgotten(cluster: Cluster) -> None:
+    async def work() -> None:
+        async with cluster.running():
+            for number in range(3):
+                cluster.add_tenant(f"t{number}")
+                await until(partial(cluster.condition, name=f"t{number}"))
+                cluster.api.remove(TENANT, "llm", f"t{number}")
+            await until(lambda: not cluster.controller._statuses)
+
+    run(work)
+
+
 def test_routers_are_told_when_a_tenant_comes(cluster: Cluster) -> None:
     async def work() -> None:
         async with cluster.running():
