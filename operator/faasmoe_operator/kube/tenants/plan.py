@@ -80,12 +80,23 @@ class TenantPlan:
 
 @dataclass(slots=True)
 class _Candidate:
-    """A Tenant that is accepted so far, with what it may use."""
+    """A Tenant that is accepted so far, with what it may use.
+
+    Attributes:
+        key: its namespace and name.
+        tenant: the Tenant.
+        accepted: the state of Accepted.
+        models: the models that it may use.
+        waiting: the models that it may use once their stores are prepared. Their routers know it
+            from their start, as one without tenants would answer everybody.
+        models_state: the state of ModelsReady.
+    """
 
     key: ModelKey
     tenant: Tenant
     accepted: ConditionState
     models: dict[ModelKey, TenantModelSpec] = field(default_factory=dict)
+    waiting: dict[ModelKey, TenantModelSpec] = field(default_factory=dict)
     models_state: ConditionState = ACCEPTED
 
 
@@ -129,7 +140,11 @@ def plan_tenants(
         )
         entries.append(_entry(candidate, digests))
     file = GatewayFile(
-        tuple(_model_entry(model, front_token) for model in models if model.key in used),
+        tuple(
+            _model_entry(model, front_token)
+            for model in models
+            if model.key in used and model.max_model_len is not None
+        ),
         tuple(sorted(entries, key=lambda entry: entry.name)),
         is_closed=True,
     )
@@ -200,7 +215,6 @@ def _choose_models(
         for model in candidate.tenant.spec.models
         if model.name not in by_name
     ]
-    waiting = []
     names: dict[str, str] = {}
     labels = {name: model.labels for name, model in by_name.items()}
     for name, terms in candidate.tenant.models_among(labels).items():
@@ -212,21 +226,21 @@ def _choose_models(
         elif model.served_name in names:
             other = names[model.served_name]
             problems.append(("NameAmbiguous", f"{name} has the name of {other} in requests"))
-        elif len(candidate.models) >= MAX_MODELS:
+        elif len(candidate.models) + len(candidate.waiting) >= MAX_MODELS:
             problems.append(
                 ("TooManyModels", f"{name}: the Tenant has {MAX_MODELS} models already")
             )
         elif len(used | {model.key}) > MAX_FILE_MODELS:
             what = f"{name}: all Tenants together use {MAX_FILE_MODELS} other models already"
             problems.append(("TooManyModels", what))
-        elif model.max_model_len is None:
-            waiting.append(name)
         else:
             names[model.served_name] = name
             n_tenants[model.key] += 1
             used.add(model.key)
-            candidate.models[model.key] = _named(terms, model, names, problems)
-    candidate.models_state = _models_state(candidate, problems, waiting)
+            is_prepared = model.max_model_len is not None
+            usable = candidate.models if is_prepared else candidate.waiting
+            usable[model.key] = _named(terms, model, names, problems)
+    candidate.models_state = _models_state(candidate, problems)
 
 
 def _named(
@@ -244,13 +258,12 @@ def _named(
     return terms
 
 
-def _models_state(
-    candidate: _Candidate, problems: list[tuple[str, str]], waiting: list[str]
-) -> ConditionState:
+def _models_state(candidate: _Candidate, problems: list[tuple[str, str]]) -> ConditionState:
     if problems:
         return condition_false(problems[0][0], "; ".join(what for _, what in problems))
-    if waiting:
-        return condition_unknown("ModelNotPrepared", f"no store yet: {', '.join(waiting)}")
+    if candidate.waiting:
+        names = ", ".join(key.name for key in candidate.waiting)
+        return condition_unknown("ModelNotPrepared", f"no store yet: {names}")
     if not candidate.models:
         return condition_false("NoModel", "spec.modelSelector selects no MoEModel")
     return condition_true("ModelsFound", f"{len(candidate.models)} models")
@@ -319,7 +332,7 @@ def _model_entry(model: ObservedModel, front_token: Callable[[str], str]) -> Mod
 def _router_tenants(candidates: Sequence[_Candidate]) -> dict[ModelKey, tuple[TenantSpec, ...]]:
     among: dict[ModelKey, list[tuple[_Candidate, TenantModelSpec]]] = {}
     for candidate in candidates:
-        for key, terms in candidate.models.items():
+        for key, terms in (candidate.models | candidate.waiting).items():
             among.setdefault(key, []).append((candidate, terms))
     return {
         key: tuple(

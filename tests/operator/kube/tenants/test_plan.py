@@ -191,6 +191,12 @@ def test_a_model_without_a_store_is_waited_for() -> None:
     planned = plan(acme, models=(model(max_model_len=None),))
     assert state(planned.outcomes[acme.key], "models") == ("Unknown", "ModelNotPrepared")
     assert planned.file.models == ()
+    assert planned.file.tenants[0].models == ()
+
+
+def test_routers_know_their_tenants_from_their_start() -> None:
+    planned = plan(tenant("acme"), models=(model(max_model_len=None),))  # no router can run yet
+    assert [told.name for told in planned.router_tenants[CHAT]] == ["acme"]
 
 
 def test_tenants_beyond_what_gateways_read_keep_no_older_one_out() -> None:
