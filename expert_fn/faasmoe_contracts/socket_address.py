@@ -49,12 +49,18 @@ async def open_connection(
     if (target := split_host_port(address)) is None:
         return await asyncio.open_unix_connection(address, limit=limit)
     reader, writer = await asyncio.open_connection(*target, limit=limit)
+    probe_peer(writer)
+    if ack_timeout_s is not None:
+        ack_timeout_ms = round(ack_timeout_s * 1000)
+        connection = writer.get_extra_info("socket")
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, ack_timeout_ms)
+    return reader, writer
+
+
+def probe_peer(writer: asyncio.StreamWriter) -> None:
+    """Let the system end a TCP connection half a minute after the other machine is gone."""
     connection = writer.get_extra_info("socket")
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
-    if ack_timeout_s is not None:
-        ack_timeout_ms = round(ack_timeout_s * 1000)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, ack_timeout_ms)
-    return reader, writer

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from faasmoe_contracts.gateway_hello import MAX_HELLO_BYTES, GatewayHello
 from faasmoe_contracts.json_reader import ContractError
 from faasmoe_contracts.lease_messages import MAX_LINE_BYTES
+from faasmoe_contracts.socket_address import probe_peer
 from faasmoe_operator.aio import ChangeNotifier, LineReader
 from faasmoe_operator.control.gateway_links import GatewayLinks
 from faasmoe_operator.control.lease_server import LeaseServer
@@ -61,6 +62,7 @@ class GatewayLinkServer:
         self._connections.add(writer)
         lines = LineReader(reader, max_bytes=MAX_HELLO_BYTES)
         try:
+            probe_peer(writer)
             hello = await self._read_hello(lines)
             if hello is None:
                 return

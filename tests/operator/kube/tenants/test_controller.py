@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -13,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from faasmoe_up import free_port
 from fake_kube_api import FakeKubeApi
 from kube_objects import make_object
 
@@ -55,12 +55,6 @@ TIMEOUT_S = 60.0
 TOKEN = "operator-token"
 KEY = ModelKey("llm", "chat")
 EMPTY = GatewayFile((), (), is_closed=True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Gateway:
