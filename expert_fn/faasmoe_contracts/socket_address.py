@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 from faasmoe_contracts.json_reader import ContractError
 
 EXPECTED = "HOST:PORT, or the absolute path of a Unix socket"
 MAX_PORT = 65535
+KEEPALIVE_IDLE_S = 10
+KEEPALIVE_INTERVAL_S = 5
+KEEPALIVE_PROBES = 4
 
 
 def split_host_port(address: str) -> tuple[str, int] | None:
@@ -25,13 +29,18 @@ def split_host_port(address: str) -> tuple[str, int] | None:
 
 
 async def open_connection(
-    address: str, *, limit: int
+    address: str, *, limit: int, ack_timeout_s: float | None = None
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect to an address.
+
+    A machine that is gone ends no connection: reading from it fails half a minute later, as the
+    system asks for it.
 
     Args:
         address: where to.
         limit: most bytes of a line, and of what is read ahead.
+        ack_timeout_s: how long what was written may stay unread by the other machine, for one that
+            always reads; None for the system's quarter of an hour.
 
     Raises:
         OSError: nobody listens there.
@@ -39,4 +48,19 @@ async def open_connection(
     """
     if (target := split_host_port(address)) is None:
         return await asyncio.open_unix_connection(address, limit=limit)
-    return await asyncio.open_connection(*target, limit=limit)
+    reader, writer = await asyncio.open_connection(*target, limit=limit)
+    probe_peer(writer)
+    if ack_timeout_s is not None:
+        ack_timeout_ms = round(ack_timeout_s * 1000)
+        connection = writer.get_extra_info("socket")
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, ack_timeout_ms)
+    return reader, writer
+
+
+def probe_peer(writer: asyncio.StreamWriter) -> None:
+    """Let the system end a TCP connection half a minute after the other machine is gone."""
+    connection = writer.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)

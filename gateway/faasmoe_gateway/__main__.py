@@ -123,14 +123,15 @@ def _make_app(config: GatewayConfig, tracer: Tracer) -> GatewayApp | Front:
         budget=budget,
         metrics=metrics,
     )
-    if config.gateway_metrics_port is not None:
-        state = GatewayState(
+    metrics.registry.register(
+        GatewayState(
             waiting=front.waiting,
             held_bytes=lambda: budget.n_bytes,
             connected=lambda: [(purpose, link.is_connected) for purpose, link in links.items()],
             lease_age_s=lambda: None if leases is None else time.monotonic() - leases.renewed_s,
         )
-        metrics.registry.register(state)
+    )
+    if config.gateway_metrics_port is not None:
         port = config.gateway_metrics_port + config.index
         start_http_server(port, config.gateway_metrics_host, metrics.registry)
     return front

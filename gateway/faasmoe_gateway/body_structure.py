@@ -33,7 +33,7 @@ class JsonParts:
 
 
 def count_parts(text: bytes) -> JsonParts:
-    """Return the parts of a JSON text."""
+    """Return the parts of a JSON text in UTF-8."""
     at_most = _count_characters(text)
     if at_most.is_within_limits:
         return at_most

@@ -11,6 +11,8 @@ from pathlib import Path
 from faasmoe_contracts.gateway_hello import GatewayHello
 from faasmoe_contracts.socket_address import open_connection
 
+ACK_TIMEOUT_S = 15.0  # of an operator whose node is gone: reports go to the next one
+
 
 class ControlLink:
     """How to reach one part of the control plane.
@@ -42,7 +44,9 @@ class ControlLink:
         Args:
             limit: most bytes of a line.
         """
-        reader, writer = await open_connection(self._address, limit=limit)
+        reader, writer = await open_connection(
+            self._address, limit=limit, ack_timeout_s=ACK_TIMEOUT_S
+        )
         if self._hello is not None:
             writer.write(self._hello.dumps())
         return reader, writer

@@ -1,33 +1,26 @@
 """The gateway's ASGI app over several models: whose request it is, what it may do, where it goes.
 
 Requests name their model in the body. A model that does not exist and one that the tenant may not
-use are the same 404. `/v1/models` and `/v1/usage` are answered here; everything else goes to a
-router of the model, with the tenant's name instead of its key.
+use are the same 404. `/v1/models` and `/v1/usage` are answered by the gateway (`own_answers`);
+everything else goes to a router of the model, with the tenant's name instead of its key.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
-from faasmoe_contracts.gateway_file import (
-    GatewayFile,
-    ModelEntry,
-    TenantEntry,
-    TenantModelEntry,
-)
-from faasmoe_contracts.tenant_usage import PERIODS
-from faasmoe_gateway.accounts import Accounts, TenantAccount
+from faasmoe_contracts.gateway_file import GatewayFile, TenantEntry
+from faasmoe_gateway.accounts import Accounts
+from faasmoe_gateway.call import Call, read_call
 from faasmoe_gateway.config_follower import ConfigFollower
 from faasmoe_gateway.connections import KNOWN_CLIENT_EXTENSION
 from faasmoe_gateway.control_link import ControlLink
@@ -39,13 +32,21 @@ from faasmoe_gateway.limits import Hold
 from faasmoe_gateway.metrics import (
     CANCELLED,
     FAILED,
+    GATEWAY_ERROR,
     NO_ROUTER,
     SHUTDOWN,
     GatewayMetrics,
     RequestRecord,
 )
 from faasmoe_gateway.model_routes import ModelRoute
-from faasmoe_gateway.refusal import Refusal, invalid_api_key, model_not_found, send_json
+from faasmoe_gateway.own_answers import OwnAnswers
+from faasmoe_gateway.refusal import (
+    Refusal,
+    invalid_api_key,
+    model_not_found,
+    send_json,
+    unknown_path,
+)
 from faasmoe_gateway.relay import (
     ClientResponse,
     Relay,
@@ -54,72 +55,20 @@ from faasmoe_gateway.relay import (
     WaitingRequests,
     is_page_path,
 )
-from faasmoe_gateway.request_body import (
-    MAX_BODY_BYTES,
-    RequestedWork,
-    body_too_large,
-    read_work,
-)
+from faasmoe_gateway.request_body import MAX_BODY_BYTES
 from faasmoe_gateway.request_span import begin_request_span, recording_status
-from faasmoe_gateway.router_choice import affinity_key
 from faasmoe_gateway.sender_turns import TURNS_PER_SENDER, SenderTurns
 from faasmoe_gateway.tenant_directory import REFRESH_INTERVAL_S, TenantDirectory
 from faasmoe_tracing import NO_TRACER, Span, Tracer
 
 logger = logging.getLogger(__name__)
 
-COMPLETIONS_PATH = "/v1/completions"
-DEFAULT_COMPLETION_TOKENS = 16  # as the router's
-GENERATING_PATHS = (COMPLETIONS_PATH, "/v1/chat/completions", "/v1/responses", "/v1/messages")
 SAVE_INTERVAL_S = 5.0
 UNKNOWN_TENANT = 401  # of a router
 MAX_RENEWALS = 3  # of leases for one request: one for each limit that it needs tokens of
 _TENANT_PATH = re.compile(r"/([^/]+)(/v1(?:/.*)?)", re.DOTALL)
 
-
 Taken = TypeVar("Taken")
-
-
-@dataclass(slots=True)
-class Call:
-    """A request whose caller and model are known.
-
-    Attributes:
-        path: its path, without a tenant's name.
-        tenant: whose it is; None if everyone may use every model.
-        account: the tenant's account.
-        model: the model.
-        terms: on which terms the tenant may use it.
-        work: what it asks for.
-    """
-
-    path: str
-    tenant: TenantEntry | None
-    account: TenantAccount | None
-    model: ModelEntry
-    terms: TenantModelEntry
-    work: RequestedWork
-
-    @property
-    def max_input_tokens(self) -> int:
-        """The most tokens that its prompts may have."""
-        return min(self.work.n_bytes, self.work.n_choices * self.model.max_model_len)
-
-    @property
-    def max_output_tokens(self) -> int:
-        """The most tokens that it may generate."""
-        asked = self.work.max_output_tokens
-        if asked is None and self.path == COMPLETIONS_PATH:
-            asked = DEFAULT_COMPLETION_TOKENS
-        bounds = [asked, self.terms.max_output_tokens]
-        known = [bound for bound in bounds if bound is not None]
-        return min([*known, self.model.max_model_len]) * self.work.n_choices
-
-    @property
-    def affinity(self) -> bytes:
-        """What it shares with requests that a router's KV cache may know."""
-        name = "" if self.tenant is None else self.tenant.name
-        return affinity_key(name, session=self.work.session, prefix=self.work.prefix)
 
 
 class Front:
@@ -167,7 +116,7 @@ class Front:
         self._tracer = tracer
         self._clock = clock
         self._wall_clock = wall_clock
-        self._created_s = int(wall_clock())
+        self._own = OwnAnswers(directory, accounts, created_s=int(wall_clock()))
         self._front_token = front_token
         self._hold_timeout_s = hold_timeout_s
         self._metrics = metrics or GatewayMetrics()
@@ -212,6 +161,9 @@ class Front:
             await refusal.send(send, scope["path"])
         except ClientGone:
             record.end(CANCELLED)
+        except Exception:  # the server logs it
+            record.end(FAILED, GATEWAY_ERROR)
+            raise
         finally:
             self._metrics.count(record)
 
@@ -268,7 +220,7 @@ class Front:
         if tenant is not None and KNOWN_CLIENT_EXTENSION in scope.get("extensions", {}):
             scope["extensions"][KNOWN_CLIENT_EXTENSION]()
         if scope["method"] in ("GET", "HEAD"):
-            await send_json(send, self._read(path, tenant))
+            await send_json(send, self._own.answer(path, tenant, self._wall_clock()))
             return
         account = None if tenant is None else self._accounts.of(tenant.name)
         headers: dict[str, str] = {}
@@ -280,7 +232,10 @@ class Front:
         body_start_s = self._clock()
         body = await request.read_body(MAX_BODY_BYTES)
         record.body_s = self._clock() - body_start_s
-        call = await self._read_call(scope, body, path, tenant, account)
+        encoding = header_value(scope, b"content-encoding").strip().lower()
+        call = await read_call(
+            body, path, tenant, account, encoding=encoding, directory=self._directory
+        )
         record.model = call.model.name
         request.address(path, tenant=record.tenant)
         client = ClientResponse(send, is_messages=path.endswith("/v1/messages"))
@@ -294,84 +249,13 @@ class Front:
         named = None if match is None else match[1]
         if self._directory.is_open:
             if named is not None:
-                raise _unknown_path(path)
+                raise unknown_path(path)
             return None, path
         tenant = self._directory.authenticate(shown_key(scope))
         host = self._directory.tenant_of_host(_host_name(scope))
         if tenant is None or {named, host} - {None, tenant.name}:
             raise invalid_api_key()
         return tenant, path if match is None else match[2]
-
-    def _read(self, path: str, tenant: TenantEntry | None) -> bytes:
-        """Return the answer to a GET; raises Refusal."""
-        names = self._directory.names_for(tenant)
-        if path == "/v1/models":
-            cards = [self._card(name, model) for name, (model, _) in names.items()]
-            return json.dumps({"object": "list", "data": cards}).encode()
-        if path.startswith("/v1/models/"):
-            name = path.removeprefix("/v1/models/")
-            if name not in names:
-                raise model_not_found(name)
-            return json.dumps(self._card(name, names[name][0])).encode()
-        if path == "/v1/usage" and tenant is not None:
-            return json.dumps(self._usage(tenant)).encode()
-        raise _unknown_path(path)
-
-    def _card(self, name: str, model: ModelEntry) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": self._created_s,
-            "owned_by": "faasmoe",
-            "root": model.served_name,
-            "parent": None,
-            "max_model_len": model.max_model_len,
-        }
-
-    def _usage(self, tenant: TenantEntry) -> dict[str, Any]:
-        account, now_s = self._accounts.of(tenant.name), self._wall_clock()
-        periods = {period: account.in_period(now_s, period) for period in PERIODS}
-        return {
-            "object": "usage",
-            "tenant": tenant.name,
-            **{
-                period: {
-                    "requests": used.requests,
-                    "input_tokens": used.input_tokens,
-                    "output_tokens": used.output_tokens,
-                    "cost": used.money,
-                }
-                for period, used in periods.items()
-            },
-        }
-
-    async def _read_call(
-        self,
-        scope: Scope,
-        body: bytes | None,
-        path: str,
-        tenant: TenantEntry | None,
-        account: TenantAccount | None,
-    ) -> Call:
-        if body is None:
-            raise body_too_large()
-        encoding = header_value(scope, b"content-encoding").strip().lower()
-        work = await read_work(body, encoding=encoding)
-        names = self._directory.names_for(tenant)
-        name = work.model
-        if name is None:
-            models = {model.name for model, _ in names.values()}
-            if len(models) != 1:
-                raise Refusal(
-                    "model: got nothing, expected the name of a model; GET /v1/models lists them",
-                    status=400,
-                    code="missing_required_parameter",
-                    param="model",
-                )
-            name = next(iter(names))
-        if name not in names:
-            raise model_not_found(name)
-        return Call(path, tenant, account, *names[name], work)
 
     async def _relay(
         self,
@@ -382,7 +266,7 @@ class Front:
         record: RequestRecord,
     ) -> None:
         hold = Hold([])
-        generates = call.path in GENERATING_PATHS
+        generates = call.generates
         if call.account is not None and generates:
             limiter = call.account.limiter
             with span.child("limit"):
@@ -510,10 +394,6 @@ class Front:
             await asyncio.to_thread(self._accounts.write, content)
         except OSError as error:
             logger.error("The tenants' usage cannot be saved: %s", error)
-
-
-def _unknown_path(path: str) -> Refusal:
-    return Refusal(f"path: got {path[:80]}, which does not exist", status=404, code="not_found")
 
 
 def _host_name(scope: Scope) -> str:

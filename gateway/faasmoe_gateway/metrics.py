@@ -18,6 +18,7 @@ from faasmoe_gateway.refusal import BUDGET_EXCEEDED, RATE_LIMIT_EXCEEDED, Refusa
 
 ANSWERED, REFUSED, FAILED, CANCELLED = "answered", "refused", "failed", "cancelled"
 NO_ROUTER, ROUTER_ERROR, SHUTDOWN = "no_router", "router_error", "shutdown"
+GATEWAY_ERROR = "gateway_error"
 BUDGET = "budget"
 LIMITS = ("requests", "tokens", "input_tokens", "output_tokens", BUDGET)
 KNOWN_ENDS = (
@@ -26,6 +27,7 @@ KNOWN_ENDS = (
     (REFUSED, BUDGET_EXCEEDED),
     (FAILED, NO_ROUTER),
     (FAILED, ROUTER_ERROR),
+    (FAILED, GATEWAY_ERROR),
     (CANCELLED, ""),
 )
 """Ends of requests, with their reasons, that exist at 0."""

@@ -91,6 +91,11 @@ def model_not_found(name: str) -> Refusal:
     )
 
 
+def unknown_path(path: str) -> Refusal:
+    """Return the refusal of a path that does not exist."""
+    return Refusal(f"path: got {path[:80]}, which does not exist", status=404, code="not_found")
+
+
 async def send_json(
     send: Send, body: bytes, *, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> None:

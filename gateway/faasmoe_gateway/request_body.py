@@ -57,6 +57,8 @@ async def read_work(body: bytes, *, encoding: str) -> RequestedWork:
 
 def _parse(body: bytes, encoding: str) -> RequestedWork:
     text = _decoded(body, encoding)
+    if json.detect_encoding(text) not in ("utf-8", "utf-8-sig"):  # parts of others are not counted
+        raise _invalid("body: got another encoding of text, expected UTF-8")
     parts = count_parts(text)
     if not parts.is_within_limits:
         raise Refusal(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 MAX_LINE_BYTES = 1 << 16
 
@@ -88,6 +88,52 @@ async def gather_limited(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class LineSource(Protocol):
+    """What lines are read from."""
+
+    async def readline(self) -> bytes:
+        """Return the next line with its end; what is left, or nothing, at the end of the stream.
+
+        Raises ValueError for a line that is too long.
+        """
+        ...
+
+
+class LineReader:
+    """Reads the lines of a stream, of a length that may change once it is known who sends them.
+
+    Args:
+        stream: the stream, whose own limit is the least that is read ahead.
+
+    Attributes:
+        max_bytes: most bytes of a line.
+    """
+
+    def __init__(self, stream: asyncio.StreamReader, *, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._stream = stream
+        self._buffer = bytearray()
+
+    async def readline(self) -> bytes:
+        """Return the next line with its end; what is left, or nothing, at the end of the stream.
+
+        Raises ValueError for a line that is too long.
+        """
+        searched = 0
+        while (end := self._buffer.find(b"\n", searched)) < 0:
+            searched = len(self._buffer)
+            if searched > self.max_bytes:
+                raise ValueError(f"got a line of more than {self.max_bytes} bytes, expected fewer")
+            chunk = await self._stream.read(MAX_LINE_BYTES)
+            if not chunk:
+                end = searched
+                break
+            self._buffer += chunk
+        line = bytes(self._buffer[: end + 1])
+        del self._buffer[: end + 1]
+        return line
 
 
 async def read_lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:

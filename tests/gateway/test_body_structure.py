@@ -67,6 +67,14 @@ def test_body_of_too_many_parts_is_refused(field: bytes) -> None:
     assert refused.value.code == "request_too_large"
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32-be"])
+def test_what_is_not_in_utf_8_is_refused_before_it_is_parsed(encoding: str) -> None:
+    text = '{"model":"a","x":"\\"","y":[' + "[]," * (2 * MAX_CONTAINERS) + "[]]}"
+    with pytest.raises(Refusal, match="UTF-8") as refused:
+        asyncio.run(read_work(text.encode(encoding), encoding=""))
+    assert refused.value.status == 400
+
+
 def test_long_prompts_of_text_and_of_tokens_are_read() -> None:
     code = 'if (a[i] == "x\\y") { b["k"] = [1, 2, {}]; }\n' * 20_000
     for prompt in (code, [7] * (MAX_VALUES - 10)):

@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from faasmoe_contracts.stream_records import EVENT, pack_record
 from faasmoe_contracts.tenant_usage import Usage
 from faasmoe_gateway.accounts import Accounts
 from faasmoe_gateway.front import Front
+from faasmoe_gateway.metrics import FAILED, GATEWAY_ERROR, GatewayMetrics
 from faasmoe_gateway.tenant_directory import TenantDirectory
 
 NOON = 1_795_608_000.0
@@ -39,6 +41,8 @@ class System:
 
     Attributes:
         now_s: the time of both clocks.
+        metrics: what is counted.
+        before_body: called before a body is there.
     """
 
     def __init__(self, folder: Path, *tenants: TenantEntry, answers: tuple[Answer, ...]) -> None:
@@ -53,11 +57,14 @@ class System:
         assert file == GatewayFile(models, tenants)
         self.directory = TenantDirectory(file, NOON)
         self.accounts = Accounts(file.tenants, folder / "usage.json", 0.0)
+        self.metrics = GatewayMetrics()
+        self.before_body: Callable[[], None] = lambda: None
         self.front = Front(
             self.directory,
             self.accounts,
             front_token="secret",
             hold_timeout_s=0.1,
+            metrics=self.metrics,
             clock=lambda: self.now_s - NOON,
             wall_clock=lambda: self.now_s,
         )
@@ -70,6 +77,8 @@ class System:
         incoming = [{"type": "http.request", "body": content, "more_body": False}]
 
         async def receive() -> dict[str, Any]:
+            if incoming:
+                self.before_body()
             return incoming.pop(0) if incoming else await asyncio.Future()
 
         async def send(message: Any) -> None:
@@ -456,6 +465,24 @@ def test_router_that_does_not_know_a_tenant_yet_is_no_wrong_key(folder: Path) ->
     run(system, work)
 
 
+def test_fault_of_the_gateway_is_no_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    system = System(folder, tenant(folder, "acme", A), answers=(ANSWER,))
+
+    def fail(_: str) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(system.accounts, "of", fail)
+
+    async def work() -> None:
+        with pytest.raises(RuntimeError):
+            await system.call({"model": "mine"}, key="key-acme")
+
+    run(system, work)
+    labels = {"tenant": "acme", "outcome": FAILED, "reason": GATEWAY_ERROR}
+    name = "faasmoe_gateway_tenant_requests_total"
+    assert system.metrics.registry.get_sample_value(name, labels) == 1
+
+
 def test_models_and_tenants_are_replaced_while_it_runs(folder: Path) -> None:
     limits = LimitsEntry(requests=60)
     acme = tenant(folder, "acme", A, limits=limits)
@@ -476,7 +503,9 @@ def test_models_and_tenants_are_replaced_while_it_runs(folder: Path) -> None:
         assert account.limiter.buckets["requests"].available(0.0) == 58
         system.front.configure(GatewayFile(models[1:], (beta,)))
         assert [await status("acme", "mine"), await status("beta", "org/b")] == [401, 200]
-        system.front.configure(GatewayFile(models, (), is_closed=True))
+        closed = GatewayFile(models, (), is_closed=True)
+        system.before_body = partial(system.front.configure, closed)
+        assert await status("beta", "org/b") == 401  # its key was valid when the request began
         assert await status("", "org/b") == 401  # nobody may call, not everybody
 
     run(system, work)

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from faasmoe_operator.aio import ChangeNotifier, gather_limited
+from faasmoe_operator.aio import ChangeNotifier, LineReader, gather_limited
 
 
 def test_gather_limited_keeps_the_order_and_the_limit() -> None:
@@ -47,5 +47,22 @@ def test_change_notifier_evaluates_the_condition_at_each_notification() -> None:
             changes.append(change)
             notifier.notify()
         await waiting
+
+    asyncio.run(scenario())
+
+
+def test_lines_are_bounded_until_their_sender_is_known() -> None:
+    async def scenario() -> None:
+        stream = asyncio.StreamReader(limit=64)
+        reader = LineReader(stream, max_bytes=64)
+        stream.feed_data(b"hello\n\n" + b"x" * 100_000)
+        assert [await reader.readline(), await reader.readline()] == [b"hello\n", b"\n"]
+        with pytest.raises(ValueError, match="64"):
+            await reader.readline()
+        reader.max_bytes = 1 << 20
+        stream.feed_data(b"y\nrest")
+        stream.feed_eof()
+        assert await reader.readline() == b"x" * 100_000 + b"y\n"
+        assert [await reader.readline(), await reader.readline()] == [b"rest", b""]
 
     asyncio.run(scenario())

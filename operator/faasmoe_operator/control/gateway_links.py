@@ -14,9 +14,11 @@ from pathlib import Path
 
 from faasmoe_contracts.json_reader import ContractError
 from faasmoe_contracts.router_demand import MAX_LINE_BYTES, RouterDemand, RunningRouters
-from faasmoe_operator.aio import ChangeNotifier
+from faasmoe_operator.aio import ChangeNotifier, LineSource
 
 logger = logging.getLogger(__name__)
+
+SILENCE_S = 30.0  # gateways report every `REPORT_INTERVAL_S`
 
 
 @dataclass(slots=True, eq=False)
@@ -97,13 +99,13 @@ class GatewayLinks:
             for link in self._links:
                 link.writer.close()
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Follow one gateway until it disconnects."""
+    async def serve(self, reader: LineSource, writer: asyncio.StreamWriter) -> None:
+        """Follow one gateway until it disconnects, or is silent as its machine is gone."""
         link = _Link(writer)
         self._links.append(link)
         writer.write(self._line())
         try:
-            while line := await reader.readline():
+            while line := await _next_line(reader):
                 link.demand = RouterDemand.loads(line)
                 self._notify()
         except (ContractError, ValueError, OSError) as error:
@@ -120,3 +122,11 @@ class GatewayLinks:
         for on_demand in self._on_demand.values():
             on_demand()
         self._changed.notify()
+
+
+async def _next_line(reader: LineSource) -> bytes:
+    try:
+        async with asyncio.timeout(SILENCE_S):
+            return await reader.readline()
+    except TimeoutError:
+        raise ConnectionError(f"it was silent for {SILENCE_S:g} s") from None

@@ -7,11 +7,13 @@ authority never lets more through than the limit.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 from faasmoe_contracts.gateway_file import TenantEntry
+from faasmoe_contracts.json_reader import require_finite
 from faasmoe_contracts.lease_messages import LeaseAnswer, LeaseReport, bucket_name
 from faasmoe_contracts.token_leases import LeaseAuthority
 from faasmoe_operator.control.tenant_ledger import TenantLedger
@@ -100,6 +102,18 @@ class LeaseBook:
     def mark_unsaved(self) -> None:
         """Note that what `shares_to_save` returned last could not be saved."""
         self._saved = {}
+
+
+def parse_shares(text: str | bytes) -> Shares:
+    """Return saved shares; raises ValueError."""
+    value = json.loads(text)
+    if not isinstance(value, dict) or not all(isinstance(found, dict) for found in value.values()):
+        raise ValueError("got no shares of holders by limit")
+    for found in value.values():
+        for share in found.values():
+            require_finite(share, field="shares")
+    shares: Shares = value
+    return shares
 
 
 def _limits(tenant: TenantEntry) -> Iterable[tuple[str, int]]:

@@ -19,7 +19,8 @@ from faasmoe_contracts.lease_messages import (
     LeaseReport,
     PeriodUsage,
 )
-from faasmoe_operator.control.lease_book import LeaseBook, Shares
+from faasmoe_operator.aio import LineSource
+from faasmoe_operator.control.lease_book import LeaseBook, Shares, parse_shares
 from faasmoe_operator.control.models_file import ModelsFileError
 
 SHARES_FILE_NAME = "lease-shares.json"
@@ -40,7 +41,7 @@ class LeaseServer:
         self._save = save
         self._saving = asyncio.Lock()
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(self, reader: LineSource, writer: asyncio.StreamWriter) -> None:
         """Answer one gateway until it disconnects."""
         told: dict[str, PeriodUsage] = {}
         try:
@@ -106,7 +107,6 @@ def _read_tenants(path: Path) -> tuple[TenantEntry, ...]:
 
 def _read_shares(path: Path) -> Shares | None:
     try:
-        shares: Shares = json.loads(path.read_bytes())
+        return parse_shares(path.read_bytes())
     except FileNotFoundError:
         return None
-    return shares

@@ -43,18 +43,21 @@ class ConditionState:
 
 def condition_true(reason: str, message: str) -> ConditionState:
     """Return the state True."""
-    return ConditionState("True", reason, message)
+    return ConditionState("True", reason, _truncated(message))
 
 
 def condition_false(reason: str, message: str) -> ConditionState:
-    """Return the state False, which may need someone to act; long messages are truncated."""
-    truncated = message if len(message) <= MAX_MESSAGE_CHARS else f"{message[:MAX_MESSAGE_CHARS]}…"
-    return ConditionState("False", reason, truncated)
+    """Return the state False, which may need someone to act."""
+    return ConditionState("False", reason, _truncated(message))
 
 
 def condition_unknown(reason: str, message: str) -> ConditionState:
     """Return the state Unknown, for what is in progress."""
-    return ConditionState("Unknown", reason, message)
+    return ConditionState("Unknown", reason, _truncated(message))
+
+
+def _truncated(message: str) -> str:
+    return message if len(message) <= MAX_MESSAGE_CHARS else f"{message[:MAX_MESSAGE_CHARS]}…"
 
 
 @dataclass(frozen=True, slots=True)

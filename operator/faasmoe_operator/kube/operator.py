@@ -124,9 +124,6 @@ class Operator:
         await self._retry_until_success(
             lambda: check_crd(api), description=f"the CRD of {MOEMODEL}"
         )
-        has_tenants = await self._retry_until_success(
-            lambda: api.is_served(TENANT), description=f"discovery of {TENANT}"
-        )
         can_resize = await self._retry_until_success(
             lambda: api.is_served(POD_RESIZE), description=f"discovery of {POD_RESIZE}"
         )
@@ -137,53 +134,27 @@ class Operator:
             self._cache, links, enqueue=lambda key: workers.add(key, urgent=True)
         )
         has_gateways = config.gateway_port is not None
+        context = OperatorContext(
+            config.images,
+            config.control,
+            root,
+            served_apis=apis.served_versions,
+            user_id=config.run_as_user,
+            can_resize=can_resize,
+            gateways=config.gateways,
+            router_tenants=tenants.router_tenants,
+            scaled_routers=demand.desired if has_gateways else lambda _: None,
+        )
+        events = EventRecorder(api, instance=config.identity)
         reconciler = Reconciler(
-            api,
-            self._cache,
-            runtimes,
-            OperatorContext(
-                config.images,
-                config.control,
-                root,
-                served_apis=apis.served_versions,
-                user_id=config.run_as_user,
-                can_resize=can_resize,
-                gateways=config.gateways,
-                router_tenants=tenants.router_tenants,
-                scaled_routers=demand.desired if has_gateways else lambda _: None,
-            ),
-            events=EventRecorder(api, instance=config.identity),
-            tracer=self._tracer,
+            api, self._cache, runtimes, context, events=events, tracer=self._tracer
         )
         self._cache.add_event_handler(ModelEnqueuer(workers).on_change)
         async with AsyncExitStack() as servers, asyncio.TaskGroup() as group:
-            informers = Informers(
-                api,
-                self._cache,
-                namespaces=config.watch_namespaces,
-                task_group=group,
-                on_event=self._metrics.count_watch_event,
-                on_not_served=apis.mark_not_served,
-            )
-            informers.start(WATCHED_KINDS)
-            if has_tenants:
-                informers.start((TENANT,))
-            else:
-                logger.warning(
-                    "%s is not served: Tenants are ignored until the CRD is installed "
-                    "(kubectl apply --server-side -f crds/) and the operator restarted",
-                    TENANT,
-                )
-            await self._retry_until_success(
-                lambda: apis.start(informers), description="discovery of the optional APIs"
-            )
-            self._readiness.waiting_for = "the first list of every kind"
-            await informers.wait_for_cache_sync()
+            await self._start_informers(api, apis, group)
             await self._retry_until_success(tenants.start, description="the Tenants' keys")
-            if config.gateway_port is not None:
-                await servers.enter_async_context(
-                    tenants.listening(config.host, config.gateway_port)
-                )
+            if (port := config.gateway_port) is not None:
+                await servers.enter_async_context(tenants.listening(config.host, port))
             self._readiness.waiting_for = ""
             logger.info("cache synced: %d MoEModels", len(self._cache.list_all(MOEMODEL)))
             group.create_task(apis.run())
@@ -191,6 +162,36 @@ class Operator:
             if has_gateways:
                 group.create_task(demand.run())
             group.create_task(workers.run(reconciler.reconcile))
+
+    async def _start_informers(
+        self, api: KubeClient, apis: OptionalApis, group: asyncio.TaskGroup
+    ) -> None:
+        """Follow every kind that the cluster serves; return once the cache has synced."""
+        informers = Informers(
+            api,
+            self._cache,
+            namespaces=self._config.watch_namespaces,
+            task_group=group,
+            on_event=self._metrics.count_watch_event,
+            on_not_served=apis.mark_not_served,
+        )
+        informers.start(WATCHED_KINDS)
+        has_tenants = await self._retry_until_success(
+            lambda: api.is_served(TENANT), description=f"discovery of {TENANT}"
+        )
+        if has_tenants:
+            informers.start((TENANT,))
+        else:
+            logger.warning(
+                "%s is not served: Tenants are ignored until the CRD is installed "
+                "(kubectl apply --server-side -f crds/) and the operator restarted",
+                TENANT,
+            )
+        await self._retry_until_success(
+            lambda: apis.start(informers), description="discovery of the optional APIs"
+        )
+        self._readiness.waiting_for = "the first list of every kind"
+        await informers.wait_for_cache_sync()
 
     def _make_tenant_controller(
         self,

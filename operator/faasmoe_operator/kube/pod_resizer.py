@@ -7,29 +7,25 @@ larger request and the kubelet defers it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
-from faasmoe_operator.aio import gather_limited
 from faasmoe_operator.api.v1alpha1.field_types import parse_quantity
 from faasmoe_operator.control.controller import Controller
 from faasmoe_operator.control.fleet import SandboxRecord
 from faasmoe_operator.kube.cache import OwnedPods
 from faasmoe_operator.kube.client import KubeApi
-from faasmoe_operator.kube.errors import KubeApiError, NotFound
 from faasmoe_operator.kube.manifests.resources import request_quantities
 from faasmoe_operator.kube.manifests.sandbox import SANDBOX_CONTAINER
-from faasmoe_operator.kube.pod_follower import COALESCE_S, MAX_PARALLEL_PATCHES, follow_controller
+from faasmoe_operator.kube.pod_follower import PodFollower
 from faasmoe_operator.kube.types import Object
-from faasmoe_operator.plan.fleet import SandboxState
 from faasmoe_operator.plan.pod_requests import PodRequests, ResizePolicy
 
-logger = logging.getLogger(__name__)
 
-
-class PodResizer:
+class PodResizer(PodFollower[PodRequests]):
     """Keeps the requests of a model's sandbox pods up to date with its controller.
+
+    Pods of an earlier template are left alone: they may not be made to be resized.
 
     Args:
         api: the Kubernetes API.
@@ -37,8 +33,9 @@ class PodResizer:
         controller: knows which functions the sandboxes hold.
         policy: what sandboxes request.
         namespace: namespace of the pods.
-        coalesce_s: delay that merges changes into one patch, in seconds.
     """
+
+    what = "requests"
 
     def __init__(
         self,
@@ -48,64 +45,24 @@ class PodResizer:
         policy: ResizePolicy,
         *,
         namespace: str,
-        coalesce_s: float = COALESCE_S,
     ) -> None:
-        self._api = api
-        self._pods = pods
-        self._controller = controller
+        super().__init__(api, pods, controller, namespace=namespace)
         self._policy = policy
-        self._namespace = namespace
-        self._coalesce_s = coalesce_s
 
-    async def run(self) -> None:
-        """Resize pods until cancelled, retrying failures with increasing delays."""
-        await follow_controller(self._controller, self.update, coalesce_s=self._coalesce_s)
-
-    async def update(self) -> bool:
-        """Resize every pod whose requests are outdated; return whether all succeeded."""
-        pending = self.pending_changes()
-        results = await gather_limited(pending.items(), self._resize, limit=MAX_PARALLEL_PATCHES)
-        return all(results)
-
-    def pending_changes(self) -> dict[str, PodRequests]:
-        """Return the desired requests, by pod name, of pods whose requests are outdated.
-
-        Pods of an earlier template are left alone: they may not be made to be resized.
-        """
-        template = self._controller.model.template.digest
-        desired = {
-            record.sandbox.id: self._desired_requests(record)
-            for record in self._controller.fleet.sandboxes
-            if record.state is SandboxState.READY and record.sandbox.template_hash == template
-        }
-        pods = {name: self._pods.get(self._namespace, name) for name in desired}
-        return {
-            name: requests
-            for name, requests in desired.items()
-            if (pod := pods[name]) is not None and pod_requests(pod) != requests
-        }
-
-    def _desired_requests(self, record: SandboxRecord) -> PodRequests:
+    def _desired(self, record: SandboxRecord) -> PodRequests | None:
+        if record.sandbox.template_hash != self._controller.model.template.digest:
+            return None
         functions = self._controller.model.functions
         sizes = (functions[name].size_bytes for name in record.functions if name in functions)
         return self._policy.requests(sizes)
 
-    async def _resize(self, item: tuple[str, PodRequests]) -> bool:
-        name, requests = item
-        try:
-            pod = await self._api.resize_pod(
-                self._namespace,
-                name,
-                container=SANDBOX_CONTAINER,
-                requests=request_quantities(requests),
-            )
-        except NotFound:
-            return True
-        except KubeApiError as error:
-            logger.warning("pod %s: requests not changed: %s", name, error)
-            return False
-        self._pods.update(pod)
-        return True
+    def _observed(self, pod: Object) -> PodRequests:
+        return pod_requests(pod)
+
+    async def _patch(self, name: str, state: PodRequests) -> Object:
+        return await self._api.resize_pod(
+            self._namespace, name, container=SANDBOX_CONTAINER, requests=request_quantities(state)
+        )
 
 
 def pod_requests(pod: Object) -> PodRequests:

@@ -86,7 +86,10 @@ WATCHED_KINDS = (
     POD,
     *(kind for kind in OWNED_KINDS if kind not in (SECRET, *OPTIONAL_KINDS)),
 )
-"""Kinds that every cluster serves and the cache holds. Secrets are created, never read."""
+"""Kinds that every cluster serves and the cache holds.
+
+Secrets are not among them: those that Tenants name are read one by one.
+"""
 
 _KINDS_BY_GVK = {
     (kind.api_version, kind.name): kind

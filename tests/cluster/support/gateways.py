@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from apiserver import ApiServer, Object, eventually
+from faasmoe_up import free_port
 from fake_node import FakeNode
 from helm import Helm
 from operator_process import NAMESPACE, OperatorProcess
@@ -23,9 +23,7 @@ def running_gateways(
     api: ApiServer, node: FakeNode, helm: Helm, folder: Path, *, service_account: str
 ) -> Iterator[OperatorProcess]:
     """Run an operator and the chart's Deployment of gateways."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     settings = {"GATEWAY_PORT": str(port)}
     operator = OperatorProcess(api, folder, service_account=service_account, settings=settings)
     operator.start()

@@ -73,4 +73,5 @@ def test_ready_message_names_the_failing_condition() -> None:
 
 
 def test_long_messages_are_truncated() -> None:
-    assert len(condition_false("Broken", "x" * 10_000).message) == MAX_MESSAGE_CHARS + 1
+    for make in (condition_true, condition_false, condition_unknown):
+        assert len(make("Any", "x" * 10_000).message) == MAX_MESSAGE_CHARS + 1

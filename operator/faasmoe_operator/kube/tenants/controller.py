@@ -25,7 +25,7 @@ from faasmoe_operator.control.tenant_ledger import TenantLedger
 from faasmoe_operator.kube.cache import ObjectCache, ObjectChange
 from faasmoe_operator.kube.client import KubeApi
 from faasmoe_operator.kube.conditions import build_conditions
-from faasmoe_operator.kube.errors import Conflict, KubeApiError, NotFound
+from faasmoe_operator.kube.errors import Conflict, KubeApiError, NotFound, Unavailable
 from faasmoe_operator.kube.events import EventRecorder
 from faasmoe_operator.kube.tenants.gateway_objects import GatewayObjects
 from faasmoe_operator.kube.tenants.link_server import GatewayLinkServer
@@ -173,8 +173,9 @@ class TenantController:
         tenants = observe_tenants(self._cache)
         if self._tokens is None:
             refused = TenantOutcome.refused(GATEWAY_DISABLED)
-            for tenant in tenants:
-                await self._write_status(tenant, refused)
+            failure = await self._write_statuses(tenants, {t.key: refused for t in tenants})
+            if failure is not None:
+                raise failure
             return
         await self._refresh_keys(tenants)
         plan = self._plan(tenants, self._tokens)
@@ -183,12 +184,13 @@ class TenantController:
         assert self._server is not None
         self._server.publish(file)
         self._tell_routers(plan)
-        for tenant in tenants:
-            await self._write_status(tenant, plan.outcomes[tenant.key])
+        failure = await self._write_statuses(tenants, plan.outcomes)
         if file != self._written_file:
             await self._objects.write_secret(self._tokens.operator, file)
             self._written_file = file
         await self._forget_ended_gateways()
+        if failure is not None:
+            raise failure
 
     def _plan(self, tenants: list[ObservedTenant], tokens: GatewayTokens) -> TenantPlan:
         return plan_tenants(
@@ -213,7 +215,7 @@ class TenantController:
         try:
             return await self._objects.read_shares()
         except ValueError as error:
-            logger.error("shares of limits: got no JSON (%s): starting without", error)
+            logger.error("shares of limits: starting without: %s", error)
             return None
 
     def _restore_usage(self, tenant: ObservedTenant) -> None:
@@ -230,6 +232,26 @@ class TenantController:
             if not await self._objects.has_pod(gateway):
                 logger.info("gateway %s has ended: its share of limits is free", gateway)
                 self._book.forget(gateway)
+
+    async def _write_statuses(
+        self, tenants: list[ObservedTenant], outcomes: Mapping[ModelKey, TenantOutcome]
+    ) -> KubeApiError | None:
+        """Write all statuses; return an error of one that could not be written.
+
+        One that the API server refuses keeps no other from being written.
+        """
+        uids = {tenant.obj["metadata"]["uid"] for tenant in tenants}
+        self._statuses = {uid: s for uid, s in self._statuses.items() if uid in uids}
+        failure: KubeApiError | None = None
+        for tenant in tenants:
+            try:
+                await self._write_status(tenant, outcomes[tenant.key])
+            except Unavailable as error:
+                return error
+            except KubeApiError as error:
+                logger.warning("Tenant %s: status not written: %s", tenant.key, error)
+                failure = error
+        return failure
 
     async def _write_status(self, tenant: ObservedTenant, outcome: TenantOutcome) -> None:
         """Write a Tenant's status if something has changed; usage only now and then."""

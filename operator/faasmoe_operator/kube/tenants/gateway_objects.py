@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Mapping
 
-from faasmoe_operator.control.lease_book import Shares
+from faasmoe_operator.control.lease_book import Shares, parse_shares
 from faasmoe_operator.kube.client import KubeApi
 from faasmoe_operator.kube.errors import KubeApiError
 from faasmoe_operator.kube.manifests.names import FIELD_MANAGER, MANAGED_BY_LABEL
@@ -63,10 +63,7 @@ class GatewayObjects:
         """Return the saved shares; None if there are none; raises KubeApiError, ValueError."""
         found = await self._api.get(CONFIG_MAP, self._namespace, self._shares_name)
         text = ((found or {}).get("data") or {}).get(SHARES_KEY)
-        if text is None:
-            return None
-        shares: Shares = json.loads(text)
-        return shares
+        return None if text is None else parse_shares(text)
 
     async def write_shares(self, shares: Shares) -> None:
         """Save shares; raises OSError if they cannot be saved."""

@@ -11,10 +11,11 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from faasmoe_contracts.gateway_hello import GatewayHello
+from faasmoe_contracts.gateway_hello import MAX_HELLO_BYTES, GatewayHello
 from faasmoe_contracts.json_reader import ContractError
 from faasmoe_contracts.lease_messages import MAX_LINE_BYTES
-from faasmoe_operator.aio import ChangeNotifier
+from faasmoe_contracts.socket_address import probe_peer
+from faasmoe_operator.aio import ChangeNotifier, LineReader
 from faasmoe_operator.control.gateway_links import GatewayLinks
 from faasmoe_operator.control.lease_server import LeaseServer
 
@@ -49,7 +50,7 @@ class GatewayLinkServer:
     @asynccontextmanager
     async def listening(self, host: str, port: int) -> AsyncIterator[None]:
         """Listen for the lifetime of the context; raises OSError."""
-        server = await asyncio.start_server(self._serve, host, port, limit=MAX_LINE_BYTES)
+        server = await asyncio.start_server(self._serve, host, port, limit=MAX_HELLO_BYTES)
         try:
             yield
         finally:
@@ -59,26 +60,29 @@ class GatewayLinkServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._connections.add(writer)
+        lines = LineReader(reader, max_bytes=MAX_HELLO_BYTES)
         try:
-            hello = await self._read_hello(reader)
+            probe_peer(writer)
+            hello = await self._read_hello(lines)
             if hello is None:
                 return
+            lines.max_bytes = MAX_LINE_BYTES
             logger.info("gateway %s: connected for %s", hello.gateway, hello.purpose)
             if hello.purpose == "config":
                 await self._send_files(reader, writer)
             elif hello.purpose == "leases":
-                await self._leases.serve(reader, writer)
+                await self._leases.serve(lines, writer)
             else:
-                await self._links.serve(reader, writer)
+                await self._links.serve(lines, writer)
         finally:
             self._connections.discard(writer)
             writer.close()
 
-    async def _read_hello(self, reader: asyncio.StreamReader) -> GatewayHello | None:
+    async def _read_hello(self, lines: LineReader) -> GatewayHello | None:
         """Return who connects; None for nobody who may."""
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
-                hello = GatewayHello.loads(await reader.readline())
+                hello = GatewayHello.loads(await lines.readline())
         except (ContractError, ValueError, OSError) as error:
             # Of a message that is no hello nothing is shown, as it may contain a token.
             logger.warning("gateway link: got no hello (%s)", type(error).__name__)
@@ -92,7 +96,8 @@ class GatewayLinkServer:
         """Send each version of the file until the gateway disconnects."""
         sending = asyncio.create_task(self._send_each_file(writer))
         try:
-            await reader.read()
+            while await reader.read(MAX_HELLO_BYTES):
+                pass  # it has nothing to say
         except OSError:
             return
         finally:

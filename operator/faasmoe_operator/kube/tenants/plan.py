@@ -12,8 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from faasmoe_contracts.control_messages import MAX_TENANTS
-from faasmoe_contracts.gateway_file import GatewayFile, ModelEntry, TenantEntry
-from faasmoe_operator.api.v1alpha1.tenant import Tenant, TenantModelSpec
+from faasmoe_contracts.gateway_file import MAX_MODELS as MAX_FILE_MODELS
+from faasmoe_contracts.gateway_file import (
+    MAX_TENANT_ENTRIES,
+    GatewayFile,
+    ModelEntry,
+    TenantEntry,
+)
+from faasmoe_operator.api.v1alpha1.tenant import MAX_MODELS, Tenant, TenantModelSpec
 from faasmoe_operator.api.v1alpha1.tenants import TenantSpec
 from faasmoe_operator.control.tenant_entries import tenant_entry
 from faasmoe_operator.kube.conditions import (
@@ -74,12 +80,23 @@ class TenantPlan:
 
 @dataclass(slots=True)
 class _Candidate:
-    """A Tenant that is accepted so far, with what it may use."""
+    """A Tenant that is accepted so far, with what it may use.
+
+    Attributes:
+        key: its namespace and name.
+        tenant: the Tenant.
+        accepted: the state of Accepted.
+        models: the models that it may use.
+        waiting: the models that it may use once their stores are prepared. Their routers know it
+            from their start, as one without tenants would answer everybody.
+        models_state: the state of ModelsReady.
+    """
 
     key: ModelKey
     tenant: Tenant
     accepted: ConditionState
     models: dict[ModelKey, TenantModelSpec] = field(default_factory=dict)
+    waiting: dict[ModelKey, TenantModelSpec] = field(default_factory=dict)
     models_state: ConditionState = ACCEPTED
 
 
@@ -106,8 +123,9 @@ def plan_tenants(
     for model in models:
         by_namespace.setdefault(model.key.namespace, []).append(model)
     n_tenants = Counter({model.key: len(model.own_tenants) for model in models})
+    used: set[ModelKey] = set()
     for candidate in candidates:
-        _choose_models(candidate, by_namespace.get(candidate.key.namespace, ()), n_tenants)
+        _choose_models(candidate, by_namespace.get(candidate.key.namespace, ()), n_tenants, used)
     shared = _shared_digests(candidates, secrets)
     entries = []
     for candidate in candidates:
@@ -121,9 +139,12 @@ def plan_tenants(
             tuple(sorted(key.name for key in candidate.models)),
         )
         entries.append(_entry(candidate, digests))
-    used = {key for candidate in candidates for key in candidate.models}
     file = GatewayFile(
-        tuple(_model_entry(model, front_token) for model in models if model.key in used),
+        tuple(
+            _model_entry(model, front_token)
+            for model in models
+            if model.key in used and model.max_model_len is not None
+        ),
         tuple(sorted(entries, key=lambda entry: entry.name)),
         is_closed=True,
     )
@@ -157,6 +178,10 @@ def _accept(
             )
             outcomes[observed.key] = TenantOutcome.refused(condition_false("NameTaken", what))
             continue
+        if len(accepted) >= MAX_TENANT_ENTRIES:
+            what = f"the gateways have {MAX_TENANT_ENTRIES} older Tenants already"
+            outcomes[observed.key] = TenantOutcome.refused(condition_false("TooManyTenants", what))
+            continue
         state, host = ACCEPTED, tenant.spec.host
         if host is not None and host in hosts:
             state = condition_false(
@@ -171,16 +196,25 @@ def _accept(
 
 
 def _choose_models(
-    candidate: _Candidate, models: Sequence[ObservedModel], n_tenants: Counter[ModelKey]
+    candidate: _Candidate,
+    models: Sequence[ObservedModel],
+    n_tenants: Counter[ModelKey],
+    used: set[ModelKey],
 ) -> None:
-    """Set the models that a Tenant may use, and say why it may not use others that it names."""
+    """Set the models that a Tenant may use, and say why it may not use others that it names.
+
+    Args:
+        candidate: the Tenant.
+        models: those of its namespace.
+        n_tenants: tenants of each model so far.
+        used: models that any Tenant uses so far.
+    """
     by_name = {model.key.name: model for model in models}
     problems = [
         ("ModelUnknown", f"there is no MoEModel {model.name} in the namespace")
         for model in candidate.tenant.spec.models
         if model.name not in by_name
     ]
-    waiting = []
     names: dict[str, str] = {}
     labels = {name: model.labels for name, model in by_name.items()}
     for name, terms in candidate.tenant.models_among(labels).items():
@@ -192,13 +226,21 @@ def _choose_models(
         elif model.served_name in names:
             other = names[model.served_name]
             problems.append(("NameAmbiguous", f"{name} has the name of {other} in requests"))
-        elif model.max_model_len is None:
-            waiting.append(name)
+        elif len(candidate.models) + len(candidate.waiting) >= MAX_MODELS:
+            problems.append(
+                ("TooManyModels", f"{name}: the Tenant has {MAX_MODELS} models already")
+            )
+        elif len(used | {model.key}) > MAX_FILE_MODELS:
+            what = f"{name}: all Tenants together use {MAX_FILE_MODELS} other models already"
+            problems.append(("TooManyModels", what))
         else:
             names[model.served_name] = name
             n_tenants[model.key] += 1
-            candidate.models[model.key] = _named(terms, model, names, problems)
-    candidate.models_state = _models_state(candidate, problems, waiting)
+            used.add(model.key)
+            is_prepared = model.max_model_len is not None
+            usable = candidate.models if is_prepared else candidate.waiting
+            usable[model.key] = _named(terms, model, names, problems)
+    candidate.models_state = _models_state(candidate, problems)
 
 
 def _named(
@@ -216,13 +258,12 @@ def _named(
     return terms
 
 
-def _models_state(
-    candidate: _Candidate, problems: list[tuple[str, str]], waiting: list[str]
-) -> ConditionState:
+def _models_state(candidate: _Candidate, problems: list[tuple[str, str]]) -> ConditionState:
     if problems:
         return condition_false(problems[0][0], "; ".join(what for _, what in problems))
-    if waiting:
-        return condition_unknown("ModelNotPrepared", f"no store yet: {', '.join(waiting)}")
+    if candidate.waiting:
+        names = ", ".join(key.name for key in candidate.waiting)
+        return condition_unknown("ModelNotPrepared", f"no store yet: {names}")
     if not candidate.models:
         return condition_false("NoModel", "spec.modelSelector selects no MoEModel")
     return condition_true("ModelsFound", f"{len(candidate.models)} models")
@@ -291,7 +332,7 @@ def _model_entry(model: ObservedModel, front_token: Callable[[str], str]) -> Mod
 def _router_tenants(candidates: Sequence[_Candidate]) -> dict[ModelKey, tuple[TenantSpec, ...]]:
     among: dict[ModelKey, list[tuple[_Candidate, TenantModelSpec]]] = {}
     for candidate in candidates:
-        for key, terms in candidate.models.items():
+        for key, terms in (candidate.models | candidate.waiting).items():
             among.setdefault(key, []).append((candidate, terms))
     return {
         key: tuple(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -13,11 +12,13 @@ from functools import partial
 from typing import Any
 
 import pytest
+from faasmoe_up import free_port
 from fake_kube_api import FakeKubeApi
 from kube_objects import make_object
 
 from faasmoe_contracts.gateway_file import GatewayFile
 from faasmoe_contracts.gateway_hello import PURPOSES, GatewayHello
+from faasmoe_contracts.router_demand import RouterDemand
 from faasmoe_contracts.socket_address import open_connection
 from faasmoe_contracts.tenant_usage import day_of
 from faasmoe_gateway.accounts import Accounts
@@ -27,11 +28,13 @@ from faasmoe_gateway.front import Front
 from faasmoe_gateway.lease_client import LeaseClient
 from faasmoe_gateway.refusal import Refusal
 from faasmoe_gateway.tenant_directory import TenantDirectory
+from faasmoe_operator.control import gateway_links
 from faasmoe_operator.control.gateway_links import GatewayLinks
 from faasmoe_operator.kube.cache import ObjectCache
-from faasmoe_operator.kube.errors import Unavailable
+from faasmoe_operator.kube.errors import Invalid, Unavailable
 from faasmoe_operator.kube.events import EventRecorder
 from faasmoe_operator.kube.manifests.names import router_name
+from faasmoe_operator.kube.tenants import link_server
 from faasmoe_operator.kube.tenants.controller import GatewayTokens, TenantController
 from faasmoe_operator.kube.tenants.gateway_objects import GatewayObjects
 from faasmoe_operator.kube.tenants.router_demand import RouterDemandScaler
@@ -43,6 +46,7 @@ from faasmoe_operator.kube.types import (
     POD,
     SECRET,
     TENANT,
+    Kind,
     ModelKey,
     Object,
 )
@@ -51,12 +55,6 @@ TIMEOUT_S = 60.0
 TOKEN = "operator-token"
 KEY = ModelKey("llm", "chat")
 EMPTY = GatewayFile((), (), is_closed=True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Gateway:
@@ -389,6 +387,47 @@ def test_without_the_api_server_no_share_is_granted_that_is_not_saved(cluster: C
     run(work)
 
 
+@pytest.mark.parametrize(
+    "saved", ["", "[]", '{"acme/requests": 1}', '{"acme/requests": {"a": "b"}}']
+)
+def test_operator_starts_with_shares_that_are_none(cluster: Cluster, saved: str) -> None:
+    name, data = "faasmoe-gateway-shares", {"shares.json": saved}
+    cluster.api.write(make_object(CONFIG_MAP, name, namespace="faasmoe-system") | {"data": data})
+    cluster.add_tenant(limits={"requestsPerMinute": 6})
+    cluster.set_keys(first="sk-1")
+
+    async def work() -> None:
+        async with cluster.running():
+            await until(lambda: cluster.condition() == ("True", "Ready"))
+
+    run(work)
+
+
+def test_a_status_that_is_refused_keeps_no_other_and_no_secret_from_being_written(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("acme", "beta"):
+        cluster.add_tenant(name)
+        cluster.set_keys(name, first=f"sk-{name}")
+    patch_status = cluster.api.patch_status
+
+    async def refuse_acme(kind: Kind, namespace: str, name: str, *args: Any, **more: Any) -> Object:
+        if (kind, name) == (TENANT, "acme"):
+            raise Invalid("status.models: too many", status=422)
+        return await patch_status(kind, namespace, name, *args, **more)
+
+    monkeypatch.setattr(cluster.api, "patch_status", refuse_acme)
+
+    async def work() -> None:
+        async with cluster.running():
+            await until(lambda: cluster.condition(name="beta") == ("True", "Ready"))
+            secret = (SECRET, "faasmoe-system", "faasmoe-gateway")
+            await until(lambda: secret in cluster.api.objects)
+
+    run(work)
+    assert cluster.status("acme") == {}
+
+
 def test_without_a_gateway_tenants_say_so(cluster: Cluster) -> None:
     cluster.add_tenant()
     cluster.restart(has_gateway=False)
@@ -401,6 +440,18 @@ def test_without_a_gateway_tenants_say_so(cluster: Cluster) -> None:
     assert cluster.condition() == ("False", "GatewayDisabled")
     assert cluster.controller.router_tenants(KEY) == ()
     assert not [r for r in cluster.api.requests if r[1] == "Secret"]
+
+
+def test_tenants_that_are_deleted_are_forgotten(cluster: Cluster) -> None:
+    async def work() -> None:
+        async with cluster.running():
+            for number in range(3):
+                cluster.add_tenant(f"t{number}")
+                await until(partial(cluster.condition, name=f"t{number}"))
+                cluster.api.remove(TENANT, "llm", f"t{number}")
+            await until(lambda: not cluster.controller._statuses)
+
+    run(work)
 
 
 def test_routers_are_told_when_a_tenant_comes(cluster: Cluster) -> None:
@@ -435,18 +486,43 @@ def test_a_request_wakes_a_router_once(cluster: Cluster) -> None:
     assert cluster.demand.desired(ModelKey("llm", "nowhere")) is None
 
 
+def test_requests_of_a_gateway_whose_machine_is_gone_are_none(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_links, "SILENCE_S", 0.2)
+
+    async def work() -> None:
+        async with cluster.running():
+            _, writer = await open_connection(f"127.0.0.1:{cluster.port}", limit=1 << 16)
+            writer.write(GatewayHello(TOKEN, "gateway-a", "demand").dumps())
+            writer.write(RouterDemand({"llm/chat": 3}).dumps())
+            await until(lambda: seen[-1:] == [0])
+            writer.close()
+
+    seen: list[int] = []
+    cluster.links.add("llm/chat", lambda: seen.append(cluster.links.n_requests("llm/chat")))
+    run(work)
+    assert seen == [3, 0]
+
+
 @pytest.mark.parametrize(
     "line",
     [
         b"\n",
+        b"x" * (1 << 20),
         b"GET / HTTP/1.1\r\n",
         GatewayHello("wrong", "x", "config").dumps(),
         b'{"token": "operator-token", "gateway": "x", "purpose": "else"}\n',
     ],
 )
 def test_others_get_nothing_from_the_operator(
-    cluster: Cluster, line: bytes, caplog: pytest.LogCaptureFixture
+    cluster: Cluster,
+    line: bytes,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(link_server, "HELLO_TIMEOUT_S", 600)  # it waits for no end of a long line
+
     async def work() -> None:
         async with cluster.running():
             reader, writer = await open_connection(f"127.0.0.1:{cluster.port}", limit=1 << 16)

@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 
 from faasmoe_contracts.api_keys import key_digest
-from faasmoe_contracts.gateway_file import GatewayFile, RouterEntry
+from faasmoe_contracts.gateway_file import (
+    MAX_MODELS,
+    MAX_TENANT_ENTRIES,
+    GatewayFile,
+    RouterEntry,
+)
 from faasmoe_operator.api.v1alpha1.tenant import Tenant
 from faasmoe_operator.kube.tenants.observed import ObservedModel, ObservedTenant
 from faasmoe_operator.kube.tenants.plan import TenantOutcome, TenantPlan, plan_tenants
@@ -186,6 +191,38 @@ def test_a_model_without_a_store_is_waited_for() -> None:
     planned = plan(acme, models=(model(max_model_len=None),))
     assert state(planned.outcomes[acme.key], "models") == ("Unknown", "ModelNotPrepared")
     assert planned.file.models == ()
+    assert planned.file.tenants[0].models == ()
+
+
+def test_routers_know_their_tenants_from_their_start() -> None:
+    planned = plan(tenant("acme"), models=(model(max_model_len=None),))  # no router can run yet
+    assert [told.name for told in planned.router_tenants[CHAT]] == ["acme"]
+
+
+def test_tenants_beyond_what_gateways_read_keep_no_older_one_out() -> None:
+    old = [tenant(f"t{n}", age=9) for n in range(MAX_TENANT_ENTRIES)]
+    young = tenant("acme", age=1)
+    planned = plan(young, *old)
+    assert state(planned.outcomes[young.key], "accepted") == ("False", "TooManyTenants")
+    assert {t.name for t in planned.file.tenants} == {t.key.name for t in old}
+
+
+def test_models_beyond_what_gateways_and_a_status_take_are_left_out() -> None:
+    models = tuple(model(f"m{n:04}", labels={"tier": "open"}) for n in range(260))
+    acme = tenant("acme", modelSelector={"matchLabels": {"tier": "open"}})
+    planned = plan(acme, models=models)
+    assert state(planned.outcomes[acme.key], "models") == ("False", "TooManyModels")
+    assert len(planned.outcomes[acme.key].model_names) == 256
+
+    models = tuple(model(f"m{n:04}", labels={"tier": f"{n // 250}"}) for n in range(MAX_MODELS + 9))
+    tenants = [
+        tenant(f"t{tier}", age=9 - tier, modelSelector={"matchLabels": {"tier": str(tier)}})
+        for tier in range(5)
+    ]
+    planned = plan(*tenants, models=models)
+    states = [state(planned.outcomes[t.key], "models")[1] for t in tenants]
+    assert states == ["ModelsFound"] * 4 + ["TooManyModels"]
+    assert len(planned.file.models) == MAX_MODELS
 
 
 def test_models_of_other_namespaces_are_unknown() -> None:
