@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
 from typing import Any
 
 from faasmoe_contracts.store.json_fields import JsonFields, StoreError
@@ -22,7 +21,7 @@ from faasmoe_contracts.store.quantization import (
     TensorQuantization,
     quantizations_from_json,
 )
-from faasmoe_contracts.store.referenced_files import FilePlace
+from faasmoe_contracts.store.referenced_files import FilePlace, is_inner_path
 from faasmoe_contracts.store.references import BLOCK_DIGEST, CheckpointEntry
 from faasmoe_contracts.text import short_repr
 
@@ -336,7 +335,6 @@ def _parse_published(fields: JsonFields) -> tuple[PublishedEntry, ...]:
 
 
 def _relative_path(name: str) -> str:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or str(path) != name or name == ".":
+    if not is_inner_path(name):
         raise StoreError(f"files: got the name {name!r}, expected a path inside the store")
     return name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,9 +139,12 @@ class Store:
     def _check_size(self, name: str) -> None:
         path, expected = self.path / name, self.manifest.files[name].size_bytes
         try:
-            got = path.stat().st_size
+            status = path.stat()
         except OSError as error:
             raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+        if not stat.S_ISREG(status.st_mode):
+            raise StoreError(f"{path}: got no regular file, expected one")
+        got = status.st_size
         if got != expected:
             raise StoreError(f"{path}: size: got {got} bytes, expected {expected}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import PurePosixPath
@@ -13,6 +14,21 @@ PREPARE_AGAIN = "prepare the store again with --force"
 REMEDY = f"restore the checkpoint as it was, or {PREPARE_AGAIN}"
 SHARED_FOLDER = "shared"
 """Folder of a store for its hard links of other stores' files."""
+
+
+def is_path(text: str) -> bool:
+    """Return whether the system can be asked for a path."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
+def is_inner_path(name: str) -> bool:
+    """Return whether a name is that of a file in a folder, or in one below it."""
+    path = PurePosixPath(name)
+    is_inside = not path.is_absolute() and ".." not in path.parts and str(path) == name
+    return is_inside and name != "." and is_path(name)
 
 
 class FilePlace(StrEnum):
@@ -71,9 +87,7 @@ class CheckpointFile:
             place = FilePlace(fields.pop_choice("place", (FilePlace.STORE, FilePlace.SHARED)))
         origin = fields.pop_string("origin") if place is FilePlace.SHARED else ""
         fields.reject_unknown()
-        parsed = PurePosixPath(name)
-        is_inside = not parsed.is_absolute() and ".." not in parsed.parts and str(parsed) == name
-        if not is_inside or name == "." or "\0" in name:
+        if not is_inner_path(name):
             folder = "checkpoint" if place is FilePlace.CHECKPOINT else "store"
             raise fields.error("name", name, f"a path inside the {folder}'s folder")
         return cls(name, size_bytes, place, origin)

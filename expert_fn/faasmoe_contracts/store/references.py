@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from faasmoe_contracts.store.json_fields import JsonFields, StoreError
-from faasmoe_contracts.store.referenced_files import CheckpointFile, FilePlace
+from faasmoe_contracts.store.referenced_files import CheckpointFile, FilePlace, is_path
 from faasmoe_contracts.store.tensors import DTYPE_SIZES
 from faasmoe_contracts.text import short_repr
 
@@ -275,7 +275,7 @@ class CheckpointEntry:
 
 def _check_root(root: str, fields: JsonFields) -> None:
     """Raise StoreError unless a checkpoint's folder is absolute or beside the store's."""
-    if not root or "\0" in root or not (os.path.isabs(root) or _is_beside(root)):
+    if not root or not is_path(root) or not (os.path.isabs(root) or _is_beside(root)):
         raise fields.error("root", root, "an absolute path, or ../NAME")
     if Path(root).anchor == root:
         raise fields.error("root", root, "a folder below the root of the file system")

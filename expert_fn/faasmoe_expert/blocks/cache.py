@@ -12,12 +12,14 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPResponse
 from pathlib import Path
 
@@ -37,6 +39,7 @@ HEADER_BYTES = 64 << 10
 """First guess of the size of a safetensors header."""
 MODEL_PREFIX = "model/"
 UNFINISHED_SUFFIX = "~"
+_ENTRY = re.compile(rf"[0-9a-f]{{32}}{UNFINISHED_SUFFIX}?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ class BlockCache:
     """The cache of one sandbox. `ensure` may run beside the other methods, but not beside itself.
 
     Args:
-        folder: the folder of the cache, which is the cache's alone; created if needed.
+        folder: the folder of the cache, of which no other sandbox makes use; created if needed.
         peers: the block servers.
         limit_bytes: limit on the bytes of all functions together; None for no limit.
     """
@@ -102,7 +105,8 @@ class BlockCache:
         self._in_use: set[Path] = set()
         folder.mkdir(parents=True, exist_ok=True)
         for entry in folder.iterdir():  # of an earlier process, whose use is not known
-            shutil.rmtree(entry)
+            if _ENTRY.fullmatch(entry.name):
+                shutil.rmtree(entry)
 
     @property
     def used_bytes(self) -> int:
@@ -139,8 +143,9 @@ class BlockCache:
             self._in_use.discard(path)
 
     def _fetch(self, spec: FunctionSpec, model_digest: str, path: Path) -> CachedFunction:
-        text = self._peers.read_file(model_digest, MANIFEST_NAME)
-        manifest = _parse_manifest(text, model_digest)
+        manifest = self._peers.read_file(
+            model_digest, MANIFEST_NAME, lambda text: _parse_manifest(text, model_digest)
+        )
         layers = [_layer_entry(manifest, index) for index in spec.layers]
         size_bytes = sum(
             layer.shared_bytes + layer.expert_bytes * len(spec.experts) for layer in layers
@@ -153,7 +158,7 @@ class BlockCache:
             blocks = self._fetch_blocks(unfinished, manifest, layers, spec)
             if any(layer.kernel is None for layer in layers):  # its own module reads the config
                 self._fetch_model_files(unfinished, manifest)
-            (unfinished / MANIFEST_NAME).write_bytes(text)
+            (unfinished / MANIFEST_NAME).write_text(json.dumps(manifest.to_json()))
             unfinished.replace(path)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -239,11 +244,8 @@ class BlockCache:
         for name, entry in manifest.files.items():
             if not name.startswith(MODEL_PREFIX):
                 continue
-            content = self._peers.read_file(manifest.digest, name)
-            got = hashlib.sha256(content).hexdigest()
-            if got != entry.sha256:
-                raise PeerError(f"{name}: got sha256 {got}, expected {entry.sha256}")
-            (folder / name).write_bytes(content)
+            check = partial(_checked_file, name=name, expected=entry.sha256)
+            (folder / name).write_bytes(self._peers.read_file(manifest.digest, name, check))
 
 
 def _folder_name(spec: FunctionSpec, model_digest: str) -> str:
@@ -257,9 +259,18 @@ def _parse_manifest(text: bytes, model_digest: str) -> Manifest:
         manifest = Manifest.from_json(json.loads(text))
     except (ValueError, RecursionError) as error:
         raise PeerError(f"{MANIFEST_NAME}: invalid JSON: {error}") from error
+    except StoreError as error:
+        raise PeerError(f"{MANIFEST_NAME}: {error}") from error
     if manifest.digest != model_digest:
         raise PeerError(f"{MANIFEST_NAME}: got digest {manifest.digest}, expected {model_digest}")
     return manifest
+
+
+def _checked_file(content: bytes, *, name: str, expected: str) -> bytes:
+    got = hashlib.sha256(content).hexdigest()
+    if got != expected:
+        raise PeerError(f"{name}: got sha256 {got}, expected {expected}")
+    return content
 
 
 def _layer_entry(manifest: Manifest, index: int) -> LayerEntry:

@@ -63,10 +63,16 @@ class PeerClient:
         """Hand the response with a block to `consume`; raises PeerError."""
         return self._get(f"{BLOCKS_PATH}{digest}", consume, {})
 
-    def read_file(self, model_digest: str, name: str) -> bytes:
-        """Return a file of a store; raises PeerError."""
+    def read_file(self, model_digest: str, name: str, parse: Callable[[bytes], Result]) -> Result:
+        """Return what `parse` makes of a file of a store; raises PeerError.
+
+        Args:
+            model_digest: digest of the store's manifest.
+            name: the file.
+            parse: raises PeerError if the content is not as expected.
+        """
         path = f"{STORES_PATH}{model_digest}{FILES_PART}{quote(name)}"
-        return self._get(path, _read_whole, {})
+        return self._get(path, lambda response: parse(_read_whole(response)), {})
 
     def read_file_start(self, model_digest: str, name: str, size_bytes: int) -> bytes:
         """Return the first bytes of a file of a store, or all if it is shorter; raises PeerError.

@@ -34,7 +34,9 @@ BLOCKS_PATH = "/v1/blocks/"
 STORES_PATH = "/v1/stores/"
 FILES_PART = "/files/"
 SEND_BYTES = 1 << 20
-"""Bytes that are sent between two looks at the rate limit."""
+"""Bytes that are handed to the kernel at once, at most."""
+MAX_TURN_S = 2.0
+"""Time in which each connection has its turn under a rate limit: less than clients wait."""
 REQUEST_TIMEOUT_S = 20.0
 """For a client to send a request, or to read what was sent."""
 _RANGE = re.compile(r"bytes=(\d{1,18})-(\d{1,18})")
@@ -65,7 +67,12 @@ class BlockServer(ThreadingHTTPServer):
         bytes_per_s: float | None = None,
     ) -> None:
         self.index = index
-        self.limiter = None if bytes_per_s is None else ByteRateLimiter(bytes_per_s)
+        self.limiter: ByteRateLimiter | None = None
+        self.send_bytes = SEND_BYTES
+        if bytes_per_s is not None:
+            self.limiter = ByteRateLimiter(bytes_per_s)
+            turn_bytes = int(bytes_per_s * MAX_TURN_S / max_connections)
+            self.send_bytes = min(SEND_BYTES, max(1, turn_bytes))
         self._expected = f"Bearer {token}".encode() if token else b""
         self._slots = threading.BoundedSemaphore(max_connections)
         super().__init__(address, _BlockRequest)
@@ -77,11 +84,15 @@ class BlockServer(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the thread of a connection, or refuse it."""
-        if self._slots.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
+        if not self._slots.acquire(blocking=False):
             _refuse(request)
             self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # there is no thread that would release it
+            self._slots.release()
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve a connection until it is closed."""
@@ -178,7 +189,7 @@ class _BlockRequest(BaseHTTPRequestHandler):
         with part.path.open("rb") as file:
             sent, limiter = 0, self.server.limiter
             while sent < part.size_bytes:
-                count = min(SEND_BYTES, part.size_bytes - sent)
+                count = min(self.server.send_bytes, part.size_bytes - sent)
                 if limiter is not None:
                     time.sleep(limiter.reserve(count, time.monotonic()))
                 n_sent = self.connection.sendfile(file, part.offset + sent, count)

@@ -11,8 +11,9 @@ import argparse
 import logging
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
 from faasmoe_contracts.store import Manifest, QuantizationEntry, Store, StoreError
@@ -31,6 +32,7 @@ from faasmoe_transformers.version_check import CHECKPOINT_MODULES, check_private
 logger = logging.getLogger(__name__)
 
 DTYPE_NAMES = ("bfloat16", "float16", "float32")
+Found = TypeVar("Found")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,13 +175,7 @@ def _store(args: argparse.Namespace) -> Store:
         _check_versions()
         from faasmoe_router.checkpoint.prepare import require_complete_store
 
-        return require_complete_store(
-            args.source,
-            args.store,
-            revision=args.revision,
-            dtype=args.dtype,
-            quantization=_quantization(args),
-        )
+        return _looked_up(require_complete_store, args)
     is_job = args.termination_log is not None
     return (_existing_store(args) if is_job else None) or _prepare_store(args)
 
@@ -191,7 +187,12 @@ def _existing_store(args: argparse.Namespace) -> Store | None:
     _check_versions()
     from faasmoe_router.checkpoint.prepare import find_complete_store
 
-    return find_complete_store(
+    return _looked_up(find_complete_store, args)
+
+
+def _looked_up(look_up: Callable[..., Found], args: argparse.Namespace) -> Found:
+    """Return what a function finds of the store of the arguments."""
+    return look_up(
         args.source,
         args.store,
         revision=args.revision,

@@ -1,12 +1,13 @@
 """Checkpoints in object stores and on web servers: s3://, gs:// and https://, by fsspec.
 
 Files are downloaded once, whole, into a folder of the URL's own; a repeated download keeps those
-that are complete. What the content was is told by a hash of the files' names, sizes and tags, which
-takes the place of a hub's commit.
+that are complete and have the size and tag that the server tells. What the content was is told by a
+hash of the files' names, sizes and tags, which takes the place of a hub's commit.
 """
 
 from __future__ import annotations
 
+import fcntl
 import fnmatch
 import hashlib
 import json
@@ -54,6 +55,9 @@ WEB_FILES = (
 )
 """What is looked for on a web server, which lists no files; weights are those of the index."""
 UNFINISHED_SUFFIX = ".unfinished"
+TAGS_FOLDER = ".tags"
+"""Folder of a download for the tags of its files, by their names."""
+LOCK_NAME = ".lock"
 COPY_BYTES = 8 << 20
 
 
@@ -95,6 +99,16 @@ def is_object_url(source: str) -> bool:
     return urlsplit(source).scheme in PACKAGES and "://" in source
 
 
+def check_object_url(source: str) -> None:
+    """Raise SourceUnsupported if a URL has what may be a secret: it is shown and stored."""
+    parts = urlsplit(source)
+    if "@" in parts.netloc or parts.query:
+        raise SourceUnsupported(
+            f"source: got a URL of {parts.hostname!r} with a user name or a query, expected "
+            f"{parts.scheme}://NAME/PATH: credentials belong in the environment, see docs/store.md"
+        )
+
+
 class ObjectFolder:
     """A folder of an object store or a web server.
 
@@ -102,10 +116,11 @@ class ObjectFolder:
         source: its URL.
 
     Raises:
-        SourceUnsupported: the package for its scheme is not installed.
+        SourceUnsupported: the package for its scheme is not installed, or it has credentials.
     """
 
     def __init__(self, source: str) -> None:
+        check_object_url(source)
         self._source = source.rstrip("/")
         self._scheme = urlsplit(source).scheme
         self._fs, self._root = _file_system(self._source, self._scheme)
@@ -132,21 +147,24 @@ class ObjectFolder:
 
     def download(self, file: RemoteFile, folder: Path) -> None:
         """Download a file into a folder, unless it is there; raises PrepareError."""
-        target = folder / file.name
-        if target.is_file() and target.stat().st_size == file.size_bytes:
+        target, tag = folder / file.name, folder / TAGS_FOLDER / file.name
+        if _is_downloaded(file, target, tag):
             return
-        target.parent.mkdir(parents=True, exist_ok=True)
+        for path in (target, tag):
+            path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(target.name + UNFINISHED_SUFFIX)
         with (
+            unfinished.open("wb") as local,
             self._errors(),
             self._fs.open(file.path, "rb") as remote,
-            unfinished.open("wb") as local,
         ):
             shutil.copyfileobj(remote, local, COPY_BYTES)
         got = unfinished.stat().st_size
         if file.size_bytes not in (None, got):
             raise HubUnavailable(f"{file.path}: got {got} bytes, expected {file.size_bytes}")
+        tag.unlink(missing_ok=True)  # of the file that is replaced
         unfinished.replace(target)
+        tag.write_text(file.tag, encoding="utf-8")
 
     def _names(self) -> list[str]:
         with self._errors():
@@ -173,8 +191,8 @@ class ObjectFolder:
             raise HubUnauthorized(
                 f"source: got {self._source!r}: access is denied: {error}"
             ) from error
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError as error:
+            raise SourceNotFound(f"source: got {self._source!r}: not found: {error}") from error
         except Exception as error:
             if failure_reason(error) == NoSpace.reason:
                 raise
@@ -201,6 +219,25 @@ def download_dir(source: str) -> Path:
     base = os.environ.get(DOWNLOAD_DIR_ENV)
     root = Path(base) if base else Path.home() / ".cache" / "faasmoe" / "downloads"
     return root / hashlib.sha256(source.rstrip("/").encode()).hexdigest()[:32]
+
+
+@contextmanager
+def locked_download_dir(source: str) -> Iterator[Path]:
+    """Make the folder that a URL is downloaded to; wait until no other process downloads to it."""
+    folder = download_dir(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_NAME).open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
+def _is_downloaded(file: RemoteFile, target: Path, tag: Path) -> bool:
+    """Return whether a file is there as the server has it now."""
+    try:
+        has_size = target.stat().st_size == file.size_bytes
+        return has_size and tag.read_text(encoding="utf-8") == file.tag
+    except (FileNotFoundError, UnicodeDecodeError):
+        return False
 
 
 def content_hash(files: Iterable[RemoteFile]) -> str:

@@ -37,7 +37,7 @@ from faasmoe_router.checkpoint.manifest import (
     with_references,
 )
 from faasmoe_router.checkpoint.model_source import load_skeleton, open_tensors
-from faasmoe_router.checkpoint.object_store import is_object_url
+from faasmoe_router.checkpoint.object_store import check_object_url, is_object_url
 from faasmoe_router.checkpoint.progress import NoProgress, Progress
 from faasmoe_router.checkpoint.reference_digests import verify_references
 from faasmoe_router.checkpoint.reference_plan import (
@@ -388,7 +388,9 @@ def require_complete_store(
 
 
 def _store_of_request(existing: Store, request: RemoteRequest) -> Store:
-    """Return the store if it is what is requested; raises StoreMismatch."""
+    """Return the store if it is what is requested; raises PrepareError."""
+    if is_object_url(request.source):
+        check_object_url(request.source)
     if not request.is_met_by(existing.manifest):
         raise _mismatch(existing.manifest, str(request), existing.path)
     return existing

@@ -33,8 +33,8 @@ from faasmoe_router.checkpoint.hub import (
 from faasmoe_router.checkpoint.object_store import (
     ObjectFolder,
     content_hash,
-    download_dir,
     is_object_url,
+    locked_download_dir,
 )
 from faasmoe_router.errors import PrepareError, SourceNotFound, SourceUnsupported
 
@@ -177,18 +177,18 @@ def download_objects(source: str) -> tuple[Path, str]:
     Raises:
         PrepareError: it cannot be read, or is no checkpoint; the message says why.
     """
-    remote, folder = ObjectFolder(source), download_dir(source)
+    remote = ObjectFolder(source)
     files = remote.metadata_files(_METADATA_PATTERNS)
     if not any(file.name == "config.json" for file in files):
         raise SourceNotFound(
             f"source: got {source!r}, which has no config.json, expected a Hugging Face checkpoint"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        remote.download(file, folder)
-    weights = remote.files(weight_file_names(folder))
-    for file in weights:
-        remote.download(file, folder)
+    with locked_download_dir(source) as folder:
+        for file in files:
+            remote.download(file, folder)
+        weights = remote.files(weight_file_names(folder))
+        for file in weights:
+            remote.download(file, folder)
     return folder, content_hash([*files, *weights])
 
 

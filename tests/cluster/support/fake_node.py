@@ -11,6 +11,7 @@ from __future__ import annotations
 import ipaddress
 import itertools
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -242,15 +243,19 @@ class FakeNode:
 
     def _is_ready(self, running: _RunningPod) -> bool:
         container = running.pod["spec"]["containers"][0]
-        probe = container.get("readinessProbe", {}).get("httpGet")
-        if probe is None:
+        probe = container.get("readinessProbe", {})
+        target = probe.get("httpGet") or probe.get("tcpSocket")
+        if target is None:
             return True
-        port = probe["port"]
+        port = target["port"]
         if isinstance(port, str):
             port = next(p["containerPort"] for p in container["ports"] if p["name"] == port)
         try:
-            answer = self._http.get(f"http://{running.address}:{port}{probe['path']}")
-        except httpx.HTTPError:
+            if "path" not in target:
+                socket.create_connection((running.address, port), timeout=2).close()
+                return True
+            answer = self._http.get(f"http://{running.address}:{port}{target['path']}")
+        except (OSError, httpx.HTTPError):
             return False
         return answer.is_success
 

@@ -63,6 +63,12 @@ def test_mirrors_the_json_fields(manifest: dict[str, Any]) -> None:
             lambda m: m["files"].update({"../x": {}}), "'../x', expected a path inside", id="escape"
         ),
         pytest.param(
+            lambda m: m["files"].update({"x\0": {}}), "expected a path inside", id="zero-byte"
+        ),
+        pytest.param(
+            lambda m: m["files"].update({"\ud800": {}}), "expected a path inside", id="surrogate"
+        ),
+        pytest.param(
             lambda m: m["files"]["model/config.json"].update(sha256="x"),
             "sha256: got 'x'",
             id="sha256",

@@ -77,6 +77,51 @@ def test_damaged_bytes_of_one_peer_are_fetched_from_the_next(
     ]
 
 
+class DamagedFiles(BlockIndex):
+    """Serves a file of a folder in place of the store's of the same name, if it has one."""
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        super().__init__(store)
+        self._folder = folder
+
+    def file(self, name: str) -> FileRange | None:
+        path = self._folder / name
+        return FileRange(path, 0, path.stat().st_size) if path.exists() else super().file(name)
+
+
+@pytest.mark.parametrize(("family", "name"), [("mixtral", MANIFEST_NAME), ("deepseek_v4", None)])
+def test_a_damaged_file_of_one_peer_is_read_from_the_next(
+    prepared_store: PreparedStore,
+    start_server: Callable[..., str],
+    tmp_path: Path,
+    family: str,
+    name: str | None,
+) -> None:
+    store, damaged = prepared_store(family), tmp_path / "damaged"
+    names = [n for n in store.manifest.files if n.startswith("model/")] if name is None else [name]
+    for file in names:
+        (damaged / file).parent.mkdir(parents=True, exist_ok=True)
+        (damaged / file).write_bytes((store.path / file).read_bytes().replace(b"1", b"2"))
+    urls = start_server(DamagedFiles(store, damaged)), start_server(BlockIndex(store))
+    for order in (urls, urls[::-1]):
+        cache = make_cache(tmp_path / order[0].rpartition(":")[2], *order)
+        path = cache.ensure(make_function_spec(store, [0], [0]), store.manifest.digest).path
+        assert Store.open(path).manifest == store.manifest
+
+
+def test_only_what_a_cache_has_made_is_removed_at_its_start(
+    store: Store, start_server: Callable[..., str], tmp_path: Path
+) -> None:
+    other = tmp_path / "cache" / "of another program" / "file"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    url, spec = start_server(), make_function_spec(store, [0], [0])
+    path = make_cache(tmp_path, url).ensure(spec, store.manifest.digest).path
+    make_cache(tmp_path, url)
+    assert not path.exists()
+    assert other.exists()
+
+
 def test_damaged_bytes_never_become_a_function(
     store: Store, start_server: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """A block server answers with verified bytes by digest, and with nothing to strangers."""
 
 import socket
+import threading
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -10,8 +11,9 @@ from sandbox_processes import PreparedStore
 
 from faasmoe_contracts.store import MANIFEST_NAME, Store
 from faasmoe_contracts.store.digests import block_buffers
+from faasmoe_expert.blocks.client import TIMEOUT_S
 from faasmoe_expert.blocks.index import BlockIndex
-from faasmoe_expert.blocks.server import REQUEST_TIMEOUT_S
+from faasmoe_expert.blocks.server import REQUEST_TIMEOUT_S, BlockServer
 
 TOKEN = "peer-token"
 HEADERS = {"authorization": f"Bearer {TOKEN}"}
@@ -120,3 +122,33 @@ def test_a_connection_too_many_is_refused_and_a_slot_is_free_again_after(
             except httpx.TransportError:
                 continue  # the first one's thread has not seen its end yet
     pytest.fail(f"no slot within {REQUEST_TIMEOUT_S} s")
+
+
+def test_a_thread_that_cannot_be_started_takes_no_slot(
+    store: Store, start_server: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    url = start_server(max_connections=1)
+    with monkeypatch.context() as context:
+        context.setattr(threading.Thread, "start", fail)
+        with pytest.raises(httpx.TransportError):
+            get(url, "/healthz")
+    assert get(url, "/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("bytes_per_s", [1 << 10, 10 << 20, 10 << 30])
+@pytest.mark.parametrize("max_connections", [1, 64, 1024])
+def test_with_a_rate_limit_each_connection_has_its_turn_before_its_client_gives_up(
+    store: Store, bytes_per_s: float, max_connections: int
+) -> None:
+    with BlockServer(
+        ("127.0.0.1", 0),
+        BlockIndex(store),
+        token="",
+        max_connections=max_connections,
+        bytes_per_s=bytes_per_s,
+    ) as server:
+        turn_s = max_connections * server.send_bytes / bytes_per_s
+    assert turn_s < TIMEOUT_S / 2

@@ -18,9 +18,13 @@ from fsspec.implementations.memory import MemoryFileSystem  # type: ignore[impor
 
 from faasmoe_contracts.store import MANIFEST_NAME, Store
 from faasmoe_router.checkpoint.__main__ import main
-from faasmoe_router.checkpoint.object_store import DOWNLOAD_DIR_ENV, download_dir
+from faasmoe_router.checkpoint.object_store import (
+    DOWNLOAD_DIR_ENV,
+    download_dir,
+    locked_download_dir,
+)
 from faasmoe_router.checkpoint.prepare import prepare
-from faasmoe_router.checkpoint.source import resolve_source
+from faasmoe_router.checkpoint.source import CheckpointSource, resolve_source
 from faasmoe_router.errors import (
     HubUnauthorized,
     HubUnavailable,
@@ -135,6 +139,74 @@ def test_the_revision_changes_with_the_content(
     config = json.loads((folder / "config.json").read_text())
     bucket.pipe(f"{BUCKET}/config.json", json.dumps({**config, "note": "x"}).encode())
     assert resolve_source(BUCKET, revision=None).revision != first.revision
+
+
+def test_what_was_replaced_by_as_many_bytes_is_downloaded_again(
+    web_server: tuple[str, Path], make_checkpoint: MakeCheckpoint
+) -> None:
+    url, www = web_server
+    shutil.copytree(make_checkpoint(), www / "tiny")
+    first = resolve_source(f"{url}/tiny", revision=None)
+    remote = www / "tiny" / "model.safetensors"
+    content = bytearray(remote.read_bytes())
+    content[-1] ^= 1
+    remote.write_bytes(content)
+    os.utime(remote, (1, 1))  # Last-Modified has seconds
+    again = resolve_source(f"{url}/tiny", revision=None)
+    assert again.revision != first.revision
+    assert again.weight_files[0].read_bytes() == content
+
+
+def test_downloads_of_one_url_wait_for_each_other(
+    bucket: Bucket, make_checkpoint: MakeCheckpoint
+) -> None:
+    bucket.put_folder(make_checkpoint(max_shard_size="20KB"), BUCKET)
+    bucket.opened.clear()
+    found: list[CheckpointSource] = []
+    with locked_download_dir(BUCKET):
+        thread = threading.Thread(
+            target=lambda: found.append(resolve_source(BUCKET, revision=None))
+        )
+        thread.start()
+        thread.join(0.2)
+        assert not bucket.opened
+    thread.join()
+    assert found
+    assert bucket.opened
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "https://me:hunter2@models.example/tiny",
+        "s3://key:hunter2@models/tiny",
+        "https://models.example/tiny?signature=hunter2",
+    ],
+)
+def test_a_url_with_credentials_is_refused_and_not_shown(
+    make_checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    source: str,
+) -> None:
+    store = tmp_path / "store"
+    assert main(["prepare", source, str(store)]) != 0
+    prepare(str(make_checkpoint()), store, force=True)
+    assert main(["prepare", source, str(store), "--existing"]) != 0
+    shown = "".join(capsys.readouterr())
+    assert shown.count("with a user name or a query") == 2
+    assert "hunter2" not in shown
+
+
+def test_a_bucket_that_is_not_there_is_named(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> list[str]:
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    monkeypatch.setattr(Bucket, "find", fail)
+    with pytest.raises(SourceNotFound, match=r"got 's3://models/tiny': .*bucket does not exist"):
+        resolve_source(BUCKET, revision=None)
 
 
 def test_a_complete_store_is_accepted_without_its_bucket(

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from faasmoe_contracts.store import QuantizationEntry, Store, StoreError
+from faasmoe_contracts.store import (
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    QuantizationEntry,
+    Store,
+    StoreError,
+)
 from faasmoe_contracts.store.digests import layer_digests
 from faasmoe_contracts.store.referenced_files import FilePlace
 from faasmoe_contracts.store.references import CheckpointEntry, StoreMode
 from faasmoe_router.checkpoint.__main__ import main
 from faasmoe_router.checkpoint.prepare import prepare
 from faasmoe_router.checkpoint.reference_digests import verify_references
+from faasmoe_router.checkpoint.sharing import share
+from faasmoe_router.checkpoint.sharing.equality import find_equal
+from faasmoe_router.checkpoint.sharing.parts import Part
 
 MakeCheckpoint = Callable[..., Path]
 INT8 = QuantizationEntry("int8", "none")
@@ -247,6 +259,38 @@ def test_what_cannot_be_linked_is_not_shared(
     assert store.manifest == expected.manifest
     assert not (store.path / "shared").exists()
     assert "is not shared: no hard link of it: Invalid cross-device link" in caplog.text
+
+
+def test_a_store_that_is_removed_meanwhile_is_not_shared(
+    variants: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def remove_first(*arguments: Any) -> dict[int, Part]:
+        shutil.rmtree(tmp_path / "a")
+        return find_equal(*arguments)
+
+    prepare_store(variants[0], tmp_path / "a", mode=StoreMode.COPY)
+    monkeypatch.setattr(share, "find_equal", remove_first)
+    store = prepare_store(
+        variants[1], tmp_path / "b", mode=StoreMode.COPY, share_with=[tmp_path / "a"]
+    )
+    assert store.manifest.checkpoint is None
+
+
+def test_a_store_with_a_pipe_for_a_file_is_left_out(
+    variants: tuple[Path, Path], tmp_path: Path
+) -> None:
+    stores = tmp_path / "stores"
+    other = prepare_store(variants[0], stores / "base", mode=StoreMode.COPY)
+    files = dict(other.manifest.files)
+    name = next(name for name in files if name.startswith("router/"))
+    files[name] = FileEntry(0, files[name].sha256)
+    manifest = other.manifest
+    hostile = Manifest.create(model=manifest.model, layers=manifest.layers, files=files)
+    (other.path / MANIFEST_NAME).write_text(json.dumps(hostile.to_json()))
+    (other.path / name).unlink()
+    os.mkfifo(other.path / name)
+    store = prepare_store(variants[1], tmp_path / "b", mode=StoreMode.COPY, share_with=[stores])
+    assert store.manifest.checkpoint is None
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])

@@ -378,8 +378,18 @@ def container_ports(http_port: int, *, metrics_port: int) -> list[Object]:
 
 def http_probe(path: str, *, period_s: int, failure_threshold: int, timeout_s: int = 2) -> Object:
     """Return an HTTP probe of a container's port `http`."""
+    target = {"httpGet": {"path": path, "port": "http", "scheme": "HTTP"}}
+    return target | _probe_times(period_s, failure_threshold, timeout_s)
+
+
+def tcp_probe(*, period_s: int, failure_threshold: int, timeout_s: int = 2) -> Object:
+    """Return a probe that connects to a container's port `http`."""
+    target = {"tcpSocket": {"port": "http"}}
+    return target | _probe_times(period_s, failure_threshold, timeout_s)
+
+
+def _probe_times(period_s: int, failure_threshold: int, timeout_s: int) -> Object:
     return {
-        "httpGet": {"path": path, "port": "http", "scheme": "HTTP"},
         "periodSeconds": period_s,
         "timeoutSeconds": timeout_s,
         "failureThreshold": failure_threshold,

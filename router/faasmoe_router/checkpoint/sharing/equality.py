@@ -29,13 +29,25 @@ FileId = tuple[int, int]
 
 
 class FileIds(dict[Path, FileId]):
-    """Device and inode of files by their paths, each looked up once."""
+    """Device and inode of files by their paths, each looked up once.
+
+    Attributes:
+        sizes: the files' sizes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[FileId, int] = {}
 
     def __missing__(self, path: Path) -> FileId:
-        """Look a file up."""
-        status = os.stat(path)
-        self[path] = (status.st_dev, status.st_ino)
-        return self[path]
+        """Look a file up; raises StoreError if it is gone."""
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+        self[path] = found = (status.st_dev, status.st_ino)
+        self.sizes[found] = status.st_size
+        return found
 
 
 def find_equal(
@@ -86,8 +98,13 @@ def _candidates(
         is_known_to_differ = part.digest and other.digest and part.digest != other.digest
         if not part.spans or found is None or is_known_to_differ:
             continue
-        pairs = zip(part.spans, found.spans, strict=True)
-        if any(ids[own.path] != ids[span.path] for own, span in pairs):
+        own = [ids[span.path] for span in part.spans]
+        try:
+            is_own = own == [ids[span.path] for span in found.spans]
+        except StoreError as error:  # its store was removed meanwhile
+            logger.warning("not shared: %s", error)
+            continue
+        if not is_own:
             yield found
 
 
@@ -105,12 +122,10 @@ def _bytes_by_file(parts: Sequence[Part], ids: FileIds) -> dict[FileId, int]:
 def _without_little_used(equal: dict[int, Part], ids: FileIds) -> dict[int, Part]:
     """Leave out parts in files of which little is shared."""
     used: Counter[FileId] = Counter()
-    file_bytes: dict[FileId, int] = {}
     for part in equal.values():
         for span in part.spans:
             used[ids[span.path]] += span.size_bytes
-            file_bytes[ids[span.path]] = span.path.stat().st_size
-    little = {file for file, size in used.items() if size < MIN_SHARE * file_bytes[file]}
+    little = {file for file, size in used.items() if size < MIN_SHARE * ids.sizes[file]}
     return {
         index: part
         for index, part in equal.items()

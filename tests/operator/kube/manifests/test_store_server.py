@@ -91,3 +91,10 @@ def test_sandboxes_run_anywhere_and_the_rest_beside_the_claim() -> None:
 def test_a_suspended_model_has_no_server() -> None:
     ctx = make_context({"store": {"cache": {}}, "suspend": True})
     assert objects(ctx, "Deployment")["qwen-store-server"]["spec"]["replicas"] == 0
+
+
+def test_a_server_whose_connections_are_all_in_use_is_not_restarted() -> None:
+    (container,) = server_pod(context())["containers"]
+    for name in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert container[name]["tcpSocket"] == {"port": "http"}
+        assert "httpGet" not in container[name]
