@@ -2,6 +2,7 @@ import time
 from pathlib import Path
 
 import pytest
+from core_waits import Stopwatch
 
 from faasmoe_operator.control import __main__ as control
 
@@ -21,6 +22,6 @@ def test_wait_ends_when_the_socket_exists(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("socket", ["", "/no/such/folder/zygote.sock"])
 def test_wait_without_a_socket_ends(socket: str) -> None:
-    started_s = time.monotonic()
+    stopwatch = Stopwatch()
     control.wait_for_zygote(socket, timeout_s=0.05)
-    assert time.monotonic() - started_s < 60
+    assert stopwatch.elapsed_s() < 5

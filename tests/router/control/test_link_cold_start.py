@@ -351,6 +351,7 @@ def test_load_is_reported_by_function(
     router: Any, control: FakeControl, warm: Addresses, cold_table: RoutingTable, until: Until
 ) -> None:
     activate_with(control, warm)
+    started_s = time.monotonic()
     with router() as r:
         r.complete(max_tokens=4)
 
@@ -362,7 +363,9 @@ def test_load_is_reported_by_function(
         names = {name for load in control.load_reports for name in load["functions"]}
         assert names <= {entry.spec.id for entry in cold_table.functions}
         until(lambda: not control.load_reports[-1]["functions"])  # idle
-        report = control.load_reports[-1]
+        *_, report = reports = list(control.load_reports)
+        elapsed_s = time.monotonic() - started_s
         assert report["router"] == "router"
-        assert 0 < report["interval_s"] < 120  # the interval that it covers, on a busy machine
+        assert all(load["interval_s"] > 0 for load in reports)
+        assert sum(load["interval_s"] for load in reports) <= elapsed_s  # of each what it covers
         assert {"sent_at_s", "held", "local"} <= report.keys()

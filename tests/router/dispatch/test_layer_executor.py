@@ -353,6 +353,7 @@ def test_load_meter_records_the_calls(
 ) -> None:
     layers = open_layers()
     layers.dispatcher.update_addresses(1, everywhere(cold, sandbox_server.address))
+    started_s = time.monotonic()
     layers.compute()
     now_s = time.monotonic()
     totals = layers.dispatcher.load.snapshot(now_s)
@@ -361,7 +362,7 @@ def test_load_meter_records_the_calls(
         is_hit = torch.isin(layers.index, torch.tensor(spec.experts)).any(dim=1)  # [T]
         assert totals[spec.id].calls == 1
         assert totals[spec.id].rows == int(is_hit.sum())
-        assert 0 < totals[spec.id].in_flight_s < DEADLINE_S
+        assert 0 < totals[spec.id].in_flight_s <= now_s - started_s
     assert layers.dispatcher.load.snapshot(now_s + 100) == totals  # nothing is in flight any more
 
 
