@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from core_waits import Stopwatch
 from engines import RouterEngine
 from faasmoe_up import FaasmoeUp, running_up, wait_until
 from moemodel_files import write_moemodel
@@ -24,7 +25,7 @@ BODY = {
     "temperature": 0,
     "messages": [{"role": "user", "content": "the quick brown fox"}],
 }
-SLACK_S = 1.0  # processes read one clock, but may be suspended between two readings
+SLACK_S = 0.1  # processes read one clock, but may be suspended between two readings
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,8 @@ def test_cold_chat_is_one_tree_whose_times_add_up(
     engine: RouterEngine, up: FaasmoeUp, collector: OtlpCollector
 ) -> None:
     wait_for_zero(up)
+    assert up.router is not None
+    stopwatch = Stopwatch(up.router.pid)
     response = chat(up)
     assert response.status_code == 200, response.text
     assert float(response.headers["X-FaaSMoE-Cold-Start"]) > 0
@@ -96,6 +99,7 @@ def test_cold_chat_is_one_tree_whose_times_add_up(
     router = of_trace(collector.wait_for(ROUTER, "POST /v1/chat/completions"), TRACE_ID)
     activation = of_trace(collector.wait_for(CONTROL, "activation"), TRACE_ID)
     print("\n".join(collector.tree(gateway)))
+    slack_s = SLACK_S + stopwatch.waited_s()  # the router may read the end later than others
 
     assert gateway.parent_id == PARENT_ID
     assert router.parent_id == gateway.span_id
@@ -112,8 +116,8 @@ def test_cold_chat_is_one_tree_whose_times_add_up(
     for parent in (gateway, router, chat_span, hold, request, activation):
         for child in collector.children(parent):
             assert child.start_ns >= parent.start_ns - SLACK_S * 1e9, (parent.name, child.name)
-            assert child.end_ns <= parent.end_ns + SLACK_S * 1e9, (parent.name, child.name)
-    assert sum(s.seconds for s in steps) == pytest.approx(activation.seconds, abs=SLACK_S)
+            assert child.end_ns <= parent.end_ns + slack_s * 1e9, (parent.name, child.name)
+    assert sum(s.seconds for s in steps) == pytest.approx(activation.seconds, abs=1e-3)
     held_s = float(response.headers["X-FaaSMoE-Cold-Start"])
     assert hold.seconds >= held_s - SLACK_S
     assert hold.seconds + sum(s.seconds for s in computing) <= chat_span.seconds + SLACK_S

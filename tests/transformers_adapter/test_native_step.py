@@ -302,6 +302,7 @@ def test_scores_do_not_depend_on_the_number_of_threads(
         use_native_linears(model, load())
         scores.append(generate(model, loop, prompts)[2])
         assert isinstance(model.model.forward, NativeForward)
+    assert sum(map(len, scores[0])) == len(prompts) * N_TOKENS  # a row for each token
     for alone, divided, reference in zip(*scores, expected, strict=True):
         assert torch.equal(alone, divided)
         # transformers computes a row for each request, also for those within their prompts.

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from vllm_runs import NEEDS_VLLM, run_vllm
 
 from faasmoe_contracts.routing_table import RoutingTable
 from faasmoe_contracts.store import QuantizationEntry, Store
-from faasmoe_router.checkpoint.prepare import prepare
+from faasmoe_router.checkpoint.prepare import NO_QUANTIZATION, prepare
 
 pytestmark = [*NEEDS_VLLM, pytest.mark.timeout(1500)]
 
@@ -41,14 +42,16 @@ def sandbox_process(sandbox: StartSandbox) -> Iterator[SandboxProcess]:
         yield stack.enter_context(sandbox(capacity=200, token=TOKEN))
 
 
-def attached_tables(store: Store, sandbox_process: SandboxProcess) -> list[RoutingTable]:
+def attached_tables(
+    store: Store, sandbox_process: SandboxProcess, blocks: Sequence[int]
+) -> list[RoutingTable]:
     return [
         RoutingTable(
             store.manifest.digest,
             version,
             tuple(sandbox_process.attach(store, spec) for spec in block_specs(store, block)),
         )
-        for version, block in enumerate(BLOCKS)
+        for version, block in enumerate(blocks)
     ]
 
 
@@ -100,9 +103,13 @@ def generate_with_functions(
 
 
 def assert_equal(
-    got: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float
+    got: list[dict[str, Any]],
+    expected: list[dict[str, Any]],
+    tolerance: float,
+    *,
+    near_tie: float,
 ) -> None:
-    """Assert equal texts and log-probabilities; a text may part where two tokens are a near-tie."""
+    """Assert equal log-probabilities, and texts up to where the best two tokens are a near-tie."""
     for ours, own in zip(got, expected, strict=True):
         assert ours["prompt_logprobs"] == pytest.approx(own["prompt_logprobs"], abs=tolerance)
         pairs = zip(ours["tokens"], own["tokens"], strict=True)
@@ -110,86 +117,98 @@ def assert_equal(
         logprobs = own["logprobs"]
         assert ours["logprobs"][:n_equal] == pytest.approx(logprobs[:n_equal], abs=tolerance)
         if n_equal < MAX_TOKENS:
-            assert logprobs[n_equal] - own["seconds"][n_equal] <= 2 * tolerance
+            assert logprobs[n_equal] - own["seconds"][n_equal] <= near_tie
+
+
+@dataclass
+class Comparison:
+    """Compares vLLM with functions with vLLM with its own experts.
+
+    Args:
+        sandbox_process: runs the functions.
+        folder: for the checkpoints and the store.
+    """
+
+    sandbox_process: SandboxProcess
+    folder: Path
+
+    def check(
+        self,
+        family: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        quantization: QuantizationEntry = NO_QUANTIZATION,
+        blocks: Sequence[int] = BLOCKS,
+        tolerance: float = TOLERANCE,
+        near_tie: float = 0.0,
+        **options: Any,
+    ) -> None:
+        """Assert that a family's texts and log-probabilities are the same.
+
+        Args:
+            family: the family of a tiny random model.
+            dtype: its weights.
+            quantization: of the store; its reference has the weights of the store.
+            blocks: experts of a function, in turn.
+            tolerance: of log-probabilities.
+            near_tie: how much less likely the second-best token is where texts may part.
+            options: of `generate_with_functions`.
+        """
+        checkpoint = save_checkpoint(family, self.folder / "checkpoint", dtype=dtype)
+        store = prepare(str(checkpoint), self.folder / "store", quantization=quantization)
+        if quantization != NO_QUANTIZATION:
+            checkpoint = save_dequantised(store, checkpoint, self.folder / "dequantised")
+        expected = generate_with_own_experts(checkpoint)
+        tables = attached_tables(store, self.sandbox_process, blocks)
+        for got in generate_with_functions(store, tables, self.folder, **options):
+            assert_equal(got, expected, tolerance, near_tie=near_tie)
+        detach(tables, self.sandbox_process)
+
+
+@pytest.fixture
+def comparison(sandbox_process: SandboxProcess, tmp_path: Path) -> Comparison:
+    return Comparison(sandbox_process, tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_and_logprobs_equal_those_of_vllms_own_experts(
-    family: str, sandbox_process: SandboxProcess, tmp_path: Path
+    family: str, comparison: Comparison
 ) -> None:
-    checkpoint = save_checkpoint(family, tmp_path / "checkpoint")
-    store = prepare(str(checkpoint), tmp_path / "store")
-    expected = generate_with_own_experts(checkpoint)
-    tables = attached_tables(store, sandbox_process)
-    outputs = generate_with_functions(store, tables, tmp_path)
-    for got in outputs:
-        assert_equal(got, expected, TOLERANCE)
-    detach(tables, sandbox_process)
+    comparison.check(family)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_int8_functions_equal_vllms_own_experts_with_the_same_weights(
-    family: str, sandbox_process: SandboxProcess, tmp_path: Path
+    family: str, comparison: Comparison
 ) -> None:
-    checkpoint = save_checkpoint(family, tmp_path / "checkpoint")
-    quantization = QuantizationEntry("int8", "none")
-    store = prepare(str(checkpoint), tmp_path / "store", quantization=quantization)
-    dequantised = save_dequantised(store, checkpoint, tmp_path / "dequantised")
-    expected = generate_with_own_experts(dequantised)
-    tables = attached_tables(store, sandbox_process)
-    outputs = generate_with_functions(store, tables, tmp_path)
-    for got in outputs:
-        assert_equal(got, expected, INT8_TOLERANCE)
-    detach(tables, sandbox_process)
+    comparison.check(
+        family,
+        quantization=QuantizationEntry("int8", "none"),
+        tolerance=INT8_TOLERANCE,
+        near_tie=2 * INT8_TOLERANCE,
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_functions_equal_vllms_own_experts(
-    family: str, sandbox_process: SandboxProcess, tmp_path: Path
-) -> None:
-    checkpoint = save_checkpoint(family, tmp_path / "checkpoint", dtype=torch.bfloat16)
-    store = prepare(str(checkpoint), tmp_path / "store")
-    expected = generate_with_own_experts(checkpoint)
-    tables = attached_tables(store, sandbox_process)
-    outputs = generate_with_functions(store, tables, tmp_path)
-    for got in outputs:
-        assert_equal(got, expected, BF16_TOLERANCE)
-    detach(tables, sandbox_process)
+def test_bfloat16_functions_equal_vllms_own_experts(family: str, comparison: Comparison) -> None:
+    comparison.check(
+        family, dtype=torch.bfloat16, tolerance=BF16_TOLERANCE, near_tie=2 * BF16_TOLERANCE
+    )
 
 
-def test_int8_weights_of_the_router_are_dequantised(
-    sandbox_process: SandboxProcess, tmp_path: Path
-) -> None:
-    checkpoint = save_checkpoint("qwen2_moe", tmp_path / "checkpoint")
-    quantization = QuantizationEntry("int8", "int8")
-    store = prepare(str(checkpoint), tmp_path / "store", quantization=quantization)
-    dequantised = save_dequantised(store, checkpoint, tmp_path / "dequantised")
-    expected = generate_with_own_experts(dequantised)
-    tables = attached_tables(store, sandbox_process)
-    outputs = generate_with_functions(store, tables, tmp_path)
-    for got in outputs:
-        assert_equal(got, expected, INT8_TOLERANCE)
-    detach(tables, sandbox_process)
+def test_int8_weights_of_the_router_are_dequantised(comparison: Comparison) -> None:
+    comparison.check(
+        "qwen2_moe",
+        quantization=QuantizationEntry("int8", "int8"),
+        tolerance=INT8_TOLERANCE,
+        near_tie=2 * INT8_TOLERANCE,
+    )
 
 
-def test_compiled_code_generates_the_same(sandbox_process: SandboxProcess, tmp_path: Path) -> None:
-    checkpoint = save_checkpoint("qwen2_moe", tmp_path / "checkpoint")
-    store = prepare(str(checkpoint), tmp_path / "store")
-    expected = generate_with_own_experts(checkpoint)
-    tables = attached_tables(store, sandbox_process)
-    (got,) = generate_with_functions(store, tables[-1:], tmp_path, is_compiled=True)
-    assert_equal(got, expected, TOLERANCE)
-    detach(tables, sandbox_process)
+def test_compiled_code_generates_the_same(comparison: Comparison) -> None:
+    comparison.check("qwen2_moe", blocks=BLOCKS[-1:], is_compiled=True)
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each worker needs a core")
-def test_workers_that_share_layers_call_each_function_once(
-    sandbox_process: SandboxProcess, tmp_path: Path
-) -> None:
-    checkpoint = save_checkpoint("qwen2_moe", tmp_path / "checkpoint")
-    store = prepare(str(checkpoint), tmp_path / "store")
-    expected = generate_with_own_experts(checkpoint)
-    tables = attached_tables(store, sandbox_process)
-    (got,) = generate_with_functions(store, tables[:1], tmp_path, workers=2)
-    assert_equal(got, expected, TOLERANCE)
-    detach(tables, sandbox_process)
+def test_workers_that_share_layers_call_each_function_once(comparison: Comparison) -> None:
+    comparison.check("qwen2_moe", blocks=BLOCKS[:1], workers=2, near_tie=2 * TOLERANCE)

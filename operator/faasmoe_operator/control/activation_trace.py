@@ -6,7 +6,6 @@ none, so that what a request needed is told no better than its length tells it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
@@ -19,6 +18,7 @@ class _Activation:
 
     span: Span
     started_s: float
+    started_ns: int  # the same since the epoch
     awaited: set[str]
     placed_s: float | None = None
     attach_s: float | None = None
@@ -55,15 +55,16 @@ class ActivationTrace:
             return
         if not functions or not traceparent:
             return
+        started_ns = epoch_ns(started_s, now_s=now_s)
         span = self.tracer.span(
             f"activation {self.model}",
             traceparent=traceparent,
             kind=SpanKind.SERVER,
             attributes={"faasmoe.model": self.model},
-            start_ns=epoch_ns(started_s, now_s=now_s),
+            start_ns=started_ns,
         )
         if span.is_recorded:
-            self._current = _Activation(span, started_s, set(functions))
+            self._current = _Activation(span, started_s, started_ns, set(functions))
 
     def record_plan(self, now_s: float) -> None:
         """Record that functions are about to be placed."""
@@ -116,9 +117,9 @@ class ActivationTrace:
             ("place", placed_s, attach_s, {}),
             ("attach", attach_s, now_s, attached),
         )
-        now_ns = time.time_ns()
+        since, since_ns = current.started_s, current.started_ns  # so that the steps add up
         for name, start_s, end_s, attributes in steps:
-            start_ns = epoch_ns(start_s, now_s=now_s, now_ns=now_ns)
+            start_ns = epoch_ns(start_s, now_s=since, now_ns=since_ns)
             child = current.span.child(name, start_ns=start_ns, attributes=attributes)
-            child.end(epoch_ns(end_s, now_s=now_s, now_ns=now_ns))
-        current.span.end(now_ns)
+            child.end(epoch_ns(end_s, now_s=since, now_ns=since_ns))
+        current.span.end(epoch_ns(now_s, now_s=since, now_ns=since_ns))

@@ -176,9 +176,13 @@ def test_an_attacker_reads_no_more_than_from_lengths(seed: int, believes_moments
     assert learned <= 0.01
 
 
-def test_the_attacker_would_read_what_was_shown_per_token() -> None:
+@pytest.mark.parametrize(("believes_moments", "learned"), [(False, 0.25), (True, 0.5)])
+def test_the_attacker_would_read_what_was_shown_per_token(
+    believes_moments: bool, learned: float
+) -> None:
     attack = Attack(0)
-    assert attack.accuracy(1) > attack.accuracy_from_lengths + 0.2
+    accuracy = attack.accuracy(1, believes_moments=believes_moments)
+    assert accuracy > attack.accuracy_from_lengths + learned
 
 
 def test_the_moment_of_a_change_is_that_of_a_period(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from core_waits import Stopwatch
 from raw_http import stopped, wait_until
 from sandbox_processes import PreparedStore, SandboxProcess, StartSandbox
 
@@ -29,7 +30,7 @@ from faasmoe_router.dispatch.latency_tracker import MIN_SAMPLES
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 
 DEADLINE_S = 120.0
-GRACE_S = 60.0  # for a busy machine
+GRACE_S = 5.0  # for a busy machine, beside the waits for a core
 LATE_S = 0.01  # many times a call's latency
 HUNG_S = 200.0  # longer than any wait under test
 SLOW_S = 0.4
@@ -94,7 +95,7 @@ class Layer:
             store,
             with_addresses(table, *addresses),
             metrics=self.metrics,
-            timeouts=DispatchTimeouts(GRACE_S, HUNG_S, HUNG_S),
+            timeouts=DispatchTimeouts(DEADLINE_S, HUNG_S, HUNG_S),
             activation=activation,
             resilience=replace(PATIENT, **changes),
             socket_dir=socket_dir,
@@ -115,9 +116,9 @@ class Layer:
         """Compute and compare `n_times`; return the longest time."""
         times_s = []
         for _ in range(n_times):
-            started_s = time.monotonic()
+            stopwatch = Stopwatch()
             torch.testing.assert_close(self.compute(), self.expected)
-            times_s.append(time.monotonic() - started_s)
+            times_s.append(stopwatch.elapsed_s())
         return max(times_s)
 
     def count(self, name: str) -> float:
@@ -364,8 +365,9 @@ def test_layer_is_computed_locally_after_its_deadline(
     )
     layer = store.manifest.layers[0]
     hidden, index = torch.ones(1, layer.hidden_size), torch.zeros(1, 1, dtype=torch.int64)
-    started_s = time.monotonic()
+    stopwatch, started_s = Stopwatch(), time.monotonic()
     dispatcher.compute(0, hidden, index, torch.ones(1, 1))
-    assert 0.4 < time.monotonic() - started_s < 0.5 + GRACE_S
+    assert time.monotonic() - started_s > 0.4
+    assert stopwatch.elapsed_s() < 0.5 + GRACE_S
     assert read_metric(metrics, "local") == 1
     dispatcher.close()

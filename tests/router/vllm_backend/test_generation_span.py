@@ -1,45 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
+from recorded_span import RecordedSpan
+
 from faasmoe_router.vllm_backend.generation_span import GenerationTrace, begin_generation
-from faasmoe_tracing import NO_SPAN, Attribute, Span, SpanKind
-
-
-class RecordedSpan(Span):
-    """A span that keeps what it is told."""
-
-    __slots__ = ("attributes", "children", "end_ns", "name", "start_ns")
-
-    def __init__(self, name: str, start_ns: int | None = None) -> None:
-        self.name, self.start_ns = name, start_ns
-        self.end_ns: int | None = None
-        self.attributes: dict[str, Attribute] = {}
-        self.children: list[RecordedSpan] = []
-
-    @property
-    def is_recorded(self) -> bool:
-        return True
-
-    def child(
-        self,
-        name: str,
-        *,
-        kind: SpanKind = SpanKind.INTERNAL,
-        attributes: Mapping[str, Attribute] | None = None,
-        start_ns: int | None = None,
-    ) -> RecordedSpan:
-        child = RecordedSpan(name, start_ns)
-        child.set(attributes or {})
-        self.children.append(child)
-        return child
-
-    def set(self, attributes: Mapping[str, Attribute]) -> None:
-        self.attributes |= attributes
-
-    def end(self, end_ns: int | None = None) -> None:
-        self.end_ns = end_ns
+from faasmoe_tracing import NO_SPAN
 
 
 @dataclass
