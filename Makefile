@@ -12,8 +12,8 @@ STAMP  := $(VENV)/.kernels
 TORCH  ?= torch==2.13.0
 DEMO   := .faasmoe/demo
 
-# Two processes, each with whole files in the order of tests/conftest.py; PARALLEL= runs one process
-# with live output.
+# Several processes, each with whole files in the order of tests/conftest.py; PARALLEL= runs one
+# process with live output.
 PARALLEL ?= -n 4 --dist loadfile --no-loadscope-reorder
 
 test-main test-emulated test-random test-slow: export OPENBLAS_NUM_THREADS := 1
@@ -225,4 +225,4 @@ trace-chat: $(STAMP) ## List the modules that a streamed chat crosses; writes be
 	$(BIN)/python -m benchmarks.trace_chat
 
 clean: ## Remove environments, caches and generated files
-	rm -rf $(VENV) $(TOOLS) $(CLIENTS) tests/clients/js/node_modules .faasmoe .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/out kernels/faasmoe_kernels/*.so
+	rm -rf $(VENV) $(TOOLS) $(CLIENTS) $(VLLM_ENV) $(BROWSER) $(PUBLISHERS) tests/clients/js/node_modules tests/browser/node_modules .faasmoe .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/out kernels/faasmoe_kernels/*.so

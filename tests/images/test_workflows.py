@@ -44,6 +44,29 @@ def test_what_is_pushed_is_signed_by_its_digest(name: str) -> None:
     assert step_id in {step.get("id") for step in steps(name)}
 
 
+def test_images_have_the_tag_that_the_chart_asks_for() -> None:
+    (version,) = {
+        re.sub(r".*version=", "", line).partition('"')[0]
+        for step in steps("images.yml")
+        for line in step.get("run", "").splitlines()
+        if "version=" in line
+    }
+    package = next(
+        step["run"] for step in steps("chart.yml") if "helm package" in step.get("run", "")
+    )
+    assert f'version="{version}"' in package
+    assert '--app-version "$version"' in package
+    build = next(step for step in steps("images.yml") if step.get("id") == "build")
+    assert build["with"]["tags"].endswith(":${{ steps.base.outputs.version }}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_failure_is_hidden_by_a_pipe(name: str) -> None:
+    for step in steps(name):
+        if re.search(r"\| *tee\b", step.get("run", "")):
+            assert "set -o pipefail" in step["run"]
+
+
 def test_the_chart_is_pushed_beside_the_images() -> None:
     chart = workflow("chart.yml")["jobs"]["chart"]["env"]["REPOSITORY"]
     image = workflow("images.yml")["jobs"]["images"]["env"]["IMAGE"]

@@ -7,7 +7,7 @@ tokens per second after it. Without a terminal it answers one message of standar
 from __future__ import annotations
 
 import argparse
-import http
+import http.client
 import json
 import sys
 import time
@@ -69,7 +69,7 @@ class ChatSession:
         self.messages.append({"role": "assistant", "content": answer})
         return str(timing)
 
-    def _open(self) -> Any:
+    def _open(self) -> http.client.HTTPResponse:
         body: dict[str, Any] = {
             "messages": self.messages,
             "max_tokens": self.max_tokens,
@@ -85,7 +85,8 @@ class ChatSession:
             f"{self.url}/chat/completions", json.dumps(body).encode(), headers
         )
         try:
-            return urllib.request.urlopen(request, timeout=TIMEOUT_S)
+            response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_S)
+            return response
         except urllib.error.HTTPError as error:
             hint = ""
             if error.code == http.HTTPStatus.UNAUTHORIZED:
@@ -122,16 +123,32 @@ class _Timing:
         return text
 
 
-def _events(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
-    """Yield the chunks of a streamed chat; raises CommandError for an error event."""
-    for line in lines:
+def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    """Yield the chunks of a streamed chat.
+
+    Raises:
+        CommandError: an error event came, or the connection was lost before the end.
+    """
+    for line in _lines(response):
         data = line.decode("utf-8", "replace").strip().removeprefix("data:").strip()
-        if not line.startswith(b"data:") or data == "[DONE]":
+        if not line.startswith(b"data:"):
             continue
+        if data == "[DONE]":
+            return
+        if not line.endswith(b"\n"):
+            break  # cut within an event
         event = json.loads(data)
         if "error" in event:
             raise CommandError(str(event["error"]["message"]))
         yield event
+    raise CommandError("the stream ended before its last event")
+
+
+def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    try:
+        yield from response
+    except (OSError, http.client.HTTPException) as error:
+        raise CommandError(f"the stream broke: {error}") from error
 
 
 def _pieces(event: Mapping[str, Any]) -> Iterator[str]:
@@ -233,5 +250,11 @@ def _endpoint(arguments: argparse.Namespace) -> Iterator[tuple[str, str | None]]
         with kubectl_plugin.forwarded_api(cluster, arguments.model, arguments.tenant) as endpoint:
             yield endpoint
         return
+    if arguments.tenant:
+        raise CommandError(
+            f"--tenant: got {arguments.tenant!r} for a model of this machine, where the API key "
+            "tells the tenant; expected -n, --context or --kubeconfig with it",
+            exit_status=2,
+        )
     instance = running_models.select_instance(arguments.model, arguments.file)
     yield f"{instance.url}/v1", instance.served_name or instance.name

@@ -162,7 +162,8 @@ async def wait_until_healthy(url: str, *, timeout_s: float = START_TIMEOUT_S) ->
                     if response.status == 200:
                         return
             except (aiohttp.ClientError, TimeoutError):
-                await asyncio.sleep(PROBE_INTERVAL_S)
+                pass  # not listening yet, or busy
+            await asyncio.sleep(PROBE_INTERVAL_S)
     raise CommandError(f"the control process was not healthy within {timeout_s:g} s")
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import http
 from typing import Any
 
 from faasmoe_operator.cli import kubectl_plugin, running_models
 from faasmoe_operator.cli.control import fetch_status
 from faasmoe_operator.cli.diagnosis import parse_totals, render
 from faasmoe_operator.cli.runtime_dir import LocalInstance
+from faasmoe_operator.errors import CommandError
 
 METRICS_TIMEOUT_S = 5.0
 
@@ -48,27 +50,33 @@ async def _explain(instance: LocalInstance, api_key: str) -> str:
     if not instance.metrics_url:
         note = "several models share a gateway, which has no router's metrics"
         return render(instance.name, status, None, note=note)
-    exposition = await _fetch_metrics(instance.metrics_url, api_key)
-    if exposition is None:
-        note = (
-            f"{instance.metrics_url} wants a key: --api-key or {running_models.KEY_VARIABLE}; "
-            "`router.metricsPort` needs none"
-        )
-        return render(instance.name, status, None, note=note)
+    try:
+        exposition = await _fetch_metrics(instance.metrics_url, api_key)
+    except CommandError as error:
+        return render(instance.name, status, None, note=str(error))
     return render(instance.name, status, parse_totals(exposition))
 
 
-async def _fetch_metrics(url: str, api_key: str) -> str | None:
-    """Return the router's metrics; None if it does not answer."""
+async def _fetch_metrics(url: str, api_key: str) -> str:
+    """Return the router's metrics; raises CommandError."""
     import aiohttp
 
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     timeout = aiohttp.ClientTimeout(total=METRICS_TIMEOUT_S)
     try:
         async with (
-            aiohttp.ClientSession(timeout=timeout) as http,
-            http.get(url, headers=headers) as response,
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.get(url, headers=headers) as response,
         ):
-            return await response.text() if response.status == 200 else None
-    except (aiohttp.ClientError, TimeoutError):
-        return None
+            if response.status == http.HTTPStatus.UNAUTHORIZED:
+                raise CommandError(
+                    f"{url} wants a key: --api-key or {running_models.KEY_VARIABLE}; "
+                    "`router.metricsPort` needs none"
+                )
+            if response.status != http.HTTPStatus.OK:
+                raise CommandError(f"{url}: got status {response.status}, expected 200")
+            return await response.text()
+    except TimeoutError as error:
+        raise CommandError(f"{url}: no response in {METRICS_TIMEOUT_S:g} s") from error
+    except aiohttp.ClientError as error:
+        raise CommandError(f"{url}: {error}") from error

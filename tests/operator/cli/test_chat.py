@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -24,6 +24,7 @@ class FakeServer:
     n_tokens: int = 5
     error_status: int = 0
     stream_error: str = ""
+    n_bytes_sent: int | None = None
     bodies: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
 
@@ -54,7 +55,7 @@ def server() -> Iterator[FakeServer]:
             self.send_header("X-FaaSMoE-Cold-Start", "0.25")
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
-            self.wfile.write(text.encode())
+            self.wfile.write(text.encode()[: fake.n_bytes_sent])
 
         def log_message(self, *_: object) -> None:
             return
@@ -107,6 +108,33 @@ def test_a_refusal_is_said_and_the_message_forgotten(server: FakeServer) -> None
     with pytest.raises(CommandError, match="too late"):
         chat.ask("Hi", print)
     assert chat.messages == []
+
+
+def test_a_stream_that_is_cut_is_an_error_and_the_conversation_goes_on(
+    server: FakeServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.n_bytes_sent = 60
+    chat = session(server)
+    converse(chat, io.StringIO("Hi\n"), system=None)
+    assert "error: the stream ended before its last event" in capsys.readouterr().err
+    assert chat.messages == []
+
+
+def test_a_connection_that_is_reset_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reset(io.BytesIO):
+        headers: ClassVar[dict[str, str]] = {}
+
+        def __next__(self) -> bytes:
+            raise ConnectionResetError("reset by peer")
+
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: Reset())
+    with pytest.raises(CommandError, match="the stream broke: reset by peer"):
+        ChatSession("http://unused/v1", None, "", 1, []).ask("Hi", print)
+
+
+def test_a_tenant_is_refused_without_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "--tenant", "acme", "--message", "Hi"]) == 2
+    assert "--tenant: got 'acme' for a model of this machine" in capsys.readouterr().err
 
 
 def test_a_missing_key_is_explained(server: FakeServer) -> None:

@@ -35,7 +35,8 @@ def instance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
             is_status = self.path == "/v1/status"
             body = (json.dumps(STATUS) if is_status else METRICS).encode()
             is_allowed = is_status or self.headers.get("Authorization") == "Bearer s3cret"
-            self.send_response(200 if is_allowed else 401)
+            is_busy = not is_status and self.headers.get("Authorization") == "Bearer busy"
+            self.send_response(200 if is_allowed else 503 if is_busy else 401)
             self.send_header("Content-Type", "application/json" if is_status else "text/plain")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -69,6 +70,15 @@ def test_without_the_key_the_times_are_unknown(
     shown = capsys.readouterr().out
     assert "tiny: ready; 1 of 1 functions are active" in shown
     assert "/metrics wants a key: --api-key or FAASMOE_API_KEY" in shown
+
+
+def test_a_router_that_does_not_answer_is_not_said_to_want_a_key(
+    instance: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", "--api-key", "busy"]) == 0
+    shown = capsys.readouterr().out
+    assert "/metrics: got status 503, expected 200" in shown
+    assert "wants a key" not in shown
 
 
 @pytest.mark.parametrize("by_variable", [False, True])
