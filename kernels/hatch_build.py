@@ -100,7 +100,7 @@ def build(
         compiler: the C++ compiler.
         target: file to write; replaced atomically, so that processes that have it mapped keep it.
         extra_flags: flags that follow the usual ones.
-        extra_isa_flags: further flags of the sources of one instruction set.
+        extra_isa_flags: further flags of the sources of one instruction set; they follow all others.
         extra_sources: further sources; they may include the library's headers.
         shared: whether to link a shared library; else a program, whose `main` is in
             `extra_sources`.
@@ -116,7 +116,7 @@ def build(
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [str(Path(folder) / f"{source.name}.o") for source, _ in sources]
         commands = [
-            (*flags, *unit_flags, *extra_flags, "-c", str(source), "-o", object_path)
+            (*flags, *extra_flags, *unit_flags, "-c", str(source), "-o", object_path)
             for (source, unit_flags), object_path in zip(sources, objects, strict=True)
         ]
         for done, _ in enumerate(pool.map(_run, commands), start=1):
