@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
@@ -118,7 +119,7 @@ def _decoder_of(model: Any) -> Any:
 def _build(model: Any, decoder: Any, batch_processor: Any) -> ModelProgram:
     experts = FixedExperts()
     cache = batch_processor.cache
-    with torch.no_grad(), substituted_computer(model, experts):
+    with torch.no_grad(), substituted_computer(model, experts), _one_thread():
         for i, seen in enumerate(observe_passes(model, decoder, batch_processor, experts)):
             if i == 0:
                 describer = LayerDescriber(cache)
@@ -127,6 +128,17 @@ def _build(model: Any, decoder: Any, batch_processor: Any) -> ModelProgram:
             program.verify(seen)
     program.bind(bound_computers(model))
     return program
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on this thread alone: of a few rows, waking others takes longer than computing."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 class NativeForward:
