@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_contracts.store import Store
 from faasmoe_expert.config import SandboxConfigError as DeviceError

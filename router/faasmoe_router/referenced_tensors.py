@@ -45,7 +45,8 @@ class RouterWeightsWatch:
     def check(self) -> None:
         """Verify the tensors if a file changed since the last call, or at first.
 
-        At first that is left out if another router has verified the same files before. A file that was removed or replaced has not changed: the mapping keeps the old bytes.
+        At first that is left out if another router has verified the same files before. A file that
+        was removed or replaced has not changed: the mapping keeps the old bytes.
 
         Raises:
             RouterWeightsChanged: tensors changed; the message names the file and the tensor.

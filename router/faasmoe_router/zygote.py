@@ -83,7 +83,7 @@ def import_late() -> None:
 
 
 def prepare_parts(environment: Mapping[str, str]) -> None:
-    """Make what a router inherits that equal models share: modules of the family, skeleton, tokenizer.
+    """Make what a router inherits that equal models share: family, skeleton, tokenizer.
 
     The router meets what is wrong with its files again, and reports it as its own error.
 
