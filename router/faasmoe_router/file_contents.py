@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Collection
 from pathlib import Path
 
-from faasmoe_expert.functions.verification import FileIdentity, file_identity
+from faasmoe_expert.functions.verification import file_identity
+from faasmoe_kernels.function_layers import FileIdentity
 
 Content = frozenset[tuple[str, str]]
 """Names and digests of files."""

@@ -328,6 +328,16 @@ class Controller:
         self._executor.execute(detach, drain_s=0.0 if holder.is_idle else None)
         self.publish()
 
+    def held_bytes(self) -> int:
+        """Return the memory of the model's functions in sandboxes."""
+        functions = self.model.functions
+        return sum(
+            functions[name].size_bytes
+            for record in self.fleet.sandboxes
+            for name in record.functions
+            if name in functions
+        )
+
     def missing_bytes(self) -> int:
         """Return the size of the functions that `warm_up` would activate and that are not there."""
         present = {name for record in self.fleet.sandboxes for name in record.functions}

@@ -6,7 +6,8 @@ module only keeps what they last said, and hands evictions to whom they concern.
 
 When a model's first router starts, memory is kept for the functions that it will call, until they
 are there. When its last one is to make room, its functions do too, once that router has ended its
-last request.
+last request. If functions of several models that are in use lack memory nevertheless, as they take
+more than was expected, those of the model that started first get it, from the others if need be.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ class MemoryMember(Protocol):
 
     def memory_holders(self) -> list[MemoryHolder]:
         """Return what the model's functions hold."""
+
+    def held_bytes(self) -> int:
+        """Return how much that is."""
 
     def missing_bytes(self) -> int:
         """Return the size of the functions that a router will call and that are not there."""
@@ -105,6 +109,8 @@ class MemoryPool:
         self._claims: dict[str, tuple[MemoryClaim, ...]] = {}
         self._routers: dict[str, RouterMemory] = {}
         self._started_at: dict[str, float] = {}  # of routers that do not answer yet
+        self._turns: dict[str, int] = {}  # of models with routers, ascending
+        self._n_turns = 0
         self._router_claims: tuple[MemoryClaim, ...] = ()
         self._reservations: dict[str, _Reservation] = {}
         self._evicted_routers: set[str] = set()
@@ -130,9 +136,10 @@ class MemoryPool:
         for name in dict.fromkeys((*routers, *models)):
             if name != model:
                 found = models.get(name, ModelMemory())
-                others += joined_holders(routers.get(name, ()), found.functions)
+                functions = self._seen_by(model, name, found.functions)
+                others += joined_holders(routers.get(name, ()), functions)
                 others += model_holders({name: replace(found, functions=())})
-        claims = [c for name, found in self._claims.items() if name != model for c in found]
+        claims = self._function_claims(of_others_than=model)
         if not own.reserved_bytes and not self._is_in_use(model):
             claims += self._router_claims
         return MachineMemory(self.limit_bytes, tuple(others), tuple(claims))
@@ -178,6 +185,20 @@ class MemoryPool:
         self._notify_if_free()
         return plan.may_run
 
+    def _seen_by(
+        self, model: str, other: str, functions: Sequence[MemoryHolder]
+    ) -> Sequence[MemoryHolder]:
+        """Return another model's functions as a model may evict them.
+
+        Those of one that is in use and waits for more cannot be called yet. The model that started
+        first keeps them, so that two do not take them from each other in turns.
+        """
+        if not (self._claims.get(other) and self._is_in_use(other)):
+            return functions
+        if self._turns.get(other, 0) < self._turns.get(model, 0):
+            return [replace(holder, is_evictable=False) for holder in functions]
+        return [replace(h, is_idle=True, last_used=0.0) for h in functions]
+
     def _observed(self, now: float) -> list[RouterMemory]:
         """Return the routers as they are planned with: evicted ones are not wanted."""
         observed = []
@@ -198,6 +219,9 @@ class MemoryPool:
         is_first = not any(r.is_running for r in self._routers.values() if r.model == router.model)
         self._routers[router.name] = replace(router, is_running=True)
         self._started_at[router.name] = now
+        if is_first:
+            self._n_turns += 1
+            self._turns[router.model] = self._n_turns
         model = models.get(router.model)
         if model is not None and is_first and not router.is_pinned and model.missing_bytes:
             held_bytes = sum(holder.size_bytes for holder in model.functions)
@@ -232,6 +256,7 @@ class MemoryPool:
             for name, at in self._started_at.items()
             if (router := self._routers.get(name)) and router.is_running and not router.is_ready
         }
+        self._turns = {model: turn for model, turn in self._turns.items() if model in running}
         for model, reservation in list(self._reservations.items()):
             is_over = now > reservation.until or model not in running
             if is_over or not self._reserved_bytes(model):
@@ -242,8 +267,7 @@ class MemoryPool:
         reservation = self._reservations.get(model)
         if reservation is None:
             return 0
-        held_bytes = sum(h.size_bytes for h in self._members[model].memory_holders())
-        return max(0, reservation.size_bytes - held_bytes)
+        return max(0, reservation.size_bytes - self._members[model].held_bytes())
 
     def _warn_if_larger(self, router: RouterMemory) -> None:
         if router.size_bytes > self.limit_bytes and router.name not in self._larger_routers:
@@ -266,10 +290,11 @@ class MemoryPool:
 
     def _notify_if_free(self, *, without: str = "") -> None:
         """Let models that wait plan anew once somebody has left."""
-        holders = [h for found in self._router_holders().values() for h in found]
-        holders += model_holders(self._models())
-        before, self._held_bytes = self._held_bytes, sum(h.size_bytes for h in holders)
-        if self._held_bytes >= before:
+        held_bytes = sum(r.size_bytes for r in self._routers.values() if r.is_running)
+        held_bytes += sum(member.held_bytes() for member in self._members.values())
+        held_bytes += sum(map(self._reserved_bytes, self._reservations))
+        before, self._held_bytes = self._held_bytes, held_bytes
+        if held_bytes >= before:
             return
         for model, claims in self._claims.items():
             if claims and model != without:
@@ -305,13 +330,23 @@ class MemoryPool:
         is_evicted = any(name.rpartition("/")[0] == model for name in self._evicted_routers)
         return is_evicted and not self._has_kept_router(model)
 
-    def _function_claims(self) -> list[MemoryClaim]:
-        """Return what functions wait for; those of models in use come before all routers."""
-        return [
-            replace(claim, last_used=math.inf) if self._is_in_use(model) else claim
-            for model, claims in self._claims.items()
-            for claim in claims
-        ]
+    def _function_claims(self, *, of_others_than: str | None = None) -> list[MemoryClaim]:
+        """Return what functions wait for; those of models in use come before all routers.
+
+        Args:
+            of_others_than: a model, beside which claims of models that started later do not count;
+                None for all.
+        """
+        found: list[MemoryClaim] = []
+        turn = math.inf if of_others_than is None else self._turns.get(of_others_than, math.inf)
+        for model, claims in self._claims.items():
+            if not claims or model == of_others_than:
+                continue
+            if not self._is_in_use(model):
+                found += claims
+            elif self._turns.get(model, 0) < turn:
+                found += [replace(claim, last_used=math.inf) for claim in claims]
+        return found
 
     def _is_in_use(self, model: str) -> bool:
         """Return whether a router of a model runs and has requests."""

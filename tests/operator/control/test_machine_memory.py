@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -146,6 +147,9 @@ class Member:
     def memory_holders(self) -> list[MemoryHolder]:
         return self.holders
 
+    def held_bytes(self) -> int:
+        return sum(holder.size_bytes for holder in self.holders)
+
     def missing_bytes(self) -> int:
         return self.missing
 
@@ -212,6 +216,29 @@ def test_memory_is_kept_for_functions_for_a_while_only() -> None:
     assert memory.update_routers([running, starting("b/0", size=9, last_used=now)]) == {
         *("a/0", "b/0")
     }
+
+
+def test_of_models_in_use_that_lack_memory_the_first_gets_it() -> None:
+    now = 100.0
+    memory = MemoryPool(10, clock=lambda: now)
+    members = {name: Member(MemoryHolder((name, "f"), 3, now)) for name in "ab"}
+    for name, member in members.items():
+        memory.join(name, member)
+    memory.update_routers([starting("a/0")])
+    first = replace(starting("a/0"), is_running=True)
+    assert memory.update_routers([first, starting("b/0")]) == {"a/0", "b/0"}
+    routers = [first, replace(starting("b/0"), is_running=True)]
+    for name in "ab":
+        memory.settle(name, [MemoryClaim(f"{name}2", 4, now)], [])
+    memory.update_routers(routers)
+    theirs = memory.view("a")
+    assert theirs.claims == ()
+    assert [h.is_evictable and h.is_idle for h in theirs.others if h.name == "f"] == [True]
+    ours = memory.view("b")
+    assert [(claim.name, claim.last_used) for claim in ours.claims] == [("a2", math.inf)]
+    assert [h.is_evictable for h in ours.others if h.name == "f"] == [False]
+    memory.settle("a", [], [])  # it has what it needs, and is called now
+    assert [h.is_evictable for h in memory.view("b").others if h.name == "f"] == [True]
 
 
 def test_functions_go_once_the_router_that_makes_room_has_had_its_last_request() -> None:
