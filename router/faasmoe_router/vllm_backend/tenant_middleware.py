@@ -33,7 +33,7 @@ from faasmoe_router.api.errors import (
 )
 from faasmoe_router.api.middleware import get_caller
 from faasmoe_router.api.request_span import scope_span
-from faasmoe_router.api.resumption import is_resumed
+from faasmoe_router.api.resumption import is_resumed, tell_prepared
 from faasmoe_router.api.streaming import run_until_disconnect
 from faasmoe_router.errors import RouterError
 from faasmoe_router.tenants.service import Caller
@@ -95,6 +95,7 @@ class TenantMiddleware:
         request = Request(scope, receive)
         caller = get_caller(request)
         body, value = await request.body(), dict[str, Any]()
+        tell_prepared(request)  # vLLM does the rest, and says nothing of it
         if scope["method"] == "POST":
             value = parse_body(body, caller, self._model_name)
             body = json.dumps(value | system_prompt(value, scope["path"], caller)).encode()
