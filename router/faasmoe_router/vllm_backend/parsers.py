@@ -40,7 +40,9 @@ REASONING_PARSERS: Mapping[str, _Rules] = {
     ),
     "GptOssForCausalLM": (("", "openai_gptoss"),),
 }
-"""By the model's class in transformers; a family that is missing writes neither."""
+"""By the model's class in transformers; a family that is missing writes no reasoning."""
+GENERIC_TOOL_CALL_PARSER = "hermes"
+"""For chat templates without marks of calls: vLLM forces calls in a parser's form only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +66,10 @@ def select_parsers(arguments: VllmArguments, architecture: str, chat_template: s
         architecture: the model's class in transformers.
         chat_template: its chat template; empty for none.
     """
+    generic = (("", GENERIC_TOOL_CALL_PARSER),) if chat_template else ()
+    rules = {architecture: (*TOOL_CALL_PARSERS.get(architecture, ()), *generic)}
     return Parsers(
-        _select(arguments.tool_call_parser, TOOL_CALL_PARSERS, architecture, chat_template),
+        _select(arguments.tool_call_parser, rules, architecture, chat_template),
         _select(arguments.reasoning_parser, REASONING_PARSERS, architecture, chat_template),
     )
 

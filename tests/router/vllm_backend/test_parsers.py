@@ -14,7 +14,8 @@ DEEPSEEK = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>"
 @pytest.mark.parametrize(
     ("architecture", "template", "expected"),
     [
-        ("Qwen2MoeForCausalLM", "{{ messages }}", Parsers(None, None)),
+        ("Qwen2MoeForCausalLM", "", Parsers(None, None)),
+        ("Qwen2MoeForCausalLM", "{{ messages }}", Parsers("hermes", None)),
         ("Qwen2MoeForCausalLM", HERMES, Parsers("hermes", None)),
         ("Qwen3MoeForCausalLM", HERMES + "enable_thinking", Parsers("hermes", "qwen3")),
         (
@@ -39,7 +40,7 @@ DEEPSEEK = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>"
             Parsers("deepseek_v31", "deepseek_v3"),
         ),
         ("GptOssForCausalLM", "", Parsers("openai", "openai_gptoss")),
-        ("OlmoeForCausalLM", HERMES, Parsers(None, None)),
+        ("OlmoeForCausalLM", "{{ messages }}", Parsers("hermes", None)),
     ],
 )
 def test_family_and_chat_template_choose_the_parsers(
