@@ -5,7 +5,7 @@ from __future__ import annotations
 
 def import_vllm() -> None:
     """Import what a router and its engine need, which takes seconds."""
-    import vllm.v1.engine.core  # noqa: F401
+    import vllm.v1.engine.core
     from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins
 
