@@ -100,7 +100,7 @@ def build(
         compiler: the C++ compiler.
         target: file to write; replaced atomically, so that processes that have it mapped keep it.
         extra_flags: flags that follow the usual ones.
-        extra_isa_flags: further flags of the sources of one instruction set; they follow all others.
+        extra_isa_flags: last flags of the sources of one instruction set.
         extra_sources: further sources; they may include the library's headers.
         shared: whether to link a shared library; else a program, whose `main` is in
             `extra_sources`.
