@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from faasmoe_transformers.fast_import import prepare_import_of_names
+
 
 def import_vllm() -> None:
     """Import what a router and its engine need, which takes seconds."""
+    prepare_import_of_names()
     import vllm.v1.engine.core
     from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins
