@@ -15,6 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 
 from engines import OURS, VLLM
+from tiny_chat import SPECIAL_TOKENS
+from vllm_checkpoints import give_end_token
 
 CONTEXT_TOKENS = 8192
 MOEMODEL = """
@@ -38,6 +40,8 @@ def main() -> None:
     engine = {engine.name: engine for engine in (OURS, VLLM)}[name]
     if not model.exists():
         engine.save_model(model, max_model_len=CONTEXT_TOKENS)
+        if engine is VLLM:
+            give_end_token(model, SPECIAL_TOKENS[0])
     router = json.dumps(engine.router_spec(maxNumSeqs=8, kvCacheMemory="256Mi"))
     file = folder / "tiny.yaml"
     file.write_text(MOEMODEL.format(model=model, store=folder / "store", router=router))

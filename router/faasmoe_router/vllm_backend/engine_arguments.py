@@ -90,6 +90,7 @@ def _values(
         "max_logprobs": arguments.max_logprobs,
         "tensor_parallel_size": arguments.tensor_parallel_size,
         "scheduling_policy": "priority",
+        "tool_strict_level": "parameter",  # arguments of forced calls conform to their schemas
         "generation_config": "auto" if config.generation_config == "auto" else "vllm",
         "worker_extension_cls": WORKER_EXTENSION,
         "fingerprint_mode": "custom",

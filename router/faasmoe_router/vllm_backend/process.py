@@ -53,6 +53,8 @@ from faasmoe_router.vllm_backend.metrics import JoinedRegistry
 from faasmoe_router.vllm_backend.routing_view import RoutingView
 from faasmoe_router.vllm_backend.tenant_middleware import TenantMiddleware
 from faasmoe_tracing import create_tracer
+from faasmoe_transformers.errors import UnsupportedVersions
+from faasmoe_transformers.version_check import VLLM_MODULES, check_private_names
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,7 @@ class VllmRouterProcess:
 
     def __init__(self, config: RouterConfig, phases: StartPhases) -> None:
         os.environ.update({k: v for k, v in VLLM_ENVIRONMENT.items() if k not in os.environ})
+        _check_libraries()
         self._phases = phases
         self._has_given_up = False
         self._registry = JoinedRegistry()
@@ -277,6 +280,13 @@ class VllmRouterProcess:
         if engine is not None:
             running = list(engine.output_processor.request_states)
             self._abort_task = asyncio.ensure_future(engine.abort(running, internal=True))
+
+
+def _check_libraries() -> None:
+    try:
+        check_private_names(VLLM_MODULES)
+    except UnsupportedVersions as error:
+        raise RouterConfigError(f"FAASMOE_ENGINE: {error}") from error
 
 
 def _arguments(config: RouterConfig, store: Store, model_name: str) -> Namespace:
