@@ -17,7 +17,7 @@ from tests.transformers_adapter.test_native_step import (
 )
 
 from faasmoe_kernels import load
-from faasmoe_transformers import native_step
+from faasmoe_transformers import native_step, observation
 from faasmoe_transformers.native_linear import use_native_linears
 from faasmoe_transformers.native_step import NativeForward
 from faasmoe_transformers.remembered_program import FOLDER_ENV
@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def compared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The models whose modules were watched."""
     models: list[Any] = []
-    observe = native_step.observe_passes
+    observe = observation.observe_passes
 
     def record(model: Any, *args: Any) -> Any:
         models.append(model)
