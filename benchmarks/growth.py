@@ -46,7 +46,7 @@ from faasmoe_router.engine.fair_queue import FairQueue, Share
 N_FUNCTIONS = (10, 100, 1_000, 10_000)
 N_ROUTERS = (1, 4, 16, 64)
 N_TENANTS = (1, 10, 100, 1_000)
-N_MODELS = (1, 5, 20)
+N_MODELS = (1, 20, 200)
 FUNCTIONS_PER_SANDBOX = 30
 REPORTED_FUNCTIONS = 100
 SLOTS = 32
@@ -290,7 +290,7 @@ def main() -> int:
         type=_numbers,
         default=N_MODELS,
         metavar="N,N",
-        help="numbers of models of a real `faasmoe up`; 0 for none (default: 1,5,20)",
+        help="numbers of models of a real `faasmoe up`; 0 for none (default: 1,20,200)",
     )
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of generated models")
     parser.add_argument("--largest", type=int, default=10_000, help="largest size to measure")

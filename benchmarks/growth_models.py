@@ -54,7 +54,7 @@ def measure_models(counts: Sequence[int], *, cache: Path) -> dict[int, ModelsAtR
     found: dict[int, ModelsAtRest] = {}
     for count in counts:
         with tempfile.TemporaryDirectory(prefix="growth-") as name:
-            files = write_models(Path(name), checkpoint, count)
+            files = write_models(Path(name), checkpoint, count, linked_stores=True)
             options = ("--memory", MANY_MEMORY) if count > 1 else ()
             log = Path(name) / "up.log"
             with running_up(files, log, *options, timeout_s=START_TIMEOUT_S) as up:

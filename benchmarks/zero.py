@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -67,15 +68,30 @@ def main() -> int:
 
 
 def write_models(
-    folder: Path, model: Path, n_models: int, *, functions_per_sandbox: int = 8
+    folder: Path,
+    model: Path,
+    n_models: int,
+    *,
+    functions_per_sandbox: int = 8,
+    linked_stores: bool = False,
 ) -> Path:
-    """Write MoEModels of the same checkpoint, with copies of one store; return their folder."""
+    """Write MoEModels of the same checkpoint; return their folder.
+
+    Args:
+        folder: gets the files and the stores.
+        model: the checkpoint.
+        n_models: number of models.
+        functions_per_sandbox: as in the spec.
+        linked_stores: whether the models' stores are hard links to one, which takes no disk, but
+            lets models share pages that they would not; else copies.
+    """
     files, stores = folder / "models", folder / "stores"
     files.mkdir(parents=True)
     prepare = (sys.executable, "-m", "faasmoe_operator.cli", "prepare")
     subprocess.run([*prepare, str(model), str(stores / "0")], check=True, stdout=sys.stderr)
     for index in range(1, n_models):
-        shutil.copytree(stores / "0", stores / str(index))
+        copy = os.link if linked_stores else shutil.copy2
+        shutil.copytree(stores / "0", stores / str(index), copy_function=copy)
     scaling = {
         "windowSeconds": 6,
         "panicWindowPercentage": 20,

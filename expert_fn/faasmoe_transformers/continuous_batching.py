@@ -237,6 +237,13 @@ class ContinuousBatcher:
 
     def stop(self, timeout_s: float) -> bool:
         """End the thread after the current batch; return whether it ended within `timeout_s`."""
+        join = self._manager.join
+
+        def wake_and_join(*args: Any, **kwargs: Any) -> None:
+            self._manager._wake_up_loop.set()  # it looks for requests ten times a second
+            join(*args, **kwargs)
+
+        self._manager.join = wake_and_join
         self._manager.stop(block=True, timeout=timeout_s, hard_stop=True)
         return not self._manager.is_running()
 

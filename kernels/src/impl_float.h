@@ -98,8 +98,7 @@ struct FloatEngine {
       repeat<C>([&](auto c) FK_INLINE { D::decode(panel.codes[c] + (w_unit + u) * kUnitBytes, w + 2 * c); });
       repeat<2 * R>([&](auto i) FK_INLINE {
         constexpr int r = i % R, v = i / R;
-        vf in = load<vf>(x[r] + (x_unit + u) * kInputBytes + v * 4 * L);
-        keep_in_register(in);
+        vf in = in_register(load<vf>(x[r] + (x_unit + u) * kInputBytes + v * 4 * L));
         repeat<C>([&](auto c) FK_INLINE { acc[r * C + c] += in * w[2 * c + v]; });
       });
     }

@@ -358,8 +358,8 @@ struct IntegerEngine {
       auto load_sums = [&](auto r) FK_INLINE { return load<vi>(in[r] + 2 * kUnit + b * 4 * L); };
       if constexpr (keeps_inputs<R>())
         repeat<R>([&](auto r) FK_INLINE {
-          repeat<V>([&](auto v) FK_INLINE { keep_in_register(kept[r * V + v] = load_input(r, v)); });
-          if constexpr (kHasSums) keep_in_register(kept_sums[r] = load_sums(r));
+          repeat<V>([&](auto v) FK_INLINE { kept[r * V + v] = in_register(load_input(r, v)); });
+          if constexpr (kHasSums) kept_sums[r] = in_register(load_sums(r));
         });
       auto read_weights = [&](auto c) FK_INLINE {
         repeat<kSummed>([&](auto i) FK_INLINE {

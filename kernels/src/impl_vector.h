@@ -30,14 +30,14 @@ static inline void store(void *p, T v) {
   std::memcpy(p, &v, sizeof v);
 }
 static inline vf splat(float s) { return s - vf{}; }  // + would have to turn -0 into 0
-// What is loaded once stays in a register: the loops are bound by loads.
+// What is loaded once stays in a register: the loops are bound by loads. By value, as a reference
+// would claim the alignment that V has without the attributes of vf, which templates drop.
 template <class V>
-static inline FK_INLINE void keep_in_register(V &v) {
+static inline FK_INLINE V in_register(V v) {
 #if defined(__x86_64__)
   asm("" : "+x"(v));
-#else
-  (void)v;
 #endif
+  return v;
 }
 static inline vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 

@@ -23,6 +23,7 @@ from faasmoe_operator.api.v1alpha1.documents import load_documents
 from faasmoe_operator.api.v1alpha1.validation import process_platform_warnings
 from faasmoe_operator.cli import control, live_page, model_arguments, router, tracing, up
 from faasmoe_operator.cli.deployment import Deployment
+from faasmoe_operator.cli.device_check import check_devices
 from faasmoe_operator.cli.formatting import format_bytes, format_table
 from faasmoe_operator.cli.live_page import LivePageOptions
 from faasmoe_operator.cli.local_stack import ClientAccess, SharedControl, StackSpec
@@ -40,6 +41,7 @@ from faasmoe_operator.cli.shared_stack import (
     with_api_keys,
 )
 from faasmoe_operator.cli.signals import run_until_signal
+from faasmoe_operator.cli.store_preparation import prepare_store, verify_store
 from faasmoe_operator.errors import CommandError
 from faasmoe_operator.platforms.memory import pss_bytes
 
@@ -151,11 +153,11 @@ async def _prepare_and_serve(
 ) -> int:
     stores, unverified = {}, []
     for name, local in deployment.models.items():
-        await up.check_devices(local)
+        await check_devices(local)
         is_prepared = local.is_prepared
         others = [m.store_path for m in deployment.models.values() if m.is_prepared]
         if not is_prepared and (
-            status := await up.prepare(RequestedModel(local, None), share_with=others)
+            status := await prepare_store(RequestedModel(local, None), share_with=others)
         ):
             return status  # the preparation has said why
         store = stores[name] = local.open_store()
@@ -250,7 +252,7 @@ async def _announce(
 
     async def verify() -> None:
         for store in unverified:
-            await up.verify(store)
+            await verify_store(store)
 
     steps = [
         verify,

@@ -9,15 +9,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
 import re
 import secrets
-import sys
-import threading
-from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Collection, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Never
@@ -29,35 +23,27 @@ from faasmoe_operator.api.v1alpha1.field_types import quantity_to_bytes
 from faasmoe_operator.api.v1alpha1.patterns import CORS_ORIGIN, DESCRIPTIONS
 from faasmoe_operator.api.v1alpha1.validation import process_platform_warnings
 from faasmoe_operator.cli import (
-    child_process,
     control,
     live_page,
     model_arguments,
     router,
     tracing,
 )
-from faasmoe_operator.cli.checkpoint import prepare_command
+from faasmoe_operator.cli.device_check import check_devices
 from faasmoe_operator.cli.formatting import format_bytes, format_table
 from faasmoe_operator.cli.local_stack import ClientAccess, StackProcesses, StackSpec, running_stack
 from faasmoe_operator.cli.logs import (
     LogSinks,
-    byte_progress,
     print_progress,
     step_progress,
 )
 from faasmoe_operator.cli.model_arguments import RequestedModel
 from faasmoe_operator.cli.runtime_dir import locked_state, private_runtime_dir, register_instance
 from faasmoe_operator.cli.signals import run_until_signal
-from faasmoe_operator.control.local_model import LocalModel
-from faasmoe_operator.errors import CommandError
+from faasmoe_operator.cli.store_preparation import prepare_store, verify_store
 from faasmoe_operator.platforms.memory import pss_bytes
 
-DEVICE_PROBE_COMMAND = (sys.executable, "-m", "faasmoe_expert.device")
-DEVICE_PROBE_TIMEOUT_S = 60.0
-CUDA = "cuda"
 MAX_GATEWAYS = 64
-PREPARE_GRACE_S = 10.0
-VERIFICATION_NICENESS = 10
 START_STEPS = CONTROL_STEP, ROUTER_STEP = ("control process", "router")
 PROCESS_HEADER = ("PROCESS", "PID", "MEMORY")
 
@@ -263,7 +249,7 @@ async def _prepare_and_serve(
         print_progress(f"store: {deployment.store_path}")
     else:
         shared = [] if requested.cached is None else [requested.cached.path.parent]
-        if status := await prepare(requested, share_with=shared):
+        if status := await prepare_store(requested, share_with=shared):
             return status  # the preparation has said why
         skip_verify = True  # the checksums were computed just now
     store = deployment.open_store()
@@ -287,114 +273,6 @@ async def _prepare_and_serve(
         print_progress("starting zygote, control process and router")
         async with running_stack(spec, logs) as processes:
             return await _serve(spec, processes, unverified=None if skip_verify else store)
-
-
-async def check_devices(
-    deployment: LocalModel, *, command: Sequence[str] = DEVICE_PROBE_COMMAND
-) -> None:
-    """Check that this machine has the devices that the model requests.
-
-    This process does not import torch, so a child process probes the devices, and only if the
-    model requests cuda.
-
-    Args:
-        deployment: the model to serve.
-        command: prints the devices as a JSON object with `n_devices` and `why_none`.
-
-    Raises:
-        MoEModelError: cuda is requested but not available.
-        CommandError: the probe failed.
-    """
-    spec = deployment.model.spec
-    devices = {"spec.router.device": spec.router.device, "spec.experts.device": spec.experts.device}
-    fields = [field for field, device in devices.items() if device == CUDA]
-    if not fields:
-        return
-    probe = await _probe_devices(command)
-    if probe["n_devices"] == 0:
-        expected = f"cpu or auto on this machine: {probe['why_none']}"
-        raise deployment.error(*(f"{field}: got {CUDA}, expected {expected}" for field in fields))
-
-
-async def _probe_devices(command: Sequence[str]) -> dict[str, Any]:
-    process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE)
-    try:
-        async with asyncio.timeout(DEVICE_PROBE_TIMEOUT_S):
-            output, _ = await process.communicate()
-    except TimeoutError:
-        raise CommandError(
-            f"{command[-1]} did not respond within {DEVICE_PROBE_TIMEOUT_S:g} s"
-        ) from None
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    try:
-        return dict(json.loads(output))
-    except ValueError:
-        raise CommandError(f"{command[-1]} ended with status {process.returncode}") from None
-
-
-async def prepare(requested: RequestedModel, *, share_with: Sequence[Path] = ()) -> int:
-    """Prepare the store; return the exit status of the preparation, which reports its errors.
-
-    Args:
-        requested: the model.
-        share_with: stores, or folders of stores, to share files with.
-
-    Raises:
-        CommandError: a signal ended the preparation.
-    """
-    deployment, cached = requested.deployment, requested.cached
-    source, path = deployment.source, deployment.store_path
-    is_outdated = cached is not None and cached.is_outdated
-    if is_outdated:
-        print_progress(f"{source} has changed since its store was prepared")
-    print_progress(f"preparing {source} in {path}")
-    stamp = None if cached is None else cached.stamp()
-    async with child_process.running_child(
-        prepare_command(
-            source,
-            str(path),
-            revision=deployment.model.spec.model.revision,
-            dtype=deployment.dtype,
-            quantization=deployment.quantization,
-            mode=deployment.model.spec.store.mode or "auto",
-            force=is_outdated,
-            share_with=share_with,
-        ),
-        environment=os.environ,
-        log=None,
-        grace_s=PREPARE_GRACE_S,
-    ) as preparation:
-        status = await preparation.exit_status()
-    if status < 0:
-        raise CommandError(f"the preparation of {source} was ended by signal {-status}")
-    if status == 0 and cached is not None:
-        cached.write_stamp(stamp)
-    return status
-
-
-async def verify(store: Store) -> None:
-    """Verify the store's checksums file by file, so that a signal waits for one file at most."""
-    files = store.manifest.files
-    total_bytes = sum(file.size_bytes for file in files.values())
-    size = format_bytes(total_bytes)
-    print_progress(f"verifying {len(files)} files of the store, {size} (skip with --skip-verify)")
-    loop = asyncio.get_running_loop()
-    executor = ThreadPoolExecutor(1, initializer=_lower_priority)
-    try:
-        with byte_progress("verifying", total_bytes=total_bytes) as advance:
-            for name, file in files.items():
-                await loop.run_in_executor(executor, store.verify, [name])
-                advance(file.size_bytes)
-    finally:
-        executor.shutdown(wait=False)  # processes stop while a last file is read
-
-
-def _lower_priority() -> None:
-    """Let the processes that start have the cores first; applies to this thread alone."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), VERIFICATION_NICENESS)
 
 
 async def _serve(
@@ -434,7 +312,7 @@ async def _announce(
     """Print the summary once all processes are healthy and the store is verified."""
     steps = [lambda: _wait_until_healthy(spec, processes)]
     if unverified is not None:
-        steps.insert(0, lambda: verify(unverified))
+        steps.insert(0, lambda: verify_store(unverified))
     await gather_limited(steps, lambda step: step(), limit=len(steps))
     await _print_summary(spec, processes, serving)
 

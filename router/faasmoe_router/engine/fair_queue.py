@@ -206,9 +206,12 @@ class FairQueue:
         or None if none is to be preempted. The next `pop` assigns the slot.
         """
         tenant = self._next_tenant() if self._n_running >= self._slots else None
-        if tenant is None or len(self._backlogs[tenant].running) + 1 > self._fair_slots(tenant):
+        if tenant is None:
             return None
-        victim = self._select_victim(tenant)
+        active_weight = self._active_weight(self._share(tenant).priority)
+        if len(self._backlogs[tenant].running) + 1 > self._fair_slots(tenant, active_weight):
+            return None
+        victim = self._select_victim(tenant, active_weight)
         if victim is not None:
             backlog = self._backlogs[self._sequences[victim].tenant]
             sequence = backlog.running.pop(victim)
@@ -327,22 +330,25 @@ class FairQueue:
             backlog.drained_at_dispatch = self._n_dispatched
             self._last_drained_tenant[self._share(tenant).priority] = tenant
 
-    def _fair_slots(self, tenant: str) -> float:
-        """Return a tenant's part of the slots among the active tenants of its priority."""
-        share = self._share(tenant)
+    def _active_weight(self, priority: int) -> float:
+        """Return the sum of the weights of the active tenants of a priority."""
         active = map(self._share, self._active)
-        total_weight = sum(other.weight for other in active if other.priority == share.priority)
-        return max(1.0, self._slots * share.weight / total_weight)
+        return sum(share.weight for share in active if share.priority == priority)
 
-    def _select_victim(self, preemptor: str) -> str | None:
+    def _fair_slots(self, tenant: str, active_weight: float) -> float:
+        """Return a tenant's part of the slots, given the active weight of its priority."""
+        return max(1.0, self._slots * self._share(tenant).weight / active_weight)
+
+    def _select_victim(self, preemptor: str, active_weight: float) -> str | None:
         """Return the sequence to preempt, or None.
 
         It is the one with the fewest tokens of the tenant that is furthest beyond its share.
+        `active_weight` is that of the preemptor's priority.
         """
         victims = [
             name
             for name, backlog in self._active.items()
-            if backlog.running and self._is_preemptible_by(name, preemptor)
+            if backlog.running and self._is_preemptible_by(name, preemptor, active_weight)
         ]
         ranked = [
             (share.priority, -len(backlog.running) / share.weight, sequence.n_tokens, sequence_id)
@@ -352,10 +358,10 @@ class FairQueue:
         ]
         return min(ranked)[-1] if ranked else None
 
-    def _is_preemptible_by(self, tenant: str, preemptor: str) -> bool:
+    def _is_preemptible_by(self, tenant: str, preemptor: str, active_weight: float) -> bool:
         own_priority, other_priority = self._share(preemptor).priority, self._share(tenant).priority
         if tenant == preemptor or other_priority != own_priority:
             return other_priority < own_priority
         backlog = self._backlogs[tenant]
         is_ahead = backlog.virtual_counter >= self._backlogs[preemptor].virtual_counter
-        return is_ahead and len(backlog.running) - 1 >= self._fair_slots(tenant)
+        return is_ahead and len(backlog.running) - 1 >= self._fair_slots(tenant, active_weight)

@@ -2,7 +2,6 @@ import time
 from pathlib import Path
 
 import pytest
-from core_waits import Stopwatch
 
 from faasmoe_operator.control import __main__ as control
 
@@ -20,7 +19,6 @@ def test_wait_ends_when_the_socket_exists(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(sleeps) == 3
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("socket", "waited_s"),
     [("", 0.0), ("/no/such/folder/zygote.sock", pytest.approx(0.05, abs=0.02))],
@@ -38,10 +36,3 @@ def test_wait_without_a_socket_ends(
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
     control.wait_for_zygote(socket, timeout_s=0.05)
     assert now_s == waited_s
-=======
-@pytest.mark.parametrize("socket", ["", "/no/such/folder/zygote.sock"])
-def test_wait_without_a_socket_ends(socket: str) -> None:
-    stopwatch = Stopwatch()
-    control.wait_for_zygote(socket, timeout_s=0.05)
-    assert stopwatch.elapsed_s() < 5
->>>>>>> rvd

@@ -1,4 +1,4 @@
-"""Device checks of `faasmoe up`, with scripts in place of the real device probe."""
+"""Checks of devices, with scripts in place of the real device probe."""
 
 import asyncio
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from faasmoe_operator.api.v1alpha1 import MoEModelError
-from faasmoe_operator.cli.up import DEVICE_PROBE_COMMAND, check_devices
+from faasmoe_operator.cli.device_check import PROBE_COMMAND, check_devices
 from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.errors import CommandError
 
@@ -61,6 +61,6 @@ def test_reports_failed_probe(write_model: WriteModel) -> None:
 
 
 def test_real_probe_reports_devices_or_reason() -> None:
-    process = subprocess.run(DEVICE_PROBE_COMMAND, capture_output=True, text=True, check=True)
+    process = subprocess.run(PROBE_COMMAND, capture_output=True, text=True, check=True)
     devices = json.loads(process.stdout)
     assert (devices["n_devices"] == 0) == bool(devices["why_none"])
