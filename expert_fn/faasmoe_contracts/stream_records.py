@@ -13,6 +13,10 @@ from, so that a request that is repeated is the same one, and counts once.
 The tokens are those generated since the record before. Of a whole response, and of a stream's
 prompts, headers tell the front how many there are, so that it can count what a tenant uses.
 
+When a router has prepared a request (read, validated and tokenized it), or refuses it, it has done
+its part of the work that requests of all senders share. It tells the front so before its response,
+with the interim response `PREPARED_STATUS`, and the front hands on the next request of that sender.
+
 If the router dies, the front sends the same request to the next one, with the journal in front of
 the body and `JOURNAL_HEADER: BYTES FRAMES`: how many bytes of the body are journal, and how many
 frames of kind EVENT the client has. The router repeats what the journal says without telling it
@@ -33,6 +37,7 @@ TENANT_HEADER = "x-faasmoe-tenant"  # of a request: whose it is, which the front
 INPUT_TOKENS_HEADER = "x-faasmoe-input-tokens"  # of a response: tokens of its prompts
 DRAINING_HEADER = "x-faasmoe-draining"  # of a refusal: the server is ending, another one may not
 OUTPUT_TOKENS_HEADER = "x-faasmoe-output-tokens"  # of a whole response: generated tokens
+PREPARED_STATUS = 102  # Processing (RFC 2518): interim, so whoever does not know it skips it
 EVENT = 1  # frames that a resumed stream counts
 COMMENT = 2  # frames that keep a connection, at any time
 

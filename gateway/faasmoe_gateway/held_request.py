@@ -26,6 +26,7 @@ from faasmoe_tracing import TRACEPARENT
 MAX_HELD_BODY_BYTES = 16 << 20
 MAX_HELD_JOURNAL_BYTES = 16 << 20
 MAX_HELD_BYTES = 256 << 20
+MAX_READ_AHEAD_BYTES = 64 << 10
 _DROPPED_HEADERS = frozenset(
     (
         *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te"),
@@ -87,6 +88,7 @@ class HeldRequest:
         self._journal: list[bytes] = []
         self._journal_bytes = 0
         self._taken_bytes = 0
+        self._n_ahead = 0  # bytes taken before they are received
         self._is_complete = asyncio.Event()
         if not self._is_chunked and self._length in (None, b"0"):
             self._is_complete.set()
@@ -133,6 +135,23 @@ class HeldRequest:
         self._headers = [h for h in self._headers if h[0] not in secret]
         if tenant:
             self._headers.append((TENANT_HEADER.encode(), tenant.encode()))
+
+    async def read_ahead(self) -> bool:
+        """Receive the whole body if it is small; return whether it is here.
+
+        Raises:
+            ClientGone: the client hung up before its end.
+        """
+        length = int(self._length or 0)
+        if self._is_complete.is_set():
+            return True
+        is_small = length <= min(MAX_READ_AHEAD_BYTES, MAX_HELD_BODY_BYTES)
+        if self._is_chunked or not is_small or not self._take(length):
+            return False
+        self._n_ahead = length
+        async for _ in self.body():
+            pass
+        return True
 
     async def read_body(self, max_bytes: int) -> bytes | None:
         """Return the whole body; None if it has more bytes, or cannot be held.
@@ -210,7 +229,9 @@ class HeldRequest:
         self._body_bytes += len(part)
         if not self._is_held:
             return
-        if self._body_bytes > MAX_HELD_BODY_BYTES or not self._take(len(part)):
+        n_taken = min(len(part), self._n_ahead)
+        self._n_ahead -= n_taken
+        if self._body_bytes > MAX_HELD_BODY_BYTES or not self._take(len(part) - n_taken):
             self._drop()
             return
         self._body.append(part)

@@ -16,6 +16,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import httptools
@@ -25,6 +26,7 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
+from faasmoe_contracts.stream_records import PREPARED_STATUS
 from faasmoe_gateway.connections import KNOWN_CLIENT_EXTENSION, ConnectionLimits, ConnectionTable
 from faasmoe_gateway.errors import error_body
 
@@ -33,6 +35,8 @@ MAX_PIPELINED = 64  # requests that wait for the answer before theirs; then the 
 MAX_FRAMING_FACTOR = 8  # of chunks of one byte each
 LINGER_S = 2.0  # in which a client may read the response to a body that it has not sent to its end
 INTERIM_RESPONSE = b"HTTP/1.1 100 Continue\r\n\r\n"
+PREPARED_RESPONSE = b"HTTP/1.1 %d Processing\r\n\r\n" % PREPARED_STATUS
+PREPARED_EXTENSION = "faasmoe.prepared"  # of the ASGI scope: tells a front that work is prepared
 COMMENT_CHUNK = b"b\r\n: waiting\n\n\r\n"  # of an event stream, between two events
 PROBE_DELAYS_S = (0.0, 1.0, 4.0, 16.0)  # between interim responses; some clients accept five
 PROBE_RESULT_S = 0.05
@@ -167,8 +171,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             raise httptools.HttpParserError("nothing more is read")
         self._start_read_timer(self._limits.body_timeout_s)
         self._table.set_busy(self, is_busy=True)
-        extensions = {KNOWN_CLIENT_EXTENSION: self.mark_known}
-        self.scope["extensions"] = extensions  # type: ignore[typeddict-item]
+        self.scope["extensions"] = {  # type: ignore[typeddict-item]
+            KNOWN_CLIENT_EXTENSION: self.mark_known,
+            PREPARED_EXTENSION: partial(self._tell_prepared, self.scope),
+        }
         super().on_headers_complete()
         self._has_cycle = True
         self.cycle.transport = cast(asyncio.Transport, _CycleTransport(self, self.cycle))
@@ -229,6 +235,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def mark_known(self) -> None:
         """Record that this connection's client has shown a key."""
         self._table.set_known(self)
+
+    def _tell_prepared(self, scope: Any) -> None:
+        """Send the interim response for a request's own scope, if its answer has not begun."""
+        cycle = self._running_cycle
+        is_next = cycle is not None and cycle.scope is scope and not cycle.response_started
+        if is_next and not self.transport.is_closing():
+            self.transport.write(PREPARED_RESPONSE)
 
     @property
     def _is_answering(self) -> bool:

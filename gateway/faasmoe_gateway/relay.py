@@ -39,6 +39,7 @@ BUSY_RETRY_S = 1.0
 PROBE_HOLD_S = 2.0  # of what is no work: probes should learn that the router is away
 MAX_FRUITLESS_LOSSES = 2
 MAX_BUFFERED_BYTES = 1 << 20  # of a response that can still be had from another router
+MAX_TURN_S = 0.25  # in which a router should have prepared a request; it may not say so, or hang
 COMMENT_S = 15.0
 COMMENT_FRAME = b": waiting\n\n"
 MAX_HELD_REQUESTS = 1024
@@ -177,7 +178,7 @@ class Relay:
         client: its response.
         router: where the router is.
         waiting: counts the requests that wait.
-        take_turn: waits for the sender's turn to be handed on.
+        take_turn: waits for the sender's turn; a request has it until the router has prepared it.
         choose: returns where to connect at each attempt, None while no router takes requests; if
             omitted, to `router`.
         on_head: called after the head of each response.
@@ -206,6 +207,7 @@ class Relay:
         self.waited_s = 0.0
         self._span = span
         self._take_turn = take_turn
+        self._turn: Turn | None = None  # from before it is handed on until it is prepared
         self._choose = choose
         self._on_head = on_head
         self._request = request
@@ -263,10 +265,19 @@ class Relay:
 
     async def _attempt(self) -> None:
         """Send the request once and relay the response; raises RouterLost."""
-        connection = await self._commented(self._connect())
+        try:
+            connection = await self._commented(self._connect())
+            await self._relay_over(connection)
+        finally:
+            self._release_turn()
+
+    async def _relay_over(self, connection: RouterConnection) -> None:
+        connection.on_prepared = self._release_turn
+        turn_end = asyncio.get_running_loop().call_later(MAX_TURN_S, self._release_turn)
         sending = asyncio.create_task(connection.send(self._request, self._router.front_token))
         try:
             head = await self._commented(_first_of(connection.read_head(), sending))
+            self._release_turn()
             if head.is_draining and self._request.is_work and self._request.can_repeat:
                 raise RouterBusy
             self._status = head.status
@@ -280,46 +291,62 @@ class Relay:
             else:
                 await self._relay_response(connection, head)
         finally:
+            turn_end.cancel()
             sending.cancel()
             connection.close()
             await asyncio.gather(sending, return_exceptions=True)
 
     async def _connect(self) -> RouterConnection:
         """Connect, and wait while no router listens; raises RequestFailed."""
-        is_work = self._request.is_work
-        hold_s = self._router.hold_timeout_s if is_work else PROBE_HOLD_S
-        end_s = time.monotonic() + hold_s
-        has_body = not self._request.is_head
-        if self._waiting.n >= MAX_HELD_REQUESTS and not self._client.has_started:
-            raise RequestFailed("The server is being restarted.")
-        self._waiting.n += 1
         start_s = time.monotonic()
         try:
             with self._span.child("queue"):
-                return await self._connect_until(end_s, is_work=is_work, has_body=has_body)
+                # What waits for its client is handed on without holding up the sender's others.
+                holds_turn = self._request.is_work and await self._request.read_ahead()
+                try:
+                    return await self._open(holds_turn=holds_turn)
+                except RouterAway:
+                    return await self._wait_for_router(holds_turn=holds_turn)
         finally:
-            self._waiting.n -= 1
             self.waited_s += time.monotonic() - start_s
 
-    async def _connect_until(
-        self, end_s: float, *, is_work: bool, has_body: bool
-    ) -> RouterConnection:
-        while True:
-            try:
-                return await self._open(is_work=is_work, has_body=has_body)
-            except RouterAway:
-                if time.monotonic() > end_s:
-                    raise RequestFailed("The server is being restarted.") from None
-            await asyncio.sleep(RETRY_S)
-
-    async def _open(self, *, is_work: bool, has_body: bool) -> RouterConnection:
-        """Connect in the sender's turn; probes need none. Raises RouterAway."""
-        if not is_work:
-            return await RouterConnection.open(self._chosen_address(), has_body=has_body)
-        turn = await self._take_turn()
+    async def _wait_for_router(self, *, holds_turn: bool) -> RouterConnection:
+        if self._waiting.n >= MAX_HELD_REQUESTS and not self._client.has_started:
+            raise RequestFailed("The server is being restarted.")
+        hold_s = self._router.hold_timeout_s if self._request.is_work else PROBE_HOLD_S
+        end_s = time.monotonic() + hold_s
+        self._waiting.n += 1
         try:
-            return await RouterConnection.open(self._chosen_address(), has_body=has_body)
+            while True:
+                await asyncio.sleep(RETRY_S)
+                try:
+                    return await self._open(holds_turn=holds_turn)
+                except RouterAway:
+                    if time.monotonic() > end_s:
+                        raise RequestFailed("The server is being restarted.") from None
         finally:
+            self._waiting.n -= 1
+
+    async def _open(self, *, holds_turn: bool) -> RouterConnection:
+        """Connect in the sender's turn; probes need none. Raises RouterAway.
+
+        Args:
+            holds_turn: whether the turn goes on until the request is prepared.
+        """
+        if self._request.is_work:
+            self._turn = await self._take_turn()
+        has_body, is_open = not self._request.is_head, False
+        try:
+            connection = await RouterConnection.open(self._chosen_address(), has_body=has_body)
+            is_open = True
+        finally:
+            if not (is_open and holds_turn):
+                self._release_turn()
+        return connection
+
+    def _release_turn(self) -> None:
+        turn, self._turn = self._turn, None
+        if turn is not None:
             turn.release()
 
     def _chosen_address(self) -> str:

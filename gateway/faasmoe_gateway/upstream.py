@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Self
 
 import httptools
 
 from faasmoe_contracts.socket_address import open_connection
-from faasmoe_contracts.stream_records import DRAINING_HEADER, RECORDS_HEADER
+from faasmoe_contracts.stream_records import DRAINING_HEADER, PREPARED_STATUS, RECORDS_HEADER
 from faasmoe_gateway.held_request import HeldRequest
 
 READ_BYTES = 64 << 10
@@ -63,11 +63,15 @@ class RouterConnection:
         reader: reads from the router.
         writer: writes to it.
         has_body: whether the response has a body; False for HEAD.
+
+    Attributes:
+        on_prepared: called when the router says that it has prepared the request.
     """
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, has_body: bool
     ) -> None:
+        self.on_prepared: Callable[[], None] = lambda: None
         self._reader = reader
         self._writer = writer
         self._has_body = has_body
@@ -141,6 +145,8 @@ class RouterConnection:
     def on_headers_complete(self) -> None:
         """Take over the head, unless it is an interim response."""
         self._reading.status = self._parser.get_status_code()
+        if self._reading.status == PREPARED_STATUS:
+            self.on_prepared()
         if self._reading.status >= _FIRST_FINAL_STATUS:
             self._head = self._reading
             self._is_complete = not self._has_body

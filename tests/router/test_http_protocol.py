@@ -14,6 +14,7 @@ import pytest
 from server_thread import running_server
 
 from faasmoe_gateway.connections import ConnectionLimits
+from faasmoe_gateway.http_protocol import PREPARED_EXTENSION
 from faasmoe_gateway.server import Server
 
 DEADLINE_S = 120.0
@@ -39,6 +40,8 @@ class EchoApp:
             return
         if b"x-key" in dict(scope["headers"]):
             scope["extensions"]["faasmoe.known_client"]()
+        if b"x-prepared" in dict(scope["headers"]):
+            scope["extensions"][PREPARED_EXTENSION]()
         size_bytes, message = 0, {"more_body": True}
         while message.get("more_body"):
             message = await receive()
@@ -57,7 +60,10 @@ class EchoApp:
         body = str(size_bytes).encode()
         headers = [(b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        if b"x-prepared" in dict(scope["headers"]):
+            scope["extensions"][PREPARED_EXTENSION]()  # too late, and ignored
         await send({"type": "http.response.body", "body": body})
+        scope["extensions"][PREPARED_EXTENSION]()
         leaving.cancel()
 
     async def _send_large(self, send: Any) -> None:
@@ -278,3 +284,15 @@ def test_a_refused_pipelined_request_leaves_the_answer_before_it_whole() -> None
         response = read_all(connection)
         assert response.startswith(b"HTTP/1.1 200")
         assert response.endswith(b"\r\n\r\n0")
+
+
+def test_an_app_tells_its_front_once_before_the_answer_that_a_request_is_prepared() -> None:
+    requests = [HEAD + b"X-Prepared: 1\r\nContent-Length: 2\r\n\r\nab", HEAD + b"Connection: close"]
+    with serving() as (_, connect):
+        connection = connect()
+        connection.sendall(b"".join(requests) + b"\r\nContent-Length: 0\r\n\r\n")  # pipelined
+        received = read_all(connection)
+    interim, first, second = received.split(b"HTTP/1.1 ")[1:]
+    assert interim == b"102 Processing\r\n\r\n"
+    assert first.startswith(b"200 ") and first.endswith(b"\r\n\r\n2")
+    assert second.startswith(b"200 ") and second.endswith(b"\r\n\r\n0")

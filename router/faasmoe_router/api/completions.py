@@ -57,6 +57,7 @@ from faasmoe_router.api.resumption import (
     get_resumption,
     has_front,
     invalid_journal,
+    tell_prepared,
 )
 from faasmoe_router.api.streaming import (
     KEEPALIVE_FRAME,
@@ -273,6 +274,7 @@ class ResponseGenerator:
     async def respond(self, request: Request, prepared: PreparedRequest) -> Response:
         """Return the response to a request; raises RouterError if it is not admitted."""
         release_turn()
+        tell_prepared(request)
         body, requests, rendering = prepared.body, prepared.requests, prepared.rendering
         if not self._engine.is_ready:
             raise EngineUnavailable("the engine is starting")

@@ -30,6 +30,7 @@ from faasmoe_contracts.stream_records import (
     parse_journal_header,
     parse_origin_header,
 )
+from faasmoe_gateway.http_protocol import PREPARED_EXTENSION
 from faasmoe_router.api.errors import ApiError
 from faasmoe_router.api.origin import Origin
 from faasmoe_router.engine.generation import CompletionOutput
@@ -114,6 +115,12 @@ def comment_record(frame: bytes) -> bytes:
 def has_front(request: Request) -> bool:
     """Return whether a request comes from a front, which reads streams as records."""
     return bool(getattr(request.state, "has_front", False))
+
+
+def tell_prepared(request: Request) -> None:
+    """Tell the front that its request is prepared, so that it hands on the sender's next one."""
+    if has_front(request):
+        request.scope.get("extensions", {}).get(PREPARED_EXTENSION, lambda: None)()
 
 
 def get_front_tenant(scope: Scope) -> str | None:
