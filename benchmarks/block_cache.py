@@ -4,7 +4,8 @@
 `python -m faasmoe_expert.blocks`, and times attaches in sandboxes: with the store at its path, with
 an empty cache, and with the function in the cache. The server is in a network namespace of its own,
 behind a link that `tc` limits to 10 Gbit/s; that needs root. Without it the server limits itself to
-the same rate on loopback. Both share this machine's cores, which two nodes would not. Writes
+the same rate on loopback. Both share this machine's cores, which two nodes would not; the CPU time
+of each, the kernel's for it included, tells what they would take alone. Writes
 `benchmarks/out/block_cache.json`.
 """
 
@@ -29,6 +30,7 @@ from typing import Any
 from benchmarks.evaluation.options import CACHE
 from benchmarks.geometry import CheckpointGeometry, make_checkpoint
 from benchmarks.report import OUT, Spread, describe_machine, write_figures
+from benchmarks.resource_usage import CpuClock
 
 from faasmoe_contracts.parent_death import PARENT_PID_ENV
 from faasmoe_contracts.store import Store
@@ -72,8 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     machine = describe_machine()
     store = prepare_store()
-    with network(is_loopback=arguments.loopback) as link, running_server(store, link):
-        rounds = [measure_round(store, link) for _ in range(arguments.rounds)]
+    with (
+        network(is_loopback=arguments.loopback) as link,
+        running_server(store, link) as server_cpu,
+    ):
+        rounds = [measure_round(store, link, server_cpu) for _ in range(arguments.rounds)]
     figures = {"machine": machine, "network": link.name, **summarize(store, rounds)}
     print(json.dumps({k: v for k, v in figures.items() if k != "machine"}, default=str, indent=2))
     print(write_figures("block_cache", figures, folder=arguments.out))
@@ -121,8 +126,8 @@ def _run(*command: str) -> None:
 
 
 @contextlib.contextmanager
-def running_server(store: Store, link: Network) -> Iterator[None]:
-    """Serve the store's blocks."""
+def running_server(store: Store, link: Network) -> Iterator[CpuClock]:
+    """Serve the store's blocks; yields the server's CPU time."""
     settings: dict[str, object] = {
         "STORE": store.path,
         "HOST": link.server_host,
@@ -132,27 +137,29 @@ def running_server(store: Store, link: Network) -> Iterator[None]:
     if link.bytes_per_s is not None:
         settings["BYTES_PER_SECOND"] = link.bytes_per_s
     command = [*link.prefix, sys.executable, "-m", "faasmoe_expert.blocks"]
-    with _running(command, settings, f"http://{link.server_host}:{SERVER_PORT}/healthz"):
-        yield
+    with _running(command, settings, f"http://{link.server_host}:{SERVER_PORT}/healthz") as cpu:
+        yield cpu
 
 
 @contextlib.contextmanager
-def running_sandbox(**settings: object) -> Iterator[None]:
-    """Run a sandbox with these settings."""
+def running_sandbox(**settings: object) -> Iterator[CpuClock]:
+    """Run a sandbox with these settings; yields its CPU time."""
     command = [sys.executable, "-m", "faasmoe_expert"]
     common = {"PORT": SANDBOX_PORT, "TOKEN": TOKEN, "DEVICE": "cpu", "DRAIN_S": 0, "CAPACITY": 2}
-    with _running(command, common | settings, f"http://127.0.0.1:{SANDBOX_PORT}/readyz"):
-        yield
+    with _running(command, common | settings, f"http://127.0.0.1:{SANDBOX_PORT}/readyz") as cpu:
+        yield cpu
 
 
 @contextlib.contextmanager
-def _running(command: Sequence[str], settings: dict[str, object], ready_url: str) -> Iterator[None]:
+def _running(
+    command: Sequence[str], settings: dict[str, object], ready_url: str
+) -> Iterator[CpuClock]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("FAASMOE_")}
     env |= {f"FAASMOE_{name}": str(value) for name, value in settings.items()}
     with subprocess.Popen(command, env=env | {PARENT_PID_ENV: str(os.getpid())}) as process:
         try:
             _wait_until_ready(process, ready_url)
-            yield
+            yield CpuClock([process.pid])
         finally:
             process.terminate()
 
@@ -168,19 +175,22 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
         time.sleep(POLL_S)
 
 
-def measure_round(store: Store, link: Network) -> dict[str, float]:
-    """Return the seconds of an attach in each case."""
+def measure_round(store: Store, link: Network, server_cpu: CpuClock) -> dict[str, float]:
+    """Return the seconds of an attach in each case, and the CPU time of fetching."""
     with running_sandbox():
         attach(store, str(store.path))  # reads the store into the page cache
         detach()
         local_s = attach(store, str(store.path))
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         peers = f"http://{link.server_host}:{SERVER_PORT}"
-        with running_sandbox(STORE_PEERS=peers, CACHE_DIR=f"{folder}/blocks"):
+        with running_sandbox(STORE_PEERS=peers, CACHE_DIR=f"{folder}/blocks") as sandbox_cpu:
+            clocks = {"fetch_cpu_s": sandbox_cpu, "serve_cpu_s": server_cpu}
+            before = {name: clock.read_s() for name, clock in clocks.items()}
             fetched_s = attach(store, "/nowhere/store")
+            used = {name: clock.read_s() - before[name] for name, clock in clocks.items()}
             detach()
             cached_s = attach(store, "/nowhere/store")
-    return {"local_s": local_s, "fetched_s": fetched_s, "cached_s": cached_s}
+    return {"local_s": local_s, "fetched_s": fetched_s, "cached_s": cached_s, **used}
 
 
 def attach(store: Store, path: str) -> float:

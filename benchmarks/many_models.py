@@ -2,8 +2,9 @@
 
 Several tenants call models of one endpoint that they draw from a Zipf distribution, each with one
 request at a time, while `--memory` leaves room for `--active` models. Measures the memory of
-routers and functions, the time to the first token (of requests that waited for a router too), what
-failed, and how evenly tenants were served. Writes benchmarks/out/many_models.json.
+routers and functions, the time to the first token (of requests that waited for a router too, and
+where it went), the processor time of a swap, what failed, and how evenly tenants were served.
+Writes benchmarks/out/many_models.json.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import httpx
 import psutil
 import yaml
 from benchmarks.report import OUT, percentile
+from benchmarks.swaps import Answer, cpu_s, followed_log
 from benchmarks.tenant_load import jain_index
 from benchmarks.zero import ROOT, START_TIMEOUT_S, children, runs, write_models
 
@@ -47,12 +49,12 @@ class Served:
     """What tenants got.
 
     Attributes:
-        first_token_s: seconds to the first token of each answered request.
+        answers: the answered requests.
         tokens: tokens by tenant.
         failures: what failed.
     """
 
-    first_token_s: list[float] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
     tokens: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
@@ -98,13 +100,19 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     with (
         running_up(files, log, *options, timeout_s=START_TIMEOUT_S) as up,
         sampled_bytes(up) as samples,
+        followed_log(log) as timeline,
     ):
+        launcher = psutil.Process(up.process.pid)
+        before_s = cpu_s(launcher)
         served = serve(up, names, arguments)
-    swaps = [s for s in served.first_token_s if s > SWAP_S]
+        used_s = {name: s - before_s[name] for name, s in cpu_s(launcher).items()}
+    swapped = [answer for answer in served.answers if answer.waited_s > SWAP_S]
+    swaps = [answer.waited_s for answer in swapped]
+    first_token_s = [answer.waited_s for answer in served.answers]
     return {
         "models": arguments.models,
         "tenants": arguments.tenants,
-        "requests": len(served.first_token_s),
+        "requests": len(served.answers),
         "failed": len(served.failures),
         "failures": sorted(set(served.failures))[:5],
         "one_model_mb": round(one_bytes / 1e6, 1),
@@ -114,7 +122,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "swaps": len(swaps),
         "swap_p50_s": round(percentile(swaps, 50), 3) if swaps else None,
         "swap_p99_s": round(percentile(swaps, 99), 3) if swaps else None,
-        "first_token_p50_s": round(percentile(served.first_token_s, 50), 3),
+        "swap_parts": timeline.figures(swapped),
+        "cpu_s_per_swap": {name: round(s / max(1, len(swaps)), 3) for name, s in used_s.items()},
+        "first_token_p50_s": round(percentile(first_token_s, 50), 3),
         "jain": round(jain_index(list(served.tokens.values())), 4),
     }
 
@@ -150,6 +160,7 @@ def serve(up: FaasmoeUp, names: Sequence[str], arguments: argparse.Namespace) ->
         draws = random.Random(name)
         while time.monotonic() < end_s:
             (model,) = draws.choices(range(arguments.models), weights)
+            sent_s = time.monotonic()
             try:
                 first_s, n_tokens = stream_chat(up, f"m{model}", key=f"sk-{name}")
             except (httpx.HTTPError, RuntimeError) as error:
@@ -157,7 +168,7 @@ def serve(up: FaasmoeUp, names: Sequence[str], arguments: argparse.Namespace) ->
                     served.failures.append(repr(error))
                 continue
             with lock:
-                served.first_token_s.append(first_s)
+                served.answers.append(Answer(f"m{model}", sent_s, sent_s + first_s))
                 served.tokens[name] += n_tokens
 
     with ThreadPoolExecutor(len(names)) as pool:

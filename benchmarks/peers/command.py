@@ -118,6 +118,11 @@ def add_options(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
         help="that vLLM computes in, and our router with vLLM's engine",
     )
     parser.add_argument(
+        "--vllm-compiled",
+        action="store_true",
+        help="compile in vLLM, and in our router with it; the first start takes minutes",
+    )
+    parser.add_argument(
         "--vllm-python", type=Path, help="environment with vLLM and our router; made if omitted"
     )
     parser.add_argument("--concurrency", type=_numbers, help=f"default: {concurrency}; quick: two")
@@ -211,13 +216,16 @@ def make_servers(arguments: argparse.Namespace) -> list[PeerServer]:
             servers.append(LlamaServer(folder, parallel, arguments.threads, python, binary))
         elif name == "vllm":
             python = arguments.vllm_python or make_vllm_environment(folder / "venv-vllm")
+            dtype, is_compiled = arguments.vllm_dtype, arguments.vllm_compiled
             servers.append(
-                VllmServer(folder, parallel, arguments.threads, python, arguments.vllm_dtype)
+                VllmServer(folder, parallel, arguments.threads, python, dtype, is_compiled)
             )
         else:
             python = arguments.vllm_python or make_vllm_engine_environment(folder / "venv-vllm")
-            dtype = arguments.vllm_dtype
-            servers.append(FaasmoeServer(folder, parallel, *layout, dtype, window_s, python))
+            dtype, is_compiled = arguments.vllm_dtype, arguments.vllm_compiled
+            servers.append(
+                FaasmoeServer(folder, parallel, *layout, dtype, window_s, python, is_compiled)
+            )
     return servers
 
 

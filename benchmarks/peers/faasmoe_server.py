@@ -39,6 +39,7 @@ class FaasmoeServer:
         router_dtype: `router.dtype` of the MoEModel.
         window_s: how long functions stay without calls.
         vllm_python: Python of the environment with vLLM, as the engine; None for our own engine.
+        vllm_is_compiled: whether that engine compiles the model.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class FaasmoeServer:
     router_dtype: str = "auto"
     window_s: int = LONG_WINDOW_S
     vllm_python: Path | None = None
+    vllm_is_compiled: bool = False
 
     @property
     def name(self) -> str:
@@ -113,7 +115,10 @@ class FaasmoeServer:
         router: dict[str, Any] = {"maxNumSeqs": self.max_num_seqs, "dtype": self.router_dtype}
         if self.vllm_python is not None:
             router["engine"] = "vllm"
-            router["engineArgs"] = {"enforceEager": True, "enablePrefixCaching": False}
+            router["engineArgs"] = {
+                "enforceEager": not self.vllm_is_compiled,
+                "enablePrefixCaching": False,
+            }
         if precision != "bf16":
             experts["quantization"] = router["quantization"] = precision
         return experts, router

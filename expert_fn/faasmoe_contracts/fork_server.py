@@ -22,7 +22,7 @@ import json
 import os
 import selectors
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from faasmoe_contracts.parent_death import PARENT_PID_ENV, die_with_parent
@@ -66,15 +66,22 @@ class ForkServer:
     Args:
         channel: the connected socket.
         process_name: name of the children's main thread, as `ps` shows it; 15 bytes at most.
+        before_fork: called with each child's environment before it is forked, to make what the
+            child will need; must start no thread.
 
     Raises:
         ForkServerError: the process has other threads.
     """
 
-    def __init__(self, channel: socket.socket, *, process_name: str) -> None:
-        n_threads = len(os.listdir("/proc/self/task"))
-        if n_threads > 1:
-            raise ForkServerError(f"threads: got {n_threads} after the imports, expected one")
+    def __init__(
+        self,
+        channel: socket.socket,
+        *,
+        process_name: str,
+        before_fork: Callable[[Mapping[str, str]], None] = lambda _: None,
+    ) -> None:
+        _check_single_threaded("the imports")
+        self._before_fork = before_fork
         self._channel = channel
         self._process_name = process_name
         self._selector = selectors.DefaultSelector()
@@ -82,12 +89,18 @@ class ForkServer:
         self._pids: dict[int, int] = {}  # by the descriptor that tells of their end
 
     @classmethod
-    def from_environment(cls, *, process_name: str) -> ForkServer:
+    def from_environment(
+        cls,
+        *,
+        process_name: str,
+        before_fork: Callable[[Mapping[str, str]], None] = lambda _: None,
+    ) -> ForkServer:
         """Return a server on the inherited socket; raises ForkServerError without one."""
         number = os.environ.get(FORK_FD_ENV, "")
         if not number.isdigit():
             raise ForkServerError(f"{FORK_FD_ENV}: got {number!r}, expected a descriptor")
-        return cls(socket.socket(fileno=int(number)), process_name=process_name)
+        channel = socket.socket(fileno=int(number))
+        return cls(channel, process_name=process_name, before_fork=before_fork)
 
     def run(self) -> bool:
         """Serve; return False once the launcher is gone, and True in each forked child.
@@ -119,6 +132,8 @@ class ForkServer:
 
     def _fork(self, request: ForkRequest, received: Sequence[int]) -> bool:
         """Fork; return whether this is the child."""
+        self._before_fork(request.environment)
+        _check_single_threaded("the preparation of a child")
         server_pid = os.getpid()
         pid = os.fork()
         if pid == 0:
@@ -151,6 +166,13 @@ class ForkServer:
         self._channel.close()
         for ended in self._pids:
             os.close(ended)
+
+
+def _check_single_threaded(after: str) -> None:
+    """Raise ForkServerError if this process has other threads."""
+    n_threads = len(os.listdir("/proc/self/task"))
+    if n_threads > 1:
+        raise ForkServerError(f"threads: got {n_threads} after {after}, expected one")
 
 
 def _become(request: ForkRequest, received: Sequence[int], process_name: str) -> None:

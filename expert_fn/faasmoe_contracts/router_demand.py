@@ -100,6 +100,8 @@ class RouterReport:
         is_running: whether it has a process.
         is_wanted: whether it should run.
         is_pinned: whether it runs whatever the limit says.
+        is_ready: whether it answers, and is not ending.
+        waiting_s: seconds that requests of its model have waited for a router; 0 for none.
     """
 
     name: str
@@ -108,6 +110,8 @@ class RouterReport:
     is_running: bool
     is_wanted: bool
     is_pinned: bool
+    is_ready: bool
+    waiting_s: float
 
     @classmethod
     def list_from_json(cls, value: object) -> list[Self]:
@@ -127,6 +131,8 @@ class RouterReport:
             reader.flag("is_running", default=False),
             reader.flag("is_wanted", default=False),
             reader.flag("is_pinned", default=False),
+            reader.flag("is_ready", default=False),
+            reader.number("waiting_s"),
         )
 
 

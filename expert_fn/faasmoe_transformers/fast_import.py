@@ -19,6 +19,7 @@ import logging
 import os
 import sys
 import weakref
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -40,7 +41,8 @@ MARKS = ("allow_in_graph", "assume_constant_result", "mark_static_address")
 GETITEM_TRANSFORM = "torch._dynamo._trace_wrapped_higher_order_op"
 """The only module of the compiler that transformers imports, for masks under `vmap`."""
 IMPORT_UTILS = "transformers.utils.import_utils"
-CACHE_NAME = "transformers-import-structure.json"
+CACHE_NAME = "transformers-import-structure-{:08x}.json"
+"""With a checksum of the installation's path: one copy of this module may serve several."""
 
 ImportStructure = dict[frozenset[str], dict[str, set[str]]]
 """Exported names by module, by the backends that they require."""
@@ -63,6 +65,11 @@ def prepare_fast_import() -> None:
         on_executed=pending.apply,
     )
     call_after_import(IMPORT_UTILS, _replace_names)
+
+
+def prepare_import_of_names() -> None:
+    """Arrange for the cached index of names alone, for a process that uses the rest."""
+    call_after_import(IMPORT_UTILS, _cache_exported_names)
 
 
 class _PendingMarks:
@@ -110,6 +117,11 @@ def _disable_compiler(
 
 
 def _replace_names(import_utils: ModuleType) -> None:
+    _cache_exported_names(import_utils)
+    vars(import_utils).update(is_torch_distributed_available=lambda: False)
+
+
+def _cache_exported_names(import_utils: ModuleType) -> None:
     original = import_utils.define_import_structure
 
     def define_import_structure(module_path: str, prefix: str | None = None) -> ImportStructure:
@@ -125,10 +137,7 @@ def _replace_names(import_utils: ModuleType) -> None:
             for backends, modules in structure.items()
         }
 
-    vars(import_utils).update(
-        define_import_structure=define_import_structure,
-        is_torch_distributed_available=lambda: False,
-    )
+    vars(import_utils).update(define_import_structure=define_import_structure)
 
 
 def _models_folder(path: Path) -> Path | None:
@@ -139,17 +148,18 @@ def _models_folder(path: Path) -> Path | None:
 
 def _read_or_compute(models: Path, compute: Callable[[], ImportStructure]) -> ImportStructure:
     """Return the import structure of all families, from the cache if it is of this installation."""
-    cached = _read_cache(_installation(models))
+    cached = _read_cache(_cache_path(models), _installation(models))
     if cached is not None:
         return cached
     structure = compute()
     if not sys.dont_write_bytecode:
-        _write_cache(_installation(models), structure)
+        _write_cache(_cache_path(models), _installation(models), structure)
     return structure
 
 
-def _cache_path() -> Path:
-    return Path(importlib.util.cache_from_source(__file__)).with_name(CACHE_NAME)
+def _cache_path(models: Path) -> Path:
+    name = CACHE_NAME.format(zlib.crc32(os.fsencode(models)))
+    return Path(importlib.util.cache_from_source(__file__)).with_name(name)
 
 
 def _installation(models: Path) -> list[object]:
@@ -159,8 +169,7 @@ def _installation(models: Path) -> list[object]:
     return [str(init), status.st_size, status.st_mtime_ns]
 
 
-def _read_cache(installation: list[object]) -> ImportStructure | None:
-    path = _cache_path()
+def _read_cache(path: Path, installation: list[object]) -> ImportStructure | None:
     try:
         cached = json.loads(path.read_text())
         if cached["installation"] != installation:
@@ -174,7 +183,7 @@ def _read_cache(installation: list[object]) -> ImportStructure | None:
         return None
 
 
-def _write_cache(installation: list[object], structure: ImportStructure) -> None:
+def _write_cache(path: Path, installation: list[object], structure: ImportStructure) -> None:
     document = {
         "installation": installation,
         "structure": [
@@ -182,7 +191,6 @@ def _write_cache(installation: list[object], structure: ImportStructure) -> None
             for backends, modules in structure.items()
         ],
     }
-    path = _cache_path()
     try:
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, json.dumps(document))
@@ -193,7 +201,7 @@ def _write_cache(installation: list[object], structure: ImportStructure) -> None
 def main() -> int:
     """Fill the cache, as `compileall` does for bytecode; return the exit status."""
     sys.dont_write_bytecode = False
-    call_after_import(IMPORT_UTILS, _replace_names)
+    prepare_import_of_names()
     importlib.import_module("transformers")
     return 0
 

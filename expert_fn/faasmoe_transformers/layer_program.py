@@ -65,6 +65,31 @@ class ObservedRouting:
     weight: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class RememberedGate:
+    """How a gate chooses experts.
+
+    Attributes:
+        top_k: experts of a row.
+        scoring: how logits become weights.
+        is_normalized: whether weights of a row add up to one.
+        scale: factor of the weights.
+        n_groups: groups of experts.
+        top_groups: groups that a row may choose from.
+        scores_per_group: scores that decide which those are.
+        bias: number of the selection bias among the block's; None for none.
+    """
+
+    top_k: int
+    scoring: int
+    is_normalized: bool
+    scale: float
+    n_groups: int
+    top_groups: int
+    scores_per_group: int
+    bias: int | None
+
+
 class LayerDescriber:
     """Describes layers of one model over one paged cache.
 
@@ -73,18 +98,21 @@ class LayerDescriber:
 
     Attributes:
         kept: tensors that the descriptions point to.
+        gates: how the gates of the described layers choose; None for one without experts.
     """
 
     def __init__(self, cache: Any) -> None:
         self._cache = cache
         self.kept: list[Tensor] = []
+        self.gates: list[RememberedGate | None] = []
 
-    def describe(self, layer: nn.Module, routing: ObservedRouting | None) -> Layer:
+    def describe(self, layer: nn.Module, routing: ObservedRouting | RememberedGate | None) -> Layer:
         """Return the layer's description, without its rotary embedding.
 
         Args:
             layer: the decoder layer.
-            routing: what its gate was seen to choose; None if it has no experts.
+            routing: what its gate was seen to choose, or what was found of that; None if it has
+                no experts.
 
         Raises:
             UnrecognizedLayer: the layer differs from what a description can express.
@@ -108,6 +136,7 @@ class LayerDescriber:
             )
             if module is not None:
                 setattr(described, name, self._norm(module))
+        self.gates.append(None)
         self._describe_feed_forward(described, _child(layer, *FEED_FORWARD_ATTRIBUTES), routing)
         return described
 
@@ -140,7 +169,10 @@ class LayerDescriber:
         return attention
 
     def _describe_feed_forward(
-        self, described: Layer, block: nn.Module, routing: ObservedRouting | None
+        self,
+        described: Layer,
+        block: nn.Module,
+        routing: ObservedRouting | RememberedGate | None,
     ) -> None:
         if routing is None:
             described.mlp = _mlp(block)
@@ -157,7 +189,7 @@ class LayerDescriber:
         if getattr(block, "shared_expert_gate", None) is not None:
             described.mlp_gate = _matrix(block, "shared_expert_gate")
 
-    def _gate(self, block: nn.Module, routing: ObservedRouting) -> Gate:
+    def _gate(self, block: nn.Module, routing: ObservedRouting | RememberedGate) -> Gate:
         module: Any = _child(block, *GATE_ATTRIBUTES)
         linear = _linear_of(module)
         if isinstance(linear.forward, NativeLinear):
@@ -166,26 +198,27 @@ class LayerDescriber:
             weight, bias = self._keep(linear.weight), getattr(linear, "bias", None)
             bias = None if bias is None else self._keep(bias)
             matrix = matrix_of(weight, bias)
-        logits = F.linear(routing.hidden, weight.float(), bias)  # [T, E]
         selection_biases = [self._keep(b.reshape(-1)) for b in _selection_biases(block)]
-        n_groups = _first_attribute((module, block), *GROUP_COUNT_ATTRIBUTES) or 1
-        top_groups = _first_attribute((module, block), "topk_group") or n_groups
-        for candidate in _gate_candidates(selection_biases, n_groups, top_groups):
-            scale = candidate.scale_of(logits, routing)
-            if scale is None:
-                continue
-            return Gate(
-                weight=to_struct(matrix),
-                selection_bias=None if candidate.bias is None else candidate.bias.data_ptr(),
-                top_k=routing.index.shape[1],
-                scoring=candidate.scoring,
-                is_normalized=candidate.is_normalized,
-                scale=scale,
-                n_groups=candidate.n_groups,
-                top_groups=candidate.top_groups,
-                scores_per_group=candidate.scores_per_group,
-            )
-        raise UnrecognizedLayer(f"{type(module).__name__} chooses experts in a way of its own")
+        if isinstance(routing, RememberedGate):
+            found = routing
+        else:
+            logits = F.linear(routing.hidden, weight.float(), bias)  # [T, E]
+            found = _recognize_gate(module, block, logits, routing, selection_biases)
+        if found.bias is not None and found.bias >= len(selection_biases):
+            raise UnrecognizedLayer(f"{type(module).__name__} has no selection bias {found.bias}")
+        self.gates[-1] = found
+        chosen = None if found.bias is None else selection_biases[found.bias]
+        return Gate(
+            weight=to_struct(matrix),
+            selection_bias=None if chosen is None else chosen.data_ptr(),
+            top_k=found.top_k,
+            scoring=found.scoring,
+            is_normalized=found.is_normalized,
+            scale=found.scale,
+            n_groups=found.n_groups,
+            top_groups=found.top_groups,
+            scores_per_group=found.scores_per_group,
+        )
 
     def _norm(self, module: Any) -> Norm:
         weight = getattr(module, "weight", None)
@@ -249,6 +282,42 @@ class _GateCandidate:
         is_out = torch.ones_like(best, dtype=torch.bool)
         is_out.scatter_(-1, best.topk(self.top_groups, -1).indices, False)
         return groups.masked_fill(is_out.unsqueeze(-1), -torch.inf).flatten(1)
+
+
+def _recognize_gate(
+    gate: Any,
+    block: nn.Module,
+    logits: Tensor,
+    routing: ObservedRouting,
+    selection_biases: list[Tensor],
+) -> RememberedGate:
+    """Return how a gate was seen to choose; raises UnrecognizedLayer if that has no description.
+
+    Args:
+        gate: the module.
+        block: the block of experts that it chooses from.
+        logits: what its linear layer computes, [T, E].
+        routing: what it was seen to choose.
+        selection_biases: what may be added to scores.
+    """
+    n_groups = _first_attribute((gate, block), *GROUP_COUNT_ATTRIBUTES) or 1
+    top_groups = _first_attribute((gate, block), "topk_group") or n_groups
+    for candidate in _gate_candidates(selection_biases, n_groups, top_groups):
+        scale = candidate.scale_of(logits, routing)
+        if scale is None:
+            continue
+        numbers = [i for i, bias in enumerate(selection_biases) if bias is candidate.bias]
+        return RememberedGate(
+            top_k=routing.index.shape[1],
+            scoring=int(candidate.scoring),
+            is_normalized=candidate.is_normalized,
+            scale=scale,
+            n_groups=candidate.n_groups,
+            top_groups=candidate.top_groups,
+            scores_per_group=candidate.scores_per_group,
+            bias=numbers[0] if numbers else None,
+        )
+    raise UnrecognizedLayer(f"{type(gate).__name__} chooses experts in a way of its own")
 
 
 def _gate_candidates(

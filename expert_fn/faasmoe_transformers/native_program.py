@@ -35,6 +35,7 @@ from faasmoe_transformers.layer_program import (
 from faasmoe_transformers.native_attention import describe_batch
 from faasmoe_transformers.native_experts import NativeExperts
 from faasmoe_transformers.observation import ObservedLayer, ObservedPass, RotaryCall
+from faasmoe_transformers.remembered_program import RememberedLayer, RememberedPass
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class ModelProgram:
         decoder: the module with the layers.
         cache: transformers' paged cache.
         describer: describes the layers; keeps what they point to.
-        seen: a pass of the modules.
+        seen: a pass of the modules, or what was found about those of an equal model.
         computer: computes the experts of every layer until others are bound.
 
     Attributes:
@@ -63,7 +64,7 @@ class ModelProgram:
         decoder: Any,
         cache: Any,
         describer: LayerDescriber,
-        seen: ObservedPass,
+        seen: ObservedPass | RememberedPass,
         computer: MoELayerComputer,
     ) -> None:
         self._computers: Mapping[int, MoELayerComputer] = {}
@@ -81,12 +82,17 @@ class ModelProgram:
         self._library: KernelLibrary = load()
         if len(seen.layers) != len(decoder.layers):
             raise UnrecognizedLayer(f"{len(seen.layers)} of {len(decoder.layers)} layers ran")
+        seen_layers: Sequence[ObservedLayer | RememberedLayer] = seen.layers
         layers = [
             describer.describe(module, layer.routing)
-            for module, layer in zip(decoder.layers, seen.layers, strict=True)
+            for module, layer in zip(decoder.layers, seen_layers, strict=True)
         ]
-        self._hidden_size = seen.layers[0].before.shape[-1]
-        self._set_ropes(layers, seen)
+        self._hidden_size = seen.hidden_size
+        self._rotary_numbers = [layer.rotary_call for layer in seen.layers]
+        if isinstance(seen, RememberedPass):
+            _restore_ropes(layers, seen)
+        else:
+            self._set_ropes(layers, seen)
         self._layers = layers
         self._program = self._make(layers)
 
@@ -99,24 +105,46 @@ class ModelProgram:
         if self._native is not None and self._native.native is not None:
             self._program = self._make(self._layers, self._native.native.program)
 
-    def add_head(self, model: Any, norm: Any, seen: ObservedPass) -> None:
+    def add_head(self, model: Any, norm: Any, seen: ObservedPass | RememberedPass) -> None:
         """Compute scores too, if the last norm and the LM head are recognized.
 
         Args:
             model: the model.
             norm: the last norm.
-            seen: a pass of the modules.
+            seen: a pass of the modules, or what was found about those of an equal model.
         """
+        if isinstance(seen, RememberedPass) and seen.head_scale is None:
+            return
         try:
             self._head = self._describer.describe_head(norm, model.get_output_embeddings())
             self.vocabulary = self._head.weight.n
-            self._program = self._make(self._layers)
-            scores = self._scores_of(seen)  # [T, V]
-            self._head.scale = float((scores * seen.scores).sum() / (scores * scores).sum())
+            if isinstance(seen, RememberedPass):
+                self._head.scale = seen.head_scale
+            else:
+                self._program = self._make(self._layers)
+                scores = self._scores_of(seen)  # [T, V]
+                self._head.scale = float((scores * seen.scores).sum() / (scores * scores).sum())
             self._program = self._make(self._layers)
         except UnrecognizedLayer as reason:
             logger.info("Scores are computed by transformers' modules: %s", reason)
             self._head, self.vocabulary = None, 0
+
+    def found(self) -> RememberedPass:
+        """Return what holds for all models of an equal config, once all passes are verified."""
+        layers = [
+            RememberedLayer(gate, number, int(layer.rope), int(layer.rope_width))
+            for gate, number, layer in zip(
+                self._describer.gates, self._rotary_numbers, self._layers, strict=True
+            )
+        ]
+        return RememberedPass(
+            self._hidden_size,
+            self._embedding_scale,
+            self.output_type,
+            self.rotary_calls,
+            layers,
+            None if self._head is None else float(self._head.scale),
+        )
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Return the first layer's input, float32 [1, T, H], of tokens [1, T]."""
@@ -280,6 +308,13 @@ class ModelProgram:
         raise DifferingLayer(
             f"layer {index} differs from its description by {min(errors, default=torch.inf):.1e}"
         )
+
+
+def _restore_ropes(layers: Sequence[Layer], found: RememberedPass) -> None:
+    for described, layer in zip(layers, found.layers, strict=True):
+        if layer.rotary_call is not None:
+            described.rope_table = layer.rotary_call
+            described.rope, described.rope_width = layer.rope, layer.rope_width
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:

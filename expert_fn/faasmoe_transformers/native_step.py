@@ -4,14 +4,16 @@ The layers are a program (layer_program.py), which calls back for the routed exp
 the last norm and the LM head are recognized too, it computes scores, and a whole generation step is
 one call (generation_step.py); embeddings, scheduling and cache stay transformers'. Where they are
 not, only the forward of the model's decoder is replaced. A model with a layer that is not
-recognized, or that computes something else than its description, keeps its modules.
+recognized, or that computes something else than its description, keeps its modules. What comparing
+has shown is kept for routers of equal models (remembered_program.py).
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
@@ -26,6 +28,7 @@ from faasmoe_transformers.layer_program import DifferingLayer, LayerDescriber, U
 from faasmoe_transformers.native_attention import ATTENTION_IMPLEMENTATION
 from faasmoe_transformers.native_program import ModelProgram
 from faasmoe_transformers.observation import FixedExperts, observe_passes
+from faasmoe_transformers.remembered_program import ProgramMemory
 from faasmoe_transformers.rotary_tables import RotaryTable
 
 logger = logging.getLogger(__name__)
@@ -73,7 +76,7 @@ def use_native_step(model: Any, batch_processor: Any, sampler: BatchPlanner) -> 
     has_scores = _use_generation_step(program, batch_processor, sampler)
     logger.info(
         "%d decoder layers%s are run as one call of the kernel library (compared with "
-        "transformers' modules in %.2f s)",
+        "transformers' modules, or equal to what was, in %.2f s)",
         len(decoder.layers),
         " and the LM head" if has_scores else "",
         time.monotonic() - started_s,
@@ -116,17 +119,53 @@ def _decoder_of(model: Any) -> Any:
 
 
 def _build(model: Any, decoder: Any, batch_processor: Any) -> ModelProgram:
+    memory = ProgramMemory.from_environment(load().path)
+    with torch.no_grad():
+        program = _rebuild(model, decoder, batch_processor.cache, memory)
+        if program is None:
+            program = _compare(model, decoder, batch_processor)
+            memory.remember(model, decoder, program.found())
+    program.bind(bound_computers(model))
+    return program
+
+
+def _rebuild(model: Any, decoder: Any, cache: Any, memory: ProgramMemory) -> ModelProgram | None:
+    """Return the program of a model of whose like one was compared before; None without."""
+    found = memory.recall(model, decoder)
+    if found is None:
+        return None
+    try:
+        program = ModelProgram(decoder, cache, LayerDescriber(cache), found, FixedExperts())
+        program.add_head(model, decoder.norm, found)
+    except UnrecognizedLayer as reason:
+        logger.warning("What was found about an equal model does not fit this one: %s", reason)
+        return None
+    return program
+
+
+def _compare(model: Any, decoder: Any, batch_processor: Any) -> ModelProgram:
+    """Return the program of a model whose modules were seen to compute the same."""
     experts = FixedExperts()
     cache = batch_processor.cache
-    with torch.no_grad(), substituted_computer(model, experts):
+    with substituted_computer(model, experts), _one_thread():
         for i, seen in enumerate(observe_passes(model, decoder, batch_processor, experts)):
             if i == 0:
                 describer = LayerDescriber(cache)
                 program = ModelProgram(decoder, cache, describer, seen, experts)
                 program.add_head(model, decoder.norm, seen)
             program.verify(seen)
-    program.bind(bound_computers(model))
     return program
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on this thread alone: of a few rows, waking others takes longer than computing."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 class NativeForward:

@@ -114,6 +114,11 @@ class ObservedPass:
     output_type: Any = None
     scores: Tensor = field(default_factory=lambda: torch.empty(0))
 
+    @property
+    def hidden_size(self) -> int:
+        """Width of hidden states."""
+        return int(self.layers[0].before.shape[-1])
+
     def restore_cache(self) -> None:
         """Put back what the pass has overwritten in the cache, to run it again."""
         for view, slots, content in self.saved_slots:

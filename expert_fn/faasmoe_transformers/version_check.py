@@ -29,6 +29,8 @@ ROUTER_MODULES = (
 )
 CHECKPOINT_MODULES = ("dtypes", "gguf_tokenizer", "model_skeleton", "weight_conversion")
 SANDBOX_MODULES = ("lazy_import", "meta_model", "onednn")
+VLLM_MODULES = ("compiled_artifacts", "onednn")
+"""Of a router with vLLM, which has versions of its own."""
 
 
 def check_private_names(

@@ -20,6 +20,7 @@ from faasmoe_gateway.control_link import ControlLink
 logger = logging.getLogger(__name__)
 
 RECONNECT_S = 0.1
+UNUSED_AFTER_S = 0.02  # without a request; clients that send one after the other change nothing
 
 
 class DemandReporter:
@@ -36,11 +37,16 @@ class DemandReporter:
         self.on_routers: Callable[[Mapping[str, tuple[str, ...]]], None] = lambda _: None
         self._link = link
         self._demand = RouterDemand()
+        self._running: Mapping[str, tuple[str, ...]] = {}
         self._is_new = asyncio.Event()
 
     @contextmanager
     def request(self, model: str) -> Iterator[None]:
-        """Count a request of a model within the context; the first one is reported at once."""
+        """Count a request of a model within the context.
+
+        The first one is reported at once, and the end of the last one as soon as no other follows:
+        others may wait for the memory of the model.
+        """
         models = self._demand.models
         models[model] = models.get(model, 0) + 1
         if models[model] == 1:
@@ -49,16 +55,28 @@ class DemandReporter:
             yield
         finally:
             models[model] -= 1
+            if not models[model] and self._link is not None:
+                loop = asyncio.get_running_loop()
+                loop.call_later(UNUSED_AFTER_S, self._tell_if_unused, model)
 
     @contextmanager
     def sent(self, model: str, router: str) -> Iterator[None]:
-        """Count a request that is sent to a router within the context."""
+        """Count a request that is sent to a router within the context.
+
+        The end of the last one is reported at once if the router takes no more.
+        """
         routers = self._demand.routers.setdefault(model, {})
         routers[router] = routers.get(router, 0) + 1
         try:
             yield
         finally:
             routers[router] -= 1
+            if not routers[router] and router not in self._running.get(model, ()):
+                self._is_new.set()
+
+    def _tell_if_unused(self, model: str) -> None:
+        if not self._demand.models[model]:
+            self._is_new.set()
 
     async def run(self) -> None:
         """Report until cancelled, and connect again if the other side ends."""
@@ -104,6 +122,7 @@ class DemandReporter:
     async def _follow(self, reader: asyncio.StreamReader) -> None:
         while line := await reader.readline():
             running = RunningRouters.loads(line)
+            self._running = running.routers
             self.on_routers(running.routers)
             self._demand.seen = running.version
             self._is_new.set()

@@ -4,7 +4,8 @@ uvicorn closes its listeners at shutdown, waits for running responses and then c
 server keeps listening while they finish: it reports not ready and rejects new work with 503 and
 Retry-After, since a client whose connection is refused cannot tell a shutdown from a failure.
 Responses that take too long end with an error that the client can read. `run` returns after a
-signal instead of re-raising it, so that the caller's cleanup runs.
+signal instead of re-raising it, so that the caller's cleanup runs. Without clients it does so at
+once, because others may wait for the memory of the process.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -28,6 +30,7 @@ from faasmoe_gateway.http_protocol import bounded_protocol
 
 READINESS_PATH = "/health"
 WORK_METHODS = ("POST", "PUT", "PATCH", "DELETE")
+TICK_S = 0.1  # uvicorn's, which counts them
 DRAIN_TIMEOUT_S = 20.0
 ABORT_TIMEOUT_S = 2.0  # for error responses of aborted work
 CLOSE_TIMEOUT_S = 3  # all three together less than Kubernetes' grace period of 30 s
@@ -154,6 +157,8 @@ class Server(uvicorn.Server):
         self._on_started = on_started
         self._on_drain_timeout = on_drain_timeout
         self._drain_timeout_s = drain_timeout_s
+        self._loop: asyncio.AbstractEventLoop | None = None  # while it waits for a signal
+        self._signaled = asyncio.Event()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -175,10 +180,32 @@ class Server(uvicorn.Server):
         if self.started:
             self._on_started()
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take a signal, on which the main loop ends at once rather than with its next tick."""
+        super().handle_exit(sig, frame)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._signaled.set)
+
+    async def main_loop(self) -> None:
+        """Tick until the server is to end."""
+        self._loop = asyncio.get_running_loop()
+        n_ticks = 0
+        while not await self.on_tick(n_ticks):
+            n_ticks += 1
+            with suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S):
+                    await self._signaled.wait()
+        self._loop = None
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain: reject work, wait for running responses, abort the rest, then close."""
         self._drain.start_draining()
         if not await self._drain.wait_until_idle(self._drain_timeout_s):
             self._on_drain_timeout()
             await self._drain.wait_until_idle(ABORT_TIMEOUT_S)
-        await super().shutdown(sockets)
+        if self.server_state.connections or self.server_state.tasks:
+            await super().shutdown(sockets)
+            return
+        for listener in (*self.servers, *(sockets or ())):  # uvicorn would wait a while
+            listener.close()
+        await self.lifespan.shutdown()

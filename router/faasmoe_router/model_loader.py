@@ -35,6 +35,7 @@ from faasmoe_router.referenced_tensors import (
     map_referenced_tensors,
     watch_model,
 )
+from faasmoe_router.skeletons import SKELETONS
 from faasmoe_transformers.dtypes import ParameterDtypes
 from faasmoe_transformers.errors import UnsupportedModel
 from faasmoe_transformers.experts_backend import (
@@ -84,7 +85,9 @@ def load_router_model(
     """
     register_implementation()
     stored_dtype: torch.dtype = getattr(torch, store.manifest.model.dtype)
-    model = _build_meta_model(store, dtype or stored_dtype)
+    model = SKELETONS.take(store, dtype or stored_dtype)
+    if model is None:
+        model = build_skeleton(store, dtype or stored_dtype)
     uses_kernels = compute != "torch"
     kernels = _find_kernels(device, dtype or stored_dtype) if uses_kernels else None
     convert = None
@@ -126,7 +129,14 @@ def _find_kernels(device: torch.device, dtype: torch.dtype) -> KernelLibrary | N
         return None
 
 
-def _build_meta_model(store: Store, dtype: torch.dtype) -> PreTrainedModel:
+def prepare_skeleton(store: Store, dtype: torch.dtype) -> None:
+    """Build the model that a forked router will load; raises ModelLoadError."""
+    register_implementation()
+    SKELETONS.prepare(store, dtype, build_skeleton)
+
+
+def build_skeleton(store: Store, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the family's model with parameters on the meta device; raises ModelLoadError."""
     entry, folder = store.manifest.model, store.path / "model"
     config = _load_config(folder)
     try:

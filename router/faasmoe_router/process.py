@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_contracts.store import Store
@@ -34,6 +33,7 @@ from faasmoe_router.engine.batcher import EngineLimits, KVCacheGeometry
 from faasmoe_router.engine.engine import Engine
 from faasmoe_router.engine.sampling_defaults import SamplingDefaults
 from faasmoe_router.engine.tokenizer import ModelTokenizer
+from faasmoe_router.engine.tokenizer_cache import TOKENIZERS
 from faasmoe_router.errors import RouterConfigError
 from faasmoe_router.metrics import EngineMetrics, new_registry
 from faasmoe_router.model_loader import ModelLoadError, load_router_model
@@ -177,7 +177,7 @@ def _sampling_defaults(config: RouterConfig) -> SamplingDefaults:
 
 def _load_tokenizer(path: Path) -> ModelTokenizer:
     try:
-        return ModelTokenizer(AutoTokenizer.from_pretrained(path))
+        return TOKENIZERS.get(path)
     except Exception as error:  # a broken file raises whatever its parser does
         reason = str(error).partition("\n")[0]
         raise RouterConfigError(

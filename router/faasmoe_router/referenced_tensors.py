@@ -6,6 +6,7 @@ them. Whoever computes with them calls `RouterWeightsWatch.check` before it uses
 
 from __future__ import annotations
 
+import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,12 +16,13 @@ from torch import Tensor
 from faasmoe_contracts.store import MappedLayer, Store
 from faasmoe_contracts.store.digests import page_sum_digest
 from faasmoe_contracts.store.referenced_files import REMEDY
-from faasmoe_expert.functions.verification import WatchedFile
+from faasmoe_expert.functions.verification import WatchedFile, process_verified_blocks
 from faasmoe_expert.functions.weights import tensor_view
 from faasmoe_router.errors import RouterWeightsChanged
 
 MAX_THREADS = 4
 WATCH_ATTRIBUTE = "_faasmoe_weights_watch"
+ROUTER_BLOCK = -1  # beside the blocks of experts, in the record of what was verified
 
 
 class RouterWeightsWatch:
@@ -38,11 +40,13 @@ class RouterWeightsWatch:
             name: entry.digest for name, entry in store.manifest.checkpoint.router.items()
         }
         self._files = [WatchedFile(file) for file in mapped.files]
+        self._is_first = True
 
     def check(self) -> None:
         """Verify the tensors if a file changed since the last call, or at first.
 
-        A file that was removed or replaced has not changed: the mapping keeps the old bytes.
+        At first that is left out if another router has verified the same files before. A file that
+        was removed or replaced has not changed: the mapping keeps the old bytes.
 
         Raises:
             RouterWeightsChanged: tensors changed; the message names the file and the tensor.
@@ -57,6 +61,17 @@ class RouterWeightsWatch:
             return
         for file in changed:
             file.accept()
+        is_first, self._is_first = self._is_first, False
+        record = (tuple(file.identity for file in self._files), ROUTER_BLOCK, self._digest_of_all())
+        if is_first and process_verified_blocks().contains(*record):
+            return
+        self._verify()
+        process_verified_blocks().add(*record)
+
+    def _digest_of_all(self) -> str:
+        return hashlib.sha256(repr(sorted(self._digests.items())).encode()).hexdigest()
+
+    def _verify(self) -> None:
         n_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
         with ThreadPoolExecutor(n_threads) as pool:
             got = dict(zip(self._digests, pool.map(self._digest, self._digests), strict=True))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
+@cache
 def installed_version() -> str:
     """Return the installed version; "0+source" in a source tree without installation."""
     try:
@@ -50,6 +52,7 @@ def system_fingerprint_of(
     return f"fp_{digest.hexdigest()[:FINGERPRINT_DIGITS]}"
 
 
+@cache
 def _version_of(package: str) -> str | None:
     try:
         return version(package)

@@ -7,13 +7,16 @@ FAASMOE_CLIENTS_ENGINE names the router's engine: transformers, or vllm, for whi
 FAASMOE_VLLM_PYTHON names the interpreter that has it.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 
-from tiny_chat import save_tiny_chat_model
+from engines import OURS, VLLM
+from tiny_chat import SPECIAL_TOKENS
+from vllm_checkpoints import give_end_token
 
 CONTEXT_TOKENS = 8192
 MOEMODEL = """
@@ -24,7 +27,7 @@ spec:
   model: {{source: "file://{model}"}}
   store: {{path: "{store}"}}
   granularity: {{expertsPerFunction: 2, layersPerFunction: 1}}
-  router: {{device: cpu, engine: {engine}, maxNumSeqs: 8, kvCacheMemory: 256Mi}}
+  router: {router}
   experts: {{device: cpu, functionsPerSandbox: 8}}
 """
 
@@ -33,11 +36,15 @@ def main() -> None:
     """Save the model, if necessary, and become `faasmoe up`."""
     folder, port, api_key = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     model = folder / "model"
+    name = os.environ.get("FAASMOE_CLIENTS_ENGINE", OURS.name)
+    engine = {engine.name: engine for engine in (OURS, VLLM)}[name]
     if not model.exists():
-        save_tiny_chat_model(model, max_model_len=CONTEXT_TOKENS)
+        engine.save_model(model, max_model_len=CONTEXT_TOKENS)
+        if engine is VLLM:
+            give_end_token(model, SPECIAL_TOKENS[0])
+    router = json.dumps(engine.router_spec(maxNumSeqs=8, kvCacheMemory="256Mi"))
     file = folder / "tiny.yaml"
-    engine = os.environ.get("FAASMOE_CLIENTS_ENGINE", "transformers")
-    file.write_text(MOEMODEL.format(model=model, store=folder / "store", engine=engine))
+    file.write_text(MOEMODEL.format(model=model, store=folder / "store", router=router))
     up = ["-m", "faasmoe_operator.cli", "up", "-f", str(file), "--port", port]
     os.execv(sys.executable, [sys.executable, *up, "--api-key", api_key])
 

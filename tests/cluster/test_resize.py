@@ -50,8 +50,10 @@ def test_the_operators_account_may_resize_its_own_pods_alone(
     pod["metadata"]["namespace"] = namespace
     if not is_own:
         del pod["metadata"]["labels"]["app.kubernetes.io/managed-by"]
-    node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "resizing"}}
-    api.apply("nodes", node)
+    api.apply("nodes", {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "resizing"}})
+    room = {"cpu": "4", "memory": "16Gi", "pods": "10"}
+    status = {"status": {"capacity": room, "allocatable": room}}
+    api.patch("nodes", "", "resizing", status, subresource="status")
     pod["spec"] |= {"serviceAccountName": "default", "nodeName": "resizing"}
     api.create("pods", pod)
     kubeconfig = tmp_path / "kubeconfig"

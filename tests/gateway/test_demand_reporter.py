@@ -92,6 +92,49 @@ def test_end_of_requests_is_told_and_the_other_side_may_come_later(
     asyncio.run(work())
 
 
+def test_end_of_the_last_request_is_told_at_once_unless_another_follows(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demand_reporter, "REPORT_INTERVAL_S", 1e6)
+    monkeypatch.setattr(demand_reporter, "UNUSED_AFTER_S", 0.0)
+
+    async def work() -> None:
+        async with listening(path) as reports:
+            reporter = DemandReporter(ControlLink.to_socket(path))
+            task = asyncio.create_task(reporter.run())
+            await until(reports, {})
+            with reporter.request("a"):
+                await until(reports, {"a": 1})
+            with reporter.request("a"):  # before the loop runs
+                await until(reports, {"a": 1})
+            await until(reports, {"a": 0})
+            assert reports.empty()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(work())
+
+
+def test_last_request_of_a_router_that_takes_no_more_is_told_at_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demand_reporter, "REPORT_INTERVAL_S", 1e6)
+
+    async def work() -> None:
+        async with listening(path) as reports:
+            reporter = DemandReporter(ControlLink.to_socket(path))
+            task = asyncio.create_task(reporter.run())
+            with reporter.request("a"):
+                with reporter.sent("a", "0"):
+                    await until(reports, {"a": 1})
+                async with asyncio.timeout(120):
+                    assert (await reports.get()).routers == {"a": {"0": 0}}
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(work())
+
+
 def test_running_routers_are_followed_and_confirmed(path: Path) -> None:
     async def work() -> None:
         reports: asyncio.Queue[RouterDemand] = asyncio.Queue()

@@ -181,7 +181,7 @@ class FakePlatform:
         """Add a sandbox without an address, like a pod that cannot be scheduled."""
         self._registry.upsert(Sandbox(name, "", False, template.digest))
 
-    async def delete(self, sandbox_id: str) -> None:
+    async def delete(self, sandbox_id: str, *, at_once: bool = False) -> None:
         if (sandbox := self._registry.get(sandbox_id)) is not None:
             self._registry.upsert(replace(sandbox, ready=False))
         await self.kill(sandbox_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 import transformers
 from families.reference import load_dequantised
+from safetensors.torch import load_file, save_file
 from tiny_chat import tiny_tokenizer
+from transformers import AutoTokenizer
 
 from faasmoe_contracts.store import Store
 
@@ -74,6 +77,23 @@ def save_dequantised(store: Store, checkpoint: Path, folder: Path) -> Path:
     load_dequantised(model, store)
     model.save_pretrained(folder)
     return folder
+
+
+def give_end_token(folder: Path, token: str) -> None:
+    """Let grammars end texts of a checkpoint by a token, which is never the likeliest otherwise.
+
+    vLLM ends a constrained text by the tokenizer's EOS token only. Texts are greedy by default.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = token
+    tokenizer.save_pretrained(folder)
+    weights, partial = folder / "model.safetensors", folder / "partial"
+    tensors = load_file(weights)
+    tensors["lm_head.weight"][tokenizer.eos_token_id] = 0
+    save_file(tensors, partial, metadata={"format": "pt"})  # they may be mapped from the old file
+    partial.rename(weights)
+    settings = {"eos_token_id": tokenizer.eos_token_id, "temperature": 0}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
 
 
 def save_chat_checkpoint(folder: Path, *, max_model_len: int = 256) -> Path:

@@ -39,6 +39,19 @@ print("after", flush=True)
 """
 
 
+def test_server_without_clients_ends_at_once_on_a_signal() -> None:
+    lazily = "import faasmoe_gateway.server\nfaasmoe_gateway.server.TICK_S = 1e6\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", lazily + SERVE_UNTIL_SIGNAL], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        assert process.stdout.readline() == "listens\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0
+        assert process.stdout.read() == "after\n"
+
+
 def test_responses_beyond_the_drain_timeout_end_with_an_error(
     model: Any, model_tokenizer: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

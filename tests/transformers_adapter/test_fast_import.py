@@ -1,6 +1,7 @@
 """Fast imports; each test runs in a process of its own, since an import cannot be undone."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -137,7 +138,7 @@ print(sorted(transformers._import_structure), sorted(transformers.models._import
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "__pycache__" / fast_import.CACHE_NAME
-    monkeypatch.setattr(fast_import, "_cache_path", lambda: path)
+    monkeypatch.setattr(fast_import, "_cache_path", lambda _: path)
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     return path
 
@@ -172,6 +173,16 @@ def test_structure_is_computed_once_per_installation(cache: Path, models: Path) 
     assert read_or_compute(models) == (STRUCTURE, 0)
     (models.parent / "__init__.py").write_text("__version__ = '1.1'")
     assert read_or_compute(models) == (STRUCTURE, 1)
+
+
+def test_two_installations_have_a_cache_each(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast_import, "__file__", str(tmp_path / "fast_import.py"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    other = tmp_path / "other" / "transformers" / "models"
+    shutil.copytree(models.parent, other.parent)
+    assert [read_or_compute(m)[1] for m in (models, other, models, other)] == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from faasmoe_transformers.version_check import (
     ROUTER_MODULES,
     SANDBOX_MODULES,
     SUPPORTED_VERSIONS,
+    VLLM_MODULES,
     check_private_names,
     find_missing,
 )
@@ -53,7 +54,7 @@ def test_no_name_is_listed_twice_for_a_module() -> None:
 
 
 def test_every_module_that_uses_names_is_checked_by_a_process() -> None:
-    checked = {*ROUTER_MODULES, *CHECKPOINT_MODULES, *SANDBOX_MODULES}
+    checked = {*ROUTER_MODULES, *CHECKPOINT_MODULES, *SANDBOX_MODULES, *VLLM_MODULES}
     assert checked == {name.used_by for name in PRIVATE_NAMES}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +75,12 @@ def generate_with_functions(
     *,
     is_compiled: bool = False,
     workers: int = 1,
+    further: Mapping[str, str] | None = None,
 ) -> list[list[dict[str, Any]]]:
-    """Return vLLM's outputs for each table; no function is computed in its own process."""
+    """Return vLLM's outputs for each table; no function is computed in its own process.
+
+    `further` are environment variables.
+    """
     file = folder / "table.json"
     file.write_text(json.dumps(tables[0].to_json()))
     request = {
@@ -96,7 +100,7 @@ def generate_with_functions(
     variables = {f"FAASMOE_{name}": value for name, value in variables.items()}
     if workers > 1:
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(workers)))
-    results, metrics = run_vllm(request, **variables)
+    results, metrics = run_vllm(request, **variables, **(further or {}))
     assert parse_sample(metrics, "faasmoe_router_function_calls_total") > len(tables)
     assert parse_sample(metrics, "faasmoe_router_local_computations_total") == 0
     return list(results)
@@ -141,6 +145,7 @@ class Comparison:
         blocks: Sequence[int] = BLOCKS,
         tolerance: float = TOLERANCE,
         near_tie: float = 0.0,
+        runs: Sequence[Mapping[str, str]] = ({},),
         **options: Any,
     ) -> None:
         """Assert that a family's texts and log-probabilities are the same.
@@ -152,6 +157,7 @@ class Comparison:
             blocks: experts of a function, in turn.
             tolerance: of log-probabilities.
             near_tie: how much less likely the second-best token is where texts may part.
+            runs: environment variables of vLLM with functions, for each time that it runs.
             options: of `generate_with_functions`.
         """
         checkpoint = save_checkpoint(family, self.folder / "checkpoint", dtype=dtype)
@@ -160,8 +166,12 @@ class Comparison:
             checkpoint = save_dequantised(store, checkpoint, self.folder / "dequantised")
         expected = generate_with_own_experts(checkpoint)
         tables = attached_tables(store, self.sandbox_process, blocks)
-        for got in generate_with_functions(store, tables, self.folder, **options):
-            assert_equal(got, expected, tolerance, near_tie=near_tie)
+        for further in runs:
+            results = generate_with_functions(
+                store, tables, self.folder, further=further, **options
+            )
+            for got in results:
+                assert_equal(got, expected, tolerance, near_tie=near_tie)
         detach(tables, self.sandbox_process)
 
 
@@ -205,8 +215,12 @@ def test_int8_weights_of_the_router_are_dequantised(comparison: Comparison) -> N
     )
 
 
-def test_compiled_code_generates_the_same(comparison: Comparison) -> None:
-    comparison.check("qwen2_moe", blocks=BLOCKS[-1:], is_compiled=True)
+def test_compiled_code_generates_the_same_and_is_loaded_the_second_time(
+    comparison: Comparison,
+) -> None:
+    cache = {"VLLM_CACHE_ROOT": str(comparison.folder / "cache")}
+    must_load = {**cache, "VLLM_FORCE_AOT_LOAD": "1"}
+    comparison.check("qwen2_moe", blocks=BLOCKS[-1:], is_compiled=True, runs=[cache, must_load])
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each worker needs a core")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from faasmoe_up import FaasmoeUp, running_up, wait_until
 from metric_samples import parse_sample
@@ -123,6 +124,37 @@ def test_a_tenants_output_limit_holds(up: FaasmoeUp) -> None:
 def test_routes_that_administer_vllm_are_not_passed_on(up: FaasmoeUp) -> None:
     for path in ("/v1/load_lora_adapter", "/pause", "/scale_elastic_ep"):
         assert post(up, {}, path=path).status_code == 404
+
+
+def engine_of(router: psutil.Process) -> psutil.Process:
+    (engine,) = router.children()
+    return engine
+
+
+def test_the_engine_is_a_fork_of_the_router_which_has_imported_vllm(up: FaasmoeUp) -> None:
+    assert up.router is not None
+    assert engine_of(up.router).cmdline() == up.router.cmdline()
+
+
+def test_a_killed_engine_is_replaced_together_with_its_router(up: FaasmoeUp) -> None:
+    killed = up.router
+    assert killed is not None
+    engine_of(killed).kill()
+
+    def is_replaced() -> bool:
+        router = up.router
+        return router is not None and router.pid != killed.pid and is_healthy(up)
+
+    wait_until(is_replaced, timeout_s=300, what="another router")
+    assert post(up, {"model": "tiny", **CHAT}).status_code == 200
+
+
+def is_healthy(up: FaasmoeUp) -> bool:
+    try:
+        url = f"{up.base_url}/health"
+        return httpx.get(url, trust_env=False, timeout=60).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_functions_are_called_and_not_computed_in_vllm(up: FaasmoeUp) -> None:

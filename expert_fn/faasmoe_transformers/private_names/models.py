@@ -160,6 +160,13 @@ MODEL_NAMES: tuple[PrivateName, ...] = (
         "model_skeleton",
         "which tensors a checkpoint may lack or have in excess, and their initial values",
     ),
+    # compiled_artifacts
+    *names(
+        "torch._dynamo.aot_compile_types:",
+        "BundledAOTAutogradSerializableCallable",
+        "compiled_artifacts",
+        "code compiled for a CPU, which vLLM saves and loads",
+    ),
     # weight_conversion
     *names(
         "transformers.conversion_mapping:",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Collection, Coroutine, Iterable
 from typing import Any, Never
 
@@ -14,8 +16,8 @@ from faasmoe_operator.control.models_file import ROUTERS_PATH
 logger = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
-WAITING_INTERVAL_S = 0.1  # while a router waits for memory
-MEASURE_EVERY = 5  # reports
+WAITING_INTERVAL_S = 0.05  # while a router waits for memory
+MEASURE_INTERVAL_S = 5.0  # reports may follow each other much faster
 REQUEST_TIMEOUT_S = 5.0
 
 
@@ -33,12 +35,12 @@ async def limit_routers(routers: Collection[ScaledRouters], url: str, token: str
 
     timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
     headers = {"Authorization": f"Bearer {token}"}
-    n_reports = 0
+    measured_s = -math.inf
     async with aiohttp.ClientSession(timeout=timeout, headers=headers) as http:
         while True:
-            if n_reports % MEASURE_EVERY == 0:
+            if time.monotonic() - measured_s >= MEASURE_INTERVAL_S:
                 _measure(routers)
-            n_reports += 1
+                measured_s = time.monotonic()
             states = [group.state for group in routers]
             reports = [report for group in routers for report in group.reports()]
             may_run = frozenset[str]()

@@ -34,13 +34,14 @@ class RouterSlot:
         index: its number among them; lower ones start first and end last.
         start: returns the context in which it runs.
         wait_until_healthy: returns once it answers.
-        size_bytes: about what it will take; measured later.
+        size_bytes: about what it will take; later the most that it took when it ran last, or now.
         may_run: whether it may run before a memory limit says so.
 
     Attributes:
         child: its process; None while it is not to run.
         is_ready: whether it answers.
         is_leaving: whether it gets no more requests, because it is to end.
+        is_ending: whether it has had its last request.
         may_run: whether the memory limit lets it run.
     """
 
@@ -60,8 +61,10 @@ class RouterSlot:
         self.child: SupervisedChild | None = None
         self.is_ready = False
         self.is_leaving = False
+        self.is_ending = False
         self.may_run = may_run
         self._is_measured = False
+        self._measured_bytes = 0  # since it started
 
     @property
     def name(self) -> str:
@@ -74,15 +77,23 @@ class RouterSlot:
         return None if self.child is None else self.child.pid
 
     def measure(self) -> None:
-        """Take the memory that it has now, if it is the most that was measured so far."""
+        """Measure the memory that it has now."""
         if self.pid is None or not self.is_ready or not (measured := pss_bytes(self.pid)):
             return
+        self._measured_bytes = max(self._measured_bytes, measured)
         self.size_bytes = max(self.size_bytes, measured) if self._is_measured else measured
         self._is_measured = True
 
+    def measure_last(self) -> None:
+        """Measure it before it ends, for the next start."""
+        self.measure()
+        self.size_bytes = self._measured_bytes or self.size_bytes
+        self._measured_bytes = 0
 
-RouterState = tuple[bool, int, tuple[SupervisedChild | None, ...]]
-"""Whether there are requests, how many routers should run, and the processes of those that do."""
+
+RouterState = tuple[bool, int, tuple[tuple[SupervisedChild | None, bool], ...]]
+"""Whether there are requests, how many routers should run, and the process of each router with
+whether it answers and is not ending."""
 
 
 class ScaledRouters:
@@ -93,7 +104,7 @@ class ScaledRouters:
         scaler: decides how many run.
         slots: the routers.
         links: the gateways.
-        on_wake: called when the first router starts for a request.
+        on_wake: called when the first router starts, but the first time.
         on_running: called with the number of routers that take requests, when that changes.
 
     Attributes:
@@ -121,13 +132,17 @@ class ScaledRouters:
         self._tasks = TaskSet()
         self._changed = ChangeNotifier()
         self._last_used_s = time.monotonic()
+        self._had_requests = False
+        self._waiting_since_s: float | None = None  # for a router that takes requests
         links.add(model, self._take_demand)
 
     def reports(self) -> list[RouterReport]:
         """Return the state of all routers, for the memory limit."""
-        idle_s = 0.0
+        now_s, idle_s, waiting_s = time.monotonic(), 0.0, 0.0
         if self.has_started.is_set() and not self._links.n_requests(self.model):
-            idle_s = time.monotonic() - self._last_used_s
+            idle_s = now_s - self._last_used_s
+        if self._waiting_since_s is not None:
+            waiting_s = now_s - self._waiting_since_s
         return [
             RouterReport(
                 f"{self.model}/{slot.name}",
@@ -136,6 +151,8 @@ class ScaledRouters:
                 is_running=slot.child is not None,
                 is_wanted=slot.index < self._scaler.desired,
                 is_pinned=slot.index < self._scaler.min_replicas,
+                is_ready=slot.is_ready and not slot.is_ending,
+                waiting_s=waiting_s,
             )
             for slot in self.slots
         ]
@@ -152,8 +169,8 @@ class ScaledRouters:
     def state(self) -> RouterState:
         """What a memory limit depends on; see `wait_for_change`."""
         has_requests = self._links.n_requests(self.model) > 0
-        children = tuple(slot.child for slot in self.slots)
-        return has_requests, self._scaler.desired, children
+        slots = tuple((s.child, s.is_ready and not s.is_ending) for s in self.slots)
+        return has_requests, self._scaler.desired, slots
 
     async def wait_for_change(self, state: RouterState) -> None:
         """Wait until routers started or ended, more are wanted, or requests came or ended."""
@@ -172,24 +189,31 @@ class ScaledRouters:
 
     def _take_demand(self) -> None:
         """Take what the gateways have reported."""
-        n_requests = self._links.n_requests(self.model)
-        if n_requests:
-            self._last_used_s = time.monotonic()
-        was_at_zero = self._scaler.desired == 0
+        n_requests, now_s = self._links.n_requests(self.model), time.monotonic()
+        if n_requests or self._had_requests:
+            self._last_used_s = now_s
+        self._had_requests = n_requests > 0
+        if not n_requests or self._running:
+            self._waiting_since_s = None
+        elif self._waiting_since_s is None:
+            self._waiting_since_s = now_s
         self._scaler.set_demand(n_requests, time.time())
-        if was_at_zero and self._scaler.desired and self._on_wake is not None:
-            self._tasks.start(self._on_wake())
         self._changed.notify()
+
+    @property
+    def _running(self) -> tuple[str, ...]:
+        """The routers that take requests."""
+        return tuple(s.name for s in self.slots if s.is_ready and not s.is_leaving)
 
     def _is_wanted(self, slot: RouterSlot) -> bool:
         return slot.index < self._scaler.desired and slot.may_run
 
     async def _run_slot(self, slot: RouterSlot) -> Never:
-        name = f"the router of {self.model}" + (f" ({slot.name})" if slot.index else "")
+        name = self._name_of(slot)
         while True:
             await self._changed.wait_for(lambda: self._is_wanted(slot))
             if self.has_started.is_set():
-                print_progress(f"{name} starts")
+                self._announce_start(slot, name)
             async with slot.start() as (child, failure), _first_error() as tasks:
                 slot.child, slot.is_leaving = child, False
                 child.has_started = self.has_started.is_set()
@@ -197,9 +221,23 @@ class ScaledRouters:
                 tasks += [failure, asyncio.create_task(self._probe(slot, child))]
                 await self._until_ended(slot, tasks)
                 why = "no requests" if slot.may_run else "others need its memory"
-                print_progress(f"{name} ends: {why}")
-            slot.child, slot.is_ready = None, False
+                slot.measure_last()
+                slot.is_ending, ending_s = True, time.monotonic()
+                self._changed.notify()
+            print_progress(f"{name} has ended in {time.monotonic() - ending_s:.2f} s: {why}")
+            slot.child, slot.is_ready, slot.is_ending = None, False, False
             self._changed.notify()
+
+    def _name_of(self, slot: RouterSlot) -> str:
+        return f"the router of {self.model}" + (f" ({slot.name})" if slot.index else "")
+
+    def _announce_start(self, slot: RouterSlot, name: str) -> None:
+        waited_s = 0.0
+        if self._waiting_since_s is not None:
+            waited_s = time.monotonic() - self._waiting_since_s
+        print_progress(f"{name} starts, {waited_s:.2f} s after it was asked for")
+        if slot.index == 0 and self._on_wake is not None:
+            self._tasks.start(self._on_wake())
 
     async def _until_ended(self, slot: RouterSlot, tasks: Sequence[asyncio.Task[Never]]) -> None:
         """Return once the router is not wanted and no gateway has a request of it."""
@@ -218,9 +256,13 @@ class ScaledRouters:
 
     async def _probe(self, slot: RouterSlot, child: SupervisedChild) -> Never:
         """Follow whether a router answers."""
+        started_s = time.monotonic()
         while True:
             await slot.wait_until_healthy()
             pid = child.pid
+            if self.has_started.is_set() and started_s:
+                took_s, started_s = time.monotonic() - started_s, 0.0
+                print_progress(f"{self._name_of(slot)} takes requests, after {took_s:.2f} s")
             slot.is_ready = child.has_started = True
             if not self.has_started.is_set():
                 self._last_used_s = time.monotonic()
@@ -233,7 +275,9 @@ class ScaledRouters:
 
     def _announce(self) -> None:
         """Tell the gateways which routers take requests."""
-        running = tuple(s.name for s in self.slots if s.is_ready and not s.is_leaving)
+        running = self._running
+        if running:
+            self._waiting_since_s = None
         if self._links.announce(self.model, running):
             self._on_running(len(running))
         self._changed.notify()

@@ -81,6 +81,14 @@ class FunctionAutoscalers:
                 changes.append(ReplicaChange(function, 0, decision))
         return changes
 
+    def release(self, functions: Iterable[str], *, now: float) -> None:
+        """Desire none of these functions before their idle time is over, as others need memory."""
+        for function in functions:
+            settings = self._autoscalers[function].settings
+            self._autoscalers[function] = FunctionAutoscaler.restored(
+                settings, replicas=0, ready=0, now=now
+            )
+
     def observe(self, loads: Mapping[str, float] | None, *, now: float) -> None:
         """Record the current second's load of all functions; at most once for each second.
 

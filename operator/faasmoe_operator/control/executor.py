@@ -222,7 +222,8 @@ class ActionExecutor:
             )
             self._count_failure("start", was_ready=False)
         self._fleet.mark_draining(action.sandbox)
-        self._tasks.start(self._context.platform.delete(action.sandbox))
+        at_once = action.reason is ActionReason.MEMORY
+        self._tasks.start(self._context.platform.delete(action.sandbox, at_once=at_once))
 
     async def _attach(self, sandbox: str, function: str) -> None:
         record = self._fleet.get(sandbox)

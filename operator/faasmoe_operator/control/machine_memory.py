@@ -3,17 +3,33 @@
 Each model's controller plans its own functions (`plan/sandboxes.py`) and sees what the others hold;
 the launcher reports its routers and asks which of them may run (`plan/router_memory.py`). This
 module only keeps what they last said, and hands evictions to whom they concern.
+
+When a model's first router starts, memory is kept for the functions that it will call, until they
+are there. When its last one is to make room, its functions do too, once that router has ended its
+last request. If functions of several models that are in use lack memory nevertheless, as they take
+more than was expected, those of the model that started first get it, from the others if need be.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from faasmoe_operator.plan.fleet import MachineMemory, MemoryClaim, MemoryHolder
-from faasmoe_operator.plan.router_memory import RouterMemory, plan_routers
+from faasmoe_operator.plan.router_memory import (
+    ModelMemory,
+    RouterMemory,
+    joined_holders,
+    model_holders,
+    plan_routers,
+)
+
+RESERVED_S = 30.0  # at most, for functions that a router will call
+SLOW_START_S = 10.0  # after which a start waits for disks, not for processors
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +40,17 @@ class MemoryMember(Protocol):
     def memory_holders(self) -> list[MemoryHolder]:
         """Return what the model's functions hold."""
 
+    def held_bytes(self) -> int:
+        """Return how much that is."""
+
+    def missing_bytes(self) -> int:
+        """Return the size of the functions that a router will call and that are not there."""
+
     def evict(self, holder: MemoryHolder) -> None:
         """Detach a function to make room for another model or a router."""
+
+    def release(self) -> None:
+        """Let all functions go, as the model's last router makes room."""
 
     def request_reconcile(self) -> None:
         """Plan anew, as memory may have become free."""
@@ -52,21 +77,42 @@ class SharedMemory:
         self.pool.settle(self.model, claims, evicted)
 
 
+@dataclass(frozen=True, slots=True)
+class _Reservation:
+    """Memory that is kept for functions of a model whose router has started.
+
+    Attributes:
+        size_bytes: what the model's functions may hold.
+        until: when it ends if they have not come.
+    """
+
+    size_bytes: int
+    until: float
+
+
 class MemoryPool:
     """The memory of a machine that all its models and routers share.
 
     Args:
         limit_bytes: memory of all functions and routers together.
         clock: monotonic time in seconds.
+        max_starting: how many routers start at a time; by default one more than processors.
     """
 
-    def __init__(self, limit_bytes: int, *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, limit_bytes: int, *, clock: Callable[[], float], max_starting: int | None = None
+    ) -> None:
         self.limit_bytes = limit_bytes
         self._clock = clock
+        self._max_starting = max_starting or len(os.sched_getaffinity(0)) + 1
         self._members: dict[str, MemoryMember] = {}
         self._claims: dict[str, tuple[MemoryClaim, ...]] = {}
         self._routers: dict[str, RouterMemory] = {}
+        self._started_at: dict[str, float] = {}  # of routers that do not answer yet
+        self._turns: dict[str, int] = {}  # of models with routers, ascending
+        self._n_turns = 0
         self._router_claims: tuple[MemoryClaim, ...] = ()
+        self._reservations: dict[str, _Reservation] = {}
         self._evicted_routers: set[str] = set()
         self._larger_routers: set[str] = set()
         self._held_bytes = 0
@@ -80,13 +126,23 @@ class MemoryPool:
         return SharedMemory(model, self)
 
     def view(self, model: str) -> MachineMemory:
-        """Return the memory as one model sees it."""
-        claims = (c for name, found in self._claims.items() if name != model for c in found)
-        return MachineMemory(
-            self.limit_bytes,
-            (*self._router_holders(), *self._function_holders(without=model)),
-            (*claims, *self._router_claims),
-        )
+        """Return the memory as one model sees it.
+
+        What it waits for while its router runs comes before any router that has not started.
+        """
+        routers, models = self._router_holders(), self._models()
+        own = models.pop(model, ModelMemory())
+        others = [*routers.get(model, ())]
+        for name in dict.fromkeys((*routers, *models)):
+            if name != model:
+                found = models.get(name, ModelMemory())
+                functions = self._seen_by(model, name, found.functions)
+                others += joined_holders(routers.get(name, ()), functions)
+                others += model_holders({name: replace(found, functions=())})
+        claims = self._function_claims(of_others_than=model)
+        if not own.reserved_bytes and not self._is_in_use(model):
+            claims += self._router_claims
+        return MachineMemory(self.limit_bytes, tuple(others), tuple(claims))
 
     def settle(
         self, model: str, claims: Sequence[MemoryClaim], evicted: Iterable[MemoryHolder]
@@ -104,32 +160,114 @@ class MemoryPool:
 
     def update_routers(self, routers: Iterable[RouterMemory]) -> frozenset[str]:
         """Take the state of all routers; return those that may go on or start."""
+        now = self._clock()
         self._routers = {}
         for router in routers:
             self._routers[router.name] = router.within(self.limit_bytes)
             self._warn_if_larger(router)
-        running = {name for name, router in self._routers.items() if router.is_running}
-        self._evicted_routers &= running
-        observed = [
-            replace(r, is_wanted=r.is_wanted and r.name not in self._evicted_routers)
-            if r.is_running
-            else r
-            for r in self._routers.values()
-        ]
+        self._release_functions()
+        self._end_reservations(now)
+        models = self._models()
         plan = plan_routers(
             self.limit_bytes,
-            observed,
-            functions=self._function_holders(),
-            claims=[claim for claims in self._claims.values() for claim in claims],
-            now=self._clock(),
+            self._observed(now),
+            models=models,
+            claims=self._function_claims(),
+            now=now,
+            max_starting=self._max_starting,
         )
         self._router_claims = plan.claims
-        self._evicted_routers |= {r.name for r in observed if r.is_running} - plan.may_run
-        for name in plan.may_run:  # it holds its memory from now on
-            self._routers[name] = replace(self._routers[name], is_running=True)
+        running = {name for name, router in self._routers.items() if router.is_running}
+        self._evicted_routers |= running - plan.may_run
+        for name in plan.may_run - running:  # it holds its memory from now on
+            self._start(self._routers[name], models, now)
         self._evict(plan.evicted)
         self._notify_if_free()
         return plan.may_run
+
+    def _seen_by(
+        self, model: str, other: str, functions: Sequence[MemoryHolder]
+    ) -> Sequence[MemoryHolder]:
+        """Return another model's functions as a model may evict them.
+
+        Those of one that is in use and waits for more cannot be called yet. The model that started
+        first keeps them, so that two do not take them from each other in turns.
+        """
+        if not (self._claims.get(other) and self._is_in_use(other)):
+            return functions
+        if self._turns.get(other, 0) < self._turns.get(model, 0):
+            return [replace(holder, is_evictable=False) for holder in functions]
+        return [replace(h, is_idle=True, last_used=0.0) for h in functions]
+
+    def _observed(self, now: float) -> list[RouterMemory]:
+        """Return the routers as they are planned with: evicted ones are not wanted."""
+        observed = []
+        for name, router in self._routers.items():
+            is_slow = now - self._started_at.get(name, now) > SLOW_START_S
+            is_evicted = router.is_running and name in self._evicted_routers
+            observed.append(
+                replace(
+                    router,
+                    is_wanted=router.is_wanted and not is_evicted,
+                    is_ready=router.is_ready or is_slow,
+                )
+            )
+        return observed
+
+    def _start(self, router: RouterMemory, models: dict[str, ModelMemory], now: float) -> None:
+        """Record that a router starts; the first one of a model brings its functions."""
+        is_first = not any(r.is_running for r in self._routers.values() if r.model == router.model)
+        self._routers[router.name] = replace(router, is_running=True)
+        self._started_at[router.name] = now
+        if is_first:
+            self._n_turns += 1
+            self._turns[router.model] = self._n_turns
+        model = models.get(router.model)
+        if model is not None and is_first and not router.is_pinned and model.missing_bytes:
+            held_bytes = sum(holder.size_bytes for holder in model.functions)
+            room_bytes = max(0, self.limit_bytes - router.size_bytes - held_bytes)
+            reserved_bytes = held_bytes + min(model.missing_bytes, room_bytes)
+            self._reservations[router.model] = _Reservation(reserved_bytes, now + RESERVED_S)
+
+    def _release_functions(self) -> None:
+        """Let functions go whose last router was evicted and calls them no more."""
+        for name in list(self._evicted_routers):
+            router = self._routers.get(name)
+            if router is not None and router.is_running and router.is_ready:
+                continue  # it still has requests
+            model = name.rpartition("/")[0]
+            if model in self._members and not self._has_kept_router(model):
+                self._members[model].release()
+            if router is None or not router.is_running:
+                self._evicted_routers.discard(name)
+
+    def _has_kept_router(self, model: str) -> bool:
+        return any(
+            router.is_running and name not in self._evicted_routers
+            for name, router in self._routers.items()
+            if router.model == model
+        )
+
+    def _end_reservations(self, now: float) -> None:
+        """Forget what has come, and what was kept too long or of a router that has ended."""
+        running = {router.model for router in self._routers.values() if router.is_running}
+        self._started_at = {
+            name: at
+            for name, at in self._started_at.items()
+            if (router := self._routers.get(name)) and router.is_running and not router.is_ready
+        }
+        self._turns = {model: turn for model, turn in self._turns.items() if model in running}
+        for model, reservation in list(self._reservations.items()):
+            is_over = now > reservation.until or model not in running
+            if is_over or not self._reserved_bytes(model):
+                del self._reservations[model]
+
+    def _reserved_bytes(self, model: str) -> int:
+        """Return what is kept for functions of a model that are not there yet."""
+        reservation = self._reservations.get(model)
+        if reservation is None:
+            return 0
+        return max(0, reservation.size_bytes - self._members[model].held_bytes())
 
     def _warn_if_larger(self, router: RouterMemory) -> None:
         if router.size_bytes > self.limit_bytes and router.name not in self._larger_routers:
@@ -152,41 +290,89 @@ class MemoryPool:
 
     def _notify_if_free(self, *, without: str = "") -> None:
         """Let models that wait plan anew once somebody has left."""
-        holders = (*self._router_holders(), *self._function_holders())
-        before, self._held_bytes = self._held_bytes, sum(h.size_bytes for h in holders)
-        if self._held_bytes >= before:
+        held_bytes = sum(r.size_bytes for r in self._routers.values() if r.is_running)
+        held_bytes += sum(member.held_bytes() for member in self._members.values())
+        held_bytes += sum(map(self._reserved_bytes, self._reservations))
+        before, self._held_bytes = self._held_bytes, held_bytes
+        if held_bytes >= before:
             return
         for model, claims in self._claims.items():
             if claims and model != without:
                 self._members[model].request_reconcile()
 
-    def _function_holders(self, *, without: str = "") -> list[MemoryHolder]:
-        """Return the functions of models; those of one whose routers are idle are idle as well."""
-        found: list[MemoryHolder] = []
-        for model, member in self._members.items():
-            if model == without:
+    def _models(self) -> dict[str, ModelMemory]:
+        """Return what models hold beside routers."""
+        waiting = {r.model for r in self._routers.values() if r.is_wanted and not r.is_running}
+        return {
+            model: ModelMemory(
+                tuple(self._functions_of(model)),
+                member.missing_bytes() if model in waiting else 0,
+                self._reserved_bytes(model),
+            )
+            for model, member in self._members.items()
+        }
+
+    def _functions_of(self, model: str) -> list[MemoryHolder]:
+        """Return a model's functions; those of one whose routers are idle are idle as well."""
+        holders, idle_since = self._members[model].memory_holders(), self._idle_since(model)
+        is_leaving = self._is_making_room(model)
+        if idle_since is not None:
+            holders = [
+                replace(h, is_idle=True, last_used=min(h.last_used, idle_since)) for h in holders
+            ]
+        return [
+            replace(h, is_leaving=True, is_evictable=False) if is_leaving and not h.is_pinned else h
+            for h in holders
+        ]
+
+    def _is_making_room(self, model: str) -> bool:
+        """Return whether a model's last router was evicted, and its functions with it."""
+        is_evicted = any(name.rpartition("/")[0] == model for name in self._evicted_routers)
+        return is_evicted and not self._has_kept_router(model)
+
+    def _function_claims(self, *, of_others_than: str | None = None) -> list[MemoryClaim]:
+        """Return what functions wait for; those of models in use come before all routers.
+
+        Args:
+            of_others_than: a model, beside which claims of models that started later do not count;
+                None for all.
+        """
+        found: list[MemoryClaim] = []
+        turn = math.inf if of_others_than is None else self._turns.get(of_others_than, math.inf)
+        for model, claims in self._claims.items():
+            if not claims or model == of_others_than:
                 continue
-            holders, idle_since = member.memory_holders(), self._idle_since(model)
-            if idle_since is not None:
-                holders = [
-                    replace(h, is_idle=True, last_used=min(h.last_used, idle_since))
-                    for h in holders
-                ]
-            found += holders
+            if not self._is_in_use(model):
+                found += claims
+            elif self._turns.get(model, 0) < turn:
+                found += [replace(claim, last_used=math.inf) for claim in claims]
         return found
+
+    def _is_in_use(self, model: str) -> bool:
+        """Return whether a router of a model runs and has requests."""
+        now = self._clock()
+        return any(
+            router.is_running and name not in self._evicted_routers and not router.is_idle(now)
+            for name, router in self._routers.items()
+            if router.model == model
+        )
 
     def _idle_since(self, model: str) -> float | None:
         """Return when a model last had a request; None if it has one, or that is not known."""
-        now, prefix = self._clock(), f"{model}/"
-        routers = [r for r in self._routers.values() if r.name.startswith(prefix)]
+        now = self._clock()
+        routers = [r for r in self._routers.values() if r.model == model]
         if not routers or not all(router.is_idle(now) for router in routers):
             return None
         return max(router.last_used for router in routers)
 
-    def _router_holders(self) -> list[MemoryHolder]:
+    def _router_holders(self) -> dict[str, list[MemoryHolder]]:
+        """Return the running routers by model."""
         now = self._clock()
-        holders = {r.name: r.holder(now) for r in self._routers.values() if r.is_running}
-        return [
-            replace(holder, is_leaving=True) if name in self._evicted_routers else holder
-            for name, holder in holders.items()
-        ]
+        found: dict[str, list[MemoryHolder]] = {}
+        for name, router in self._routers.items():
+            if router.is_running:
+                holder = router.holder(now)
+                if name in self._evicted_routers:
+                    holder = replace(holder, is_leaving=True)
+                found.setdefault(router.model, []).append(holder)
+        return found

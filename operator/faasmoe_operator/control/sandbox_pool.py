@@ -106,9 +106,9 @@ class SandboxPool:
             raise PlatformError(f"sandbox {sandbox.id} exited at once")
         return sandbox
 
-    async def delete(self, sandbox_id: str) -> None:
+    async def delete(self, sandbox_id: str, *, at_once: bool = False) -> None:
         """Start the deletion of a sandbox."""
-        await self._platform.delete(sandbox_id)
+        await self._platform.delete(sandbox_id, at_once=at_once)
         await self._sync()
 
     def registry_of(self, model: str) -> SandboxRegistry:
@@ -206,9 +206,9 @@ class PooledPlatform:
         """Take a generic sandbox, or create one; raises PlatformError."""
         return await self.pool.take(self.model, template)
 
-    async def delete(self, sandbox_id: str) -> None:
+    async def delete(self, sandbox_id: str, *, at_once: bool = False) -> None:
         """Start the deletion of a sandbox; does nothing if it does not exist."""
-        await self.pool.delete(sandbox_id)
+        await self.pool.delete(sandbox_id, at_once=at_once)
 
     async def list(self) -> tuple[Sandbox, ...]:
         """Return the model's sandboxes, terminating ones included, oldest first."""

@@ -5,7 +5,8 @@ KubeApiError
 ├── Conflict     409: the object already exists, or has changed since it was read
 ├── Expired      410: a resourceVersion or continue token is older than the server's history
 ├── Forbidden    403: denied by RBAC, a quota or an admission policy
-│   └── NamespaceTerminating   the namespace is being deleted, and nothing can be created in it
+│   ├── NamespaceTerminating   the namespace is being deleted, and nothing can be created in it
+│   └── NodeTooSmall           a pod's node has less than a resize asks for
 ├── Invalid      422 and 400: the object violates its schema
 └── Unavailable  no response, 5xx or 429: worth a retry later
 """
@@ -55,6 +56,10 @@ class NamespaceTerminating(Forbidden):
     """The namespace is being deleted; its MoEModels follow."""
 
 
+class NodeTooSmall(Forbidden):
+    """A resize asks for more than the pod's node has, used or not."""
+
+
 class Invalid(KubeApiError):
     """The object violates its schema."""
 
@@ -74,6 +79,9 @@ class Unavailable(KubeApiError):
 
 
 NAMESPACE_TERMINATING = "NamespaceTerminating"
+NODE_TOO_SMALL = "NodeTooSmall"
+_NODE_TOO_SMALL_TEXT = "node didn't have enough allocatable resources"
+"""Kubernetes 1.36 has neither a reason nor a cause for it."""
 _ERROR_TYPES: dict[int, type[KubeApiError]] = {
     400: Invalid,
     403: Forbidden,
@@ -95,6 +103,8 @@ def error_from_status(
     """Return the error that stands for an HTTP status and the reasons of its causes."""
     if status == 403 and NAMESPACE_TERMINATING in causes:
         return NamespaceTerminating(message, status=status, reason=NAMESPACE_TERMINATING)
+    if status == 403 and _NODE_TOO_SMALL_TEXT in message:
+        return NodeTooSmall(message, status=status, reason=NODE_TOO_SMALL)
     if status == 429 or status >= 500:
         return Unavailable(message, status=status, reason=reason, retry_after_s=retry_after_s)
     return _ERROR_TYPES.get(status, KubeApiError)(message, status=status, reason=reason)

@@ -43,7 +43,7 @@ class OperatorMetrics:
         self.requests = Counter(
             "faasmoe_operator_api_requests_total",
             "API server requests, watches included; code 0 means no response, NamespaceTerminating "
-            "a namespace that is being deleted.",
+            "a namespace that is being deleted, NodeTooSmall a resize beyond what the node has.",
             ("verb", "kind", "code"),
             registry=self.registry,
         )

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 Pod = Mapping[str, Any]
 _FINISHED_PHASES = ("Failed", "Succeeded", "Unknown")
 MAX_NAME_ATTEMPTS = 3
+AT_ONCE_GRACE_S = 1  # the least with which the kubelet still ends the containers itself
 
 
 def pod_name(pod: Pod) -> str:
@@ -187,11 +188,12 @@ class KubernetesPlatform:
         sandbox = self._registry.get(pod_name(pod))
         return sandbox or self._make_sandbox(pod, ready=False)
 
-    async def delete(self, sandbox_id: str) -> None:
+    async def delete(self, sandbox_id: str, *, at_once: bool = False) -> None:
         """Start to delete a pod, with retries; it counts as terminating from now on."""
+        grace_s = AT_ONCE_GRACE_S if at_once else self._timing.grace_s
         for pod in self._sandbox_pods():
             if pod_name(pod) == sandbox_id:
-                self._start_deletion(pod)
+                self._start_deletion(pod, grace_s=grace_s)
                 self._track_pod(pod)
 
     async def list(self) -> tuple[Sandbox, ...]:
@@ -236,7 +238,7 @@ class KubernetesPlatform:
         for pod in pods.values():
             if is_finished(pod):
                 self._mark_lost(pod_name(pod), termination_reason(pod))
-                self._start_deletion(pod)
+                self._start_deletion(pod, grace_s=self._timing.grace_s)
             else:
                 self._track_pod(pod)
         uids = set(map(pod_uid, pods.values()))
@@ -285,21 +287,19 @@ class KubernetesPlatform:
         self._was_ready.discard(name)
         self._registry.remove(name, reason=reason)
 
-    def _start_deletion(self, pod: Pod) -> None:
+    def _start_deletion(self, pod: Pod, *, grace_s: int) -> None:
         """Delete a pod in the background, unless it is terminating already."""
         if not is_terminating(pod) and pod_uid(pod) not in self._deleting:
             self._deleting[pod_uid(pod)] = pod_name(pod)
-            self._deletions.start(self._delete_with_retries(pod))
+            self._deletions.start(self._delete_with_retries(pod, grace_s=grace_s))
 
-    async def _delete_with_retries(self, pod: Pod) -> None:
+    async def _delete_with_retries(self, pod: Pod, *, grace_s: int) -> None:
         """Delete a pod, retrying until the API server accepts it or the pod is gone."""
         namespace, uid = pod["metadata"]["namespace"], pod_uid(pod)
         backoff = Backoff(self._timing.retry_delays_s)
         while uid in self._deleting:
             try:
-                await self._api.delete(
-                    POD, namespace, pod_name(pod), uid=uid, grace_s=self._timing.grace_s
-                )
+                await self._api.delete(POD, namespace, pod_name(pod), uid=uid, grace_s=grace_s)
             except KubeApiError as error:
                 logger.warning("sandbox %s could not be deleted: %s", pod_name(pod), error)
             else:

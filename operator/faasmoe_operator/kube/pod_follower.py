@@ -97,9 +97,13 @@ class PodFollower(ABC, Generic[State]):
             return True
         except KubeApiError as error:
             logger.warning("pod %s: %s not updated: %s", name, self.what, error)
-            return False
+            return self._gives_up(name, state, error)
         self._pods.update(pod)
         return True
+
+    def _gives_up(self, name: str, state: State, error: KubeApiError) -> bool:
+        """Return whether a state that could not be written is not tried again."""
+        return False
 
     @abstractmethod
     def _desired(self, record: SandboxRecord) -> State | None:

@@ -2,7 +2,8 @@
 
 The scheduler and the bill see what is used, and an idle model hardly counts. Only requests change,
 never limits: a function is attached without waiting for it, also where a node has no room for the
-larger request and the kubelet defers it.
+larger request and the kubelet defers it. What a node can never give, or cannot resize, is asked for
+once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from faasmoe_operator.control.controller import Controller
 from faasmoe_operator.control.fleet import SandboxRecord
 from faasmoe_operator.kube.cache import OwnedPods
 from faasmoe_operator.kube.client import KubeApi
+from faasmoe_operator.kube.errors import Invalid, KubeApiError, NodeTooSmall
 from faasmoe_operator.kube.manifests.resources import request_quantities
 from faasmoe_operator.kube.manifests.sandbox import SANDBOX_CONTAINER
 from faasmoe_operator.kube.pod_follower import PodFollower
@@ -48,16 +50,26 @@ class PodResizer(PodFollower[PodRequests]):
     ) -> None:
         super().__init__(api, pods, controller, namespace=namespace)
         self._policy = policy
+        self._refused: dict[str, PodRequests] = {}  # what a pod's node cannot do, by pod
 
     def _desired(self, record: SandboxRecord) -> PodRequests | None:
         if record.sandbox.template_hash != self._controller.model.template.digest:
             return None
         functions = self._controller.model.functions
         sizes = (functions[name].size_bytes for name in record.functions if name in functions)
-        return self._policy.requests(sizes)
+        desired = self._policy.requests(sizes)
+        return None if self._refused.get(record.sandbox.id) == desired else desired
 
     def _observed(self, pod: Object) -> PodRequests:
         return pod_requests(pod)
+
+    def _gives_up(self, name: str, state: PodRequests, error: KubeApiError) -> bool:
+        if not isinstance(error, NodeTooSmall | Invalid):
+            return False
+        pods = {record.sandbox.id for record in self._controller.fleet.sandboxes}
+        self._refused = {pod: old for pod, old in self._refused.items() if pod in pods}
+        self._refused[name] = state
+        return True
 
     async def _patch(self, name: str, state: PodRequests) -> Object:
         return await self._api.resize_pod(

@@ -29,6 +29,7 @@ from faasmoe_operator.kube.errors import (
     Forbidden,
     KubeApiError,
     NamespaceTerminating,
+    NodeTooSmall,
     Unavailable,
     error_from_status,
 )
@@ -240,8 +241,8 @@ class KubeTransport:
             return _decode_response(f"{verb} {path}", status, payload, response.headers)
         except Forbidden as error:
             # Not to be taken for missing permissions, of which an alert tells.
-            is_going = isinstance(error, NamespaceTerminating)
-            self._on_request(verb, kind, error.reason if is_going else status)
+            is_permitted = isinstance(error, NamespaceTerminating | NodeTooSmall)
+            self._on_request(verb, kind, error.reason if is_permitted else status)
             raise
 
     @staticmethod

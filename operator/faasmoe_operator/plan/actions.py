@@ -20,7 +20,7 @@ class ActionReason(StrEnum):
     NOT_PLANNED = "NotPlanned"
     """The plan has no such function."""
     MEMORY = "Memory"
-    """The function is evicted for one that was used more recently."""
+    """The function is evicted for one that was used more recently, or all of a sandbox are."""
     IDLE = "Idle"
     """The sandbox is empty and exceeds the warm pool."""
     FAILED = "Failed"

@@ -55,6 +55,7 @@ class MemoryHolder:
         is_evictable: whether it may be evicted once it is not in use.
         is_leaving: whether it is being evicted already.
         is_idle: whether it is known not to be in use, however short ago it was.
+        is_pinned: whether it is never evicted.
     """
 
     key: tuple[str, str]
@@ -63,6 +64,7 @@ class MemoryHolder:
     is_evictable: bool = True
     is_leaving: bool = False
     is_idle: bool = False
+    is_pinned: bool = False
 
     @property
     def name(self) -> str:
@@ -78,15 +80,24 @@ class MemoryClaim:
         name: the function, or the router.
         size_bytes: its memory.
         last_used: time of the last request that waited for it.
+        waiting_since: time since when requests wait for it; 0 if that is not known.
     """
 
     name: str
     size_bytes: int
     last_used: float
+    waiting_since: float = 0.0
 
     def precedes(self, other: MemoryClaim) -> bool:
-        """Return whether it gets memory before another one: the one used last is first."""
-        return (self.last_used, self.name) > (other.last_used, other.name)
+        """Return whether it gets memory before another one.
+
+        The one used last is first; of several that requests wait for, the one that waits longest.
+        """
+        return self._rank > other._rank
+
+    @property
+    def _rank(self) -> tuple[float, float, str]:
+        return self.last_used, -self.waiting_since, self.name
 
 
 @dataclass(frozen=True, slots=True)

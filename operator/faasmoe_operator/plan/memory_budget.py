@@ -23,6 +23,7 @@ from faasmoe_operator.plan.fleet import (
     MemoryHolder,
     ObservedSandbox,
     Replica,
+    SandboxState,
 )
 
 
@@ -234,8 +235,11 @@ def function_holders(
             assignment.memory_bytes,
             assignment.last_used,
             is_evictable=assignment.state is AssignmentState.ATTACHED
+            and sandbox.state is not SandboxState.DRAINING
             and assignment.function not in kept,
-            is_leaving=assignment.state is AssignmentState.DETACHING,
+            is_leaving=assignment.state is AssignmentState.DETACHING
+            or sandbox.state is SandboxState.DRAINING,
+            is_pinned=assignment.function in kept,
         )
         for sandbox in sandboxes
         for assignment in sandbox.assignments

@@ -114,13 +114,14 @@ class ProcessPlatform:
         finally:
             self._pending.pop(name, None)
 
-    async def delete(self, sandbox_id: str) -> None:
-        """Start the deletion of a sandbox: SIGTERM now, SIGKILL after the grace period."""
+    async def delete(self, sandbox_id: str, *, at_once: bool = False) -> None:
+        """Start the deletion of a sandbox: SIGTERM now, SIGKILL after the grace period, if any."""
         sandbox = self._registry.get(sandbox_id)
         if sandbox is None or self._zygote is None:
             return
         self._prober.stop(sandbox_id)
-        self._zygote.send({"verb": "kill", "id": sandbox_id, "grace_s": self._timing.grace_s})
+        grace_s = 0.0 if at_once else self._timing.grace_s
+        self._zygote.send({"verb": "kill", "id": sandbox_id, "grace_s": grace_s})
         self._registry.upsert(replace(sandbox, ready=False))
 
     async def list(self) -> tuple[Sandbox, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from faasmoe_router.toolcalls.formats import HERMES
 
-_INSTRUCTION = """\
+INSTRUCTION = """\
 You may call functions. They are, one JSON object per line:
 {tools}
 To call a function, write only this, with the function's name and arguments as JSON:
@@ -25,7 +25,7 @@ def with_prompted_tools(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Return the messages of a chat with tools for a template that knows no tools."""
-    instruction = _INSTRUCTION.format(
+    instruction = INSTRUCTION.format(
         tools="\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools),
         start=HERMES.start_marker,
         end=HERMES.end_marker,

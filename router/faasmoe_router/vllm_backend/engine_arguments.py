@@ -17,8 +17,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from faasmoe_contracts.store import Store
 from faasmoe_router.config import PREFIX, RouterConfig
 from faasmoe_router.errors import RouterConfigError
-from faasmoe_router.vllm_backend.parsers import Parsers, read_chat_template, select_parsers
+from faasmoe_router.vllm_backend.parsers import Parsers, read_chat_templates, select_parsers
 from faasmoe_router.vllm_backend.quantization import METHOD
+from faasmoe_router.vllm_backend.tool_template import with_tools
 from faasmoe_router.vllm_backend.weights import LOAD_FORMAT
 from faasmoe_transformers.onednn import is_fast_on_cpu
 
@@ -28,6 +29,8 @@ DEFAULT_MODEL_LEN = 8192
 DEFAULT_KV_CACHE_BYTES = 2 << 30
 NO_GRAPHS = {"cudagraph_mode": "NONE"}
 """On a GPU: a CUDA graph must not span a call. Compiled code may, as calls are opaque to it."""
+OWN_RENDERERS = ("GptOssForCausalLM",)
+"""Families whose chats vLLM renders without a template."""
 WORKER_EXTENSION = "faasmoe_router.vllm_backend.worker_extension.FunctionWorkerExtension"
 
 
@@ -87,11 +90,12 @@ def _values(
         "max_logprobs": arguments.max_logprobs,
         "tensor_parallel_size": arguments.tensor_parallel_size,
         "scheduling_policy": "priority",
+        "tool_strict_level": "parameter",  # arguments of forced calls conform to their schemas
         "generation_config": "auto" if config.generation_config == "auto" else "vllm",
         "worker_extension_cls": WORKER_EXTENSION,
         "fingerprint_mode": "custom",
         "fingerprint_value": fingerprint,
-        "chat_template": _chat_template(folder),
+        "chat_template": _chat_template(folder, store.manifest.model.architecture),
         "compilation_config": json.dumps(NO_GRAPHS) if device == "cuda" else None,
     }
 
@@ -134,8 +138,8 @@ def _kv_cache_bytes(config: RouterConfig, device: str) -> int | None:
 
 def _parsers(config: RouterConfig, store: Store) -> Parsers:
     """Return the model's parsers; raises RouterConfigError for one that vLLM has not."""
-    template = read_chat_template(store.path / "model")
-    parsers = select_parsers(config.engine_args, store.manifest.model.architecture, template)
+    templates = "\n".join(read_chat_templates(store.path / "model"))
+    parsers = select_parsers(config.engine_args, store.manifest.model.architecture, templates)
     _check_parser("tool_call_parser", parsers.tool_call, ToolParserManager)
     _check_parser("reasoning_parser", parsers.reasoning, ReasoningParserManager)
     if parsers != Parsers(None, None):
@@ -152,6 +156,12 @@ def _check_parser(name: str, parser: str | None, manager: Any) -> None:
         )
 
 
-def _chat_template(folder: Path) -> Path | None:
+def _chat_template(folder: Path, architecture: str) -> str | Path | None:
+    """Return the chat template for vLLM, text or its file; None for those of the tokenizer."""
+    templates = read_chat_templates(folder)
+    if len(templates) == 1 and architecture not in OWN_RENDERERS:
+        extended = with_tools(templates[0])
+        if extended is not None:
+            return extended
     path = folder / "chat_template.jinja"
     return path if path.exists() else None

@@ -40,7 +40,9 @@ REASONING_PARSERS: Mapping[str, _Rules] = {
     ),
     "GptOssForCausalLM": (("", "openai_gptoss"),),
 }
-"""By the model's class in transformers; a family that is missing writes neither."""
+"""By the model's class in transformers; a family that is missing writes no reasoning."""
+GENERIC_TOOL_CALL_PARSER = "hermes"
+"""For chat templates without marks of calls: vLLM forces calls in a parser's form only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +64,25 @@ def select_parsers(arguments: VllmArguments, architecture: str, chat_template: s
     Args:
         arguments: the settings.
         architecture: the model's class in transformers.
-        chat_template: its chat template; empty for none.
+        chat_template: its chat template, or all of them; empty for none.
     """
+    generic = (("", GENERIC_TOOL_CALL_PARSER),) if chat_template else ()
+    rules = {architecture: (*TOOL_CALL_PARSERS.get(architecture, ()), *generic)}
     return Parsers(
-        _select(arguments.tool_call_parser, TOOL_CALL_PARSERS, architecture, chat_template),
+        _select(arguments.tool_call_parser, rules, architecture, chat_template),
         _select(arguments.reasoning_parser, REASONING_PARSERS, architecture, chat_template),
     )
 
 
-def read_chat_template(folder: Path) -> str:
-    """Return the chat template of a checkpoint's folder, all of them if it has several."""
+def read_chat_templates(folder: Path) -> tuple[str, ...]:
+    """Return the chat templates of a checkpoint's folder; most have one."""
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if file.exists():
-        return file.read_text()
+        return (file.read_text(),)
     template = json.loads(config.read_text()).get("chat_template") if config.exists() else None
     if isinstance(template, list):
-        return "\n".join(str(entry.get("template", "")) for entry in template)
-    return template or ""
+        return tuple(str(entry.get("template", "")) for entry in template)
+    return (template,) if template else ()
 
 
 def _select(

@@ -11,7 +11,9 @@ def register() -> None:
     from faasmoe_router.vllm_backend.operators import register_operators
     from faasmoe_router.vllm_backend.quantization import METHOD, FaasmoeQuantizationConfig
     from faasmoe_router.vllm_backend.weights import LOAD_FORMAT, StoreModelLoader
+    from faasmoe_transformers.compiled_artifacts import make_loadable
 
+    make_loadable()
     register_operators()
     register_quantization_config(METHOD)(FaasmoeQuantizationConfig)
     register_model_loader(LOAD_FORMAT)(StoreModelLoader)

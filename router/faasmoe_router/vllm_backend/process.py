@@ -40,17 +40,21 @@ from faasmoe_router.data_plane import (
     read_tenants,
 )
 from faasmoe_router.errors import RouterConfigError
+from faasmoe_router.tenants.registry import TenantRegistry
 from faasmoe_router.tenants.service import NoTenants, TenantService
 from faasmoe_router.tenants.usage import FunctionCost
 from faasmoe_router.version import system_fingerprint_of
 from faasmoe_router.vllm_backend.app import EngineState, create_app
 from faasmoe_router.vllm_backend.engine_arguments import parse_engine_arguments
 from faasmoe_router.vllm_backend.engine_client import TenantEngine
+from faasmoe_router.vllm_backend.engine_process import EngineProcess
 from faasmoe_router.vllm_backend.fair_gate import FairGate
 from faasmoe_router.vllm_backend.metrics import JoinedRegistry
 from faasmoe_router.vllm_backend.routing_view import RoutingView
 from faasmoe_router.vllm_backend.tenant_middleware import TenantMiddleware
 from faasmoe_tracing import create_tracer
+from faasmoe_transformers.errors import UnsupportedVersions
+from faasmoe_transformers.version_check import VLLM_MODULES, check_private_names
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +82,7 @@ class VllmRouterProcess:
 
     def __init__(self, config: RouterConfig, phases: StartPhases) -> None:
         os.environ.update({k: v for k, v in VLLM_ENVIRONMENT.items() if k not in os.environ})
-        self._tracer = create_tracer(os.environ, service="faasmoe-router")
+        _check_libraries()
         self._phases = phases
         self._has_given_up = False
         self._registry = JoinedRegistry()
@@ -89,6 +93,22 @@ class VllmRouterProcess:
         self._arguments = _arguments(config, store, model_name)
         self._vllm_config = _engine_config(self._arguments)
         phases.end("configuration")
+        self._engine_process = EngineProcess(self._vllm_config)
+        try:
+            self._create_api(config, store, tenants_registry, model_name)
+        except BaseException:
+            self._engine_process.close()
+            raise
+        phases.end("api")
+
+    def _create_api(
+        self,
+        config: RouterConfig,
+        store: Store,
+        tenants_registry: TenantRegistry | None,
+        model_name: str,
+    ) -> None:
+        self._tracer = create_tracer(os.environ, service="faasmoe-router")
         self._gate = FairGate(slots=config.max_num_seqs, max_waiting=config.max_waiting)
         self._cost = FunctionCost()
         self._state = EngineState()
@@ -133,7 +153,6 @@ class VllmRouterProcess:
         self._server, self._listeners = create_http_server(
             app, config, on_started=self._log_start, on_drain_timeout=self._abort_running
         )
-        phases.end("api")
 
     @property
     def is_stuck(self) -> bool:
@@ -170,30 +189,40 @@ class VllmRouterProcess:
     async def _running_engine(self) -> AsyncIterator[None]:
         """Run vLLM's engine and its app for the lifetime of the context."""
         arguments = self._arguments
+        with contextlib.closing(self._engine_process):
+            engine = await self._join_engine()
+            try:
+                tasks = await engine.get_supported_tasks()
+                app = build_app(arguments, tasks, engine.model_config)
+                add_router_error_handler(app)
+                await init_app_state(engine, app.state, arguments, tasks)
+                async with app.router.lifespan_context(app):
+                    self._state.engine = engine
+                    self._state.app = TenantMiddleware(
+                        app,
+                        model_name=arguments.served_model_name[0],
+                        activator=self._activator,
+                        admission=self._admission,
+                    )
+                    yield
+            finally:
+                self._state.app = None
+                engine.shutdown(timeout=0)
+
+    async def _join_engine(self) -> TenantEngine:
+        """Wait for the engine; return its client."""
+        await self._engine_process.wait_started()
         engine = TenantEngine.from_vllm_config(
-            self._vllm_config, usage_context=UsageContext.OPENAI_API_SERVER
+            self._vllm_config,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            client_addresses=self._engine_process.client_addresses,
         )
         assert isinstance(engine, TenantEngine)
+        self._engine_process.join(engine)
         engine.gate = self._gate
         engine.admission = self._admission
         engine.request_timeout_s = self._request_timeout_s
-        try:
-            tasks = await engine.get_supported_tasks()
-            app = build_app(arguments, tasks, engine.model_config)
-            add_router_error_handler(app)
-            await init_app_state(engine, app.state, arguments, tasks)
-            async with app.router.lifespan_context(app):
-                self._state.engine = engine
-                self._state.app = TenantMiddleware(
-                    app,
-                    model_name=arguments.served_model_name[0],
-                    activator=self._activator,
-                    admission=self._admission,
-                )
-                yield
-        finally:
-            self._state.app = None
-            engine.shutdown(timeout=0)
+        return engine
 
     async def _watch_engine(self) -> None:
         """End the process once the engine has died: another one starts from the beginning."""
@@ -251,6 +280,13 @@ class VllmRouterProcess:
         if engine is not None:
             running = list(engine.output_processor.request_states)
             self._abort_task = asyncio.ensure_future(engine.abort(running, internal=True))
+
+
+def _check_libraries() -> None:
+    try:
+        check_private_names(VLLM_MODULES)
+    except UnsupportedVersions as error:
+        raise RouterConfigError(f"FAASMOE_ENGINE: {error}") from error
 
 
 def _arguments(config: RouterConfig, store: Store, model_name: str) -> Namespace:

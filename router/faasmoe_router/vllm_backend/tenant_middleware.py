@@ -43,6 +43,8 @@ from faasmoe_router.vllm_backend.request_account import REQUEST, RequestContext
 GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 OTHER_PATHS = ("/v1/messages/count_tokens", "/tokenize", "/detokenize")
 TOKEN_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+COMPLETED = b"event: response.completed\ndata: "
 BYTES_PER_TOKEN = 4
 """Of a body, to estimate which functions its prompt needs before it is tokenized."""
 
@@ -98,10 +100,11 @@ class TenantMiddleware:
         tell_prepared(request)  # vLLM does the rest, and says nothing of it
         if scope["method"] == "POST":
             value = parse_body(body, caller, self._model_name)
+            value |= tools_with_parameters(value)
             body = json.dumps(value | system_prompt(value, scope["path"], caller)).encode()
         context = RequestContext(caller, token_limit(value, caller) is not None)
         inner = {**scope, "headers": _with_length(scope, len(body))}
-        received, answer = _BodyThenReceive(body, receive), _HeaderAdder(context, send)
+        received, answer = _BodyThenReceive(body, receive), _Answer(context, send)
         if scope["path"] not in GENERATION_PATHS:
             await self._app(inner, received, answer)
             return
@@ -170,6 +173,28 @@ def token_limit(value: Mapping[str, Any], caller: Caller) -> int | None:
     return given[0][1] if given else None
 
 
+def tools_with_parameters(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the field `tools` where functions without parameters take an empty object.
+
+    vLLM would let their arguments be any JSON.
+    """
+    tools = value.get("tools")
+    if not isinstance(tools, list):
+        return {}
+    return {"tools": [_with_parameters(tool) for tool in tools]}
+
+
+def _with_parameters(tool: Any) -> Any:
+    """Return a tool of a chat, or of a response, which has the function's fields itself."""
+    if not isinstance(tool, dict) or tool.get("type") != "function":
+        return tool
+    function = tool.get("function", tool)
+    if not isinstance(function, dict) or function.get("parameters") is not None:
+        return tool
+    completed = {**function, "parameters": NO_PARAMETERS}
+    return {**tool, "function": completed} if "function" in tool else completed
+
+
 def system_prompt(value: Mapping[str, Any], path: str, caller: Caller) -> dict[str, Any]:
     """Return the fields that a caller's system prompt changes; none if the request has its own.
 
@@ -203,8 +228,22 @@ class _BodyThenReceive:
         return {"type": "http.request", "body": body, "more_body": False}
 
 
-class _HeaderAdder:
-    """An ASGI send callable that adds the headers of a request's context to its response."""
+def renamed_event(event: bytes) -> bytes:
+    """Return the last event of a streamed response under OpenAI's name for one that was cut.
+
+    vLLM calls it completed whatever its status.
+    """
+    if not event.startswith(COMPLETED):
+        return event
+    value = json.loads(event.removeprefix(COMPLETED))
+    if value["response"]["status"] != "incomplete":
+        return event
+    renamed = json.dumps(value | {"type": "response.incomplete"}, separators=(",", ":"))
+    return f"event: response.incomplete\ndata: {renamed}\n\n".encode()
+
+
+class _Answer:
+    """An ASGI send callable: the headers of a request's context, and names of events."""
 
     def __init__(self, context: RequestContext, send: Send) -> None:
         self._context = context
@@ -215,6 +254,8 @@ class _HeaderAdder:
             headers = MutableHeaders(scope=message)
             for name, value in self._context.headers.items():
                 headers[name] = value
+        elif message.get("body"):
+            message = {**message, "body": renamed_event(message["body"])}
         await self._send(message)
 
 

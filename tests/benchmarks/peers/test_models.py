@@ -108,3 +108,6 @@ def test_the_engine_vllm_is_asked_for_where_its_environment_is_given() -> None:
     assert "engine" not in own.spec_fields("bf16")[1]
     _, router = replace(own, vllm_python=Path("/v")).spec_fields("bf16")
     assert RouterSpec.model_validate(router).engine == "vllm"
+    assert router["engineArgs"]["enforceEager"]
+    compiled = replace(own, vllm_python=Path("/v"), vllm_is_compiled=True).spec_fields("bf16")[1]
+    assert not compiled["engineArgs"]["enforceEager"]

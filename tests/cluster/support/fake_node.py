@@ -154,6 +154,7 @@ class FakeNode:
             if "deletionTimestamp" in pod["metadata"]:
                 self._terminate(pod)
             elif uid in self._pods:
+                self._pods[uid].pod = pod
                 self._sync_pod(self._pods[uid])
             elif uid not in self._exited:
                 self._start(pod)
@@ -228,6 +229,8 @@ class FakeNode:
             "ready": is_ready,
             "started": is_ready,
             "restartCount": running.restarts,
+            # As a kubelet that can resize pods says, and has applied at once.
+            "resources": running.pod["spec"]["containers"][0].get("resources", {}),
         }
         reported = {"address": running.address, "status": status}
         if reported == running.reported_status:

@@ -1,4 +1,7 @@
-"""A zygote whose children print a variable and wait, write to a descriptor, or exit."""
+"""A zygote whose children print a variable and wait, write to a descriptor, or exit.
+
+They print what it has made for them, too: the words of all children so far.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,16 @@ def main() -> int:
     die_with_parent()
     if "FAILS" in os.environ:
         sys.exit("no luck")
-    if not ForkServer.from_environment(process_name="forked").run():
+    words: list[str] = []
+    server = ForkServer.from_environment(
+        process_name="forked", before_fork=lambda environment: words.append(environment["WORD"])
+    )
+    if not server.run():
         return 0
     die_with_parent()  # its environment names the zygote
     if "IGNORES_SIGTERM" in os.environ:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    print(f"{os.environ['WORD']} {sorted(os.environ)}", flush=True)
+    print(f"{' '.join(words)} {sorted(os.environ)}", flush=True)
     if descriptor := os.environ.get("DESCRIPTOR"):
         os.write(int(descriptor), b"written")
     if status := os.environ.get("STATUS"):

@@ -34,8 +34,10 @@ class FakeRouters:
         self.set(**state)
 
     def set(self, **state: bool) -> None:
-        fields = {"is_running": False, "is_wanted": False, "is_pinned": False, **state}
-        self.report = RouterReport("a/0", 1, 0.0, **fields)
+        flags = ("is_running", "is_wanted", "is_pinned", "is_ready")
+        self.report = RouterReport(
+            "a/0", 1, 0.0, **{**dict.fromkeys(flags, False), **state}, waiting_s=0.0
+        )
         self._changed.notify()
 
     @property

@@ -74,6 +74,20 @@ def test_a_child_has_its_own_environment_name_and_output() -> None:
     run(scenario, SECRET="of the zygote")
 
 
+def test_children_inherit_what_was_made_before_they_were_forked() -> None:
+    async def scenario(zygote: Zygote) -> None:
+        lines: asyncio.Queue[str] = asyncio.Queue()
+        for word, expected in (("one", "one ["), ("two", "one two [")):
+            environment = {"WORD": word, "STATUS": "0"}
+            async with zygote.running_child(
+                environment, log=lines.put_nowait, grace_s=GRACE_S
+            ) as child:
+                assert await child.exit_status() == 0
+            assert (await lines.get()).startswith(expected)
+
+    run(scenario)
+
+
 def test_status_and_last_lines_of_a_child_that_exits() -> None:
     async def scenario(zygote: Zygote) -> None:
         environment = {"WORD": "bye", "STATUS": "3"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -90,9 +91,10 @@ def test_routers_and_functions_make_room_for_each_other() -> None:
         return RouterMemory(name, 1, last_used, is_running, is_wanted=True)
 
     async def work() -> None:
-        async with running_machine(limit=2) as machine:
+        async with running_machine(limit=4) as machine:
             await activate(machine.a, "a0")
             await activate(machine.a, "a1")
+            # It brings b0 and b1.
             starting = router("b/0", is_running=False, last_used=fast_clock())
             assert machine.memory.update_routers([starting]) == frozenset()
             await eventually(lambda: has(machine.a, "a1"))  # a0 was used before it
@@ -129,17 +131,30 @@ class Member:
 
     Attributes:
         holders: what it holds.
+        missing: size of what a router will call beside that.
+        n_releases: how often it was told to let all go.
         evicted: what it was told to detach.
         n_reconciles: how often it was told to plan anew.
     """
 
     def __init__(self, *holders: MemoryHolder) -> None:
         self.holders = list(holders)
+        self.missing = 0
+        self.n_releases = 0
         self.evicted: list[MemoryHolder] = []
         self.n_reconciles = 0
 
     def memory_holders(self) -> list[MemoryHolder]:
         return self.holders
+
+    def held_bytes(self) -> int:
+        return sum(holder.size_bytes for holder in self.holders)
+
+    def missing_bytes(self) -> int:
+        return self.missing
+
+    def release(self) -> None:
+        self.n_releases += 1
 
     def evict(self, holder: MemoryHolder) -> None:
         self.evicted.append(holder)
@@ -155,11 +170,92 @@ def test_functions_of_a_model_are_idle_while_its_routers_are() -> None:
     memory.join("a", Member(used))
     router = RouterMemory("a/0", 1, now, is_running=True, is_wanted=True)
     memory.update_routers([router])
-    assert memory.view("b").others[-1] == used
-    memory.update_routers([replace(router, last_used=now - 0.3)])
-    idle = replace(used, is_idle=True, last_used=now - 0.3)
-    assert memory.view("b").others[-1] == idle
-    assert memory.view("a").others == (replace(router, last_used=now - 0.3).holder(now),)
+    assert memory.view("b").others == (router.holder(now), used)
+    idle = replace(router, last_used=now - 0.3)
+    memory.update_routers([idle])
+    assert memory.view("b").others == (replace(idle.holder(now), size_bytes=2),)  # as a whole
+    assert memory.view("a").others == (idle.holder(now),)
+
+
+def starting(name: str, *, size: int = 1, last_used: float = 100.0) -> RouterMemory:
+    return RouterMemory(name, size, last_used, is_running=False, is_wanted=True, is_ready=False)
+
+
+def test_memory_is_kept_for_functions_of_a_router_that_starts_until_they_are_there() -> None:
+    now = 100.0
+    memory = MemoryPool(10, clock=lambda: now)
+    member = Member()
+    member.missing = 6
+    memory.join("a", member)
+    memory.join("b", Member())
+    router = starting("a/0")
+    assert memory.update_routers([router]) == {"a/0"}
+    running = replace(router, is_running=True)
+    assert sum(h.size_bytes for h in memory.view("b").others) == 7
+    assert sum(h.size_bytes for h in memory.view("a").others) == 1
+    assert memory.update_routers([running, starting("b/0", size=4)]) == {"a/0"}
+    assert memory.view("a").claims == ()  # what has started goes on before others start
+    member.holders, member.missing = [MemoryHolder(("s", "f"), 4, now)], 2
+    assert sum(h.size_bytes for h in memory.view("b").others) == 7
+    member.holders = [MemoryHolder(("s", "f"), 6, now)]
+    memory.update_routers([running])
+    member.holders = []  # they went to zero afterwards
+    assert memory.update_routers([running, starting("b/0", size=4)]) == {"a/0", "b/0"}
+
+
+def test_memory_is_kept_for_functions_for_a_while_only() -> None:
+    now = 100.0
+    memory = MemoryPool(10, clock=lambda: now)
+    member = Member()
+    member.missing = 6
+    memory.join("a", member)
+    router = starting("a/0")
+    memory.update_routers([router])
+    now += 1000.0
+    running = replace(router, is_running=True, last_used=now)
+    assert memory.update_routers([running, starting("b/0", size=9, last_used=now)]) == {
+        *("a/0", "b/0")
+    }
+
+
+def test_of_models_in_use_that_lack_memory_the_first_gets_it() -> None:
+    now = 100.0
+    memory = MemoryPool(10, clock=lambda: now)
+    members = {name: Member(MemoryHolder((name, "f"), 3, now)) for name in "ab"}
+    for name, member in members.items():
+        memory.join(name, member)
+    memory.update_routers([starting("a/0")])
+    first = replace(starting("a/0"), is_running=True)
+    assert memory.update_routers([first, starting("b/0")]) == {"a/0", "b/0"}
+    routers = [first, replace(starting("b/0"), is_running=True)]
+    for name in "ab":
+        memory.settle(name, [MemoryClaim(f"{name}2", 4, now)], [])
+    memory.update_routers(routers)
+    theirs = memory.view("a")
+    assert theirs.claims == ()
+    assert [h.is_evictable and h.is_idle for h in theirs.others if h.name == "f"] == [True]
+    ours = memory.view("b")
+    assert [(claim.name, claim.last_used) for claim in ours.claims] == [("a2", math.inf)]
+    assert [h.is_evictable for h in ours.others if h.name == "f"] == [False]
+    memory.settle("a", [], [])  # it has what it needs, and is called now
+    assert [h.is_evictable for h in memory.view("b").others if h.name == "f"] == [True]
+
+
+def test_functions_go_once_the_router_that_makes_room_has_had_its_last_request() -> None:
+    now = 100.0
+    memory = MemoryPool(10, clock=lambda: now)
+    member = Member(MemoryHolder(("s", "f"), 4, 50.0))
+    memory.join("a", member)
+    idle = RouterMemory("a/0", 4, 50.0, is_running=True, is_wanted=True)
+    new = starting("b/0", size=7)
+    assert memory.update_routers([idle, new]) == frozenset()
+    assert all(holder.is_leaving for holder in memory.view("b").others)
+    assert (member.n_releases, member.evicted) == (0, [])
+    memory.update_routers([replace(idle, is_ready=False), new])
+    assert member.n_releases == 1
+    assert memory.update_routers([replace(idle, is_running=False, is_wanted=False), new]) == set()
+    member.holders = []
+    assert memory.update_routers([new]) == {"b/0"}
 
 
 def test_claims_are_seen_by_others_and_told_when_memory_is_free() -> None:

@@ -46,7 +46,7 @@ class FakePlatform:
         self.n_created += 1
         return self.add(template)
 
-    async def delete(self, sandbox_id: str) -> None:
+    async def delete(self, sandbox_id: str, *, at_once: bool = False) -> None:
         self.registry.remove(sandbox_id, reason="deleted")
 
     async def list(self) -> tuple[Sandbox, ...]:

@@ -20,6 +20,7 @@ from faasmoe_operator.kube.errors import (
     Invalid,
     KubeApiError,
     NamespaceTerminating,
+    NodeTooSmall,
     Unavailable,
 )
 from faasmoe_operator.kube.transport import KubeTransport
@@ -334,6 +335,13 @@ def test_a_namespace_that_is_deleted_is_no_lack_of_permissions() -> None:
     assert scenario.counted == [("create", "pods", "NamespaceTerminating")]
     other = exchange(create, error_response(403, "Forbidden"))
     assert other.counted == [("create", "pods", 403)]
+
+
+def test_a_node_that_is_too_small_is_no_lack_of_permissions() -> None:
+    text = "node didn't have enough allocatable resources: cpu, requested: 1000, allocatable: 900"
+    scenario = exchange(create, error_response(403, "Forbidden", text))
+    assert type(scenario.result) is NodeTooSmall
+    assert scenario.counted == [("create", "pods", "NodeTooSmall")]
 
 
 def test_tells_already_exists_from_other_conflicts() -> None:

@@ -19,7 +19,13 @@ from faasmoe_operator.errors import PlanError
 from faasmoe_operator.kube import model_runtime
 from faasmoe_operator.kube.cache import OwnedPods
 from faasmoe_operator.kube.client import KubeApi
-from faasmoe_operator.kube.errors import Forbidden, Unavailable
+from faasmoe_operator.kube.errors import (
+    Forbidden,
+    Invalid,
+    KubeApiError,
+    NodeTooSmall,
+    Unavailable,
+)
 from faasmoe_operator.kube.manifests import ControlSecrets, ModelContext
 from faasmoe_operator.kube.manifests.names import (
     FUNCTION_LABEL,
@@ -344,6 +350,36 @@ def test_a_resize_that_is_refused_keeps_nothing_from_serving() -> None:
             await eventually(lambda: routable_functions(controller) == {name})
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NodeTooSmall("node didn't have enough", status=403),
+        Invalid("Pod running on node without support for resize", status=422),
+    ],
+)
+def test_what_a_node_cannot_give_is_asked_for_once(error: KubeApiError) -> None:
+    ctx = replace(model_context(warmPool=1), can_resize=True)
+
+    async def scenario() -> None:
+        async with world() as running:
+            running.cluster.api.errors["resize", POD] = error
+            await running.runtimes.ensure(ctx)
+            controller = await running.controller()
+            first, second = list(controller.model.functions)[:2]
+            controller.activate([first])
+            await eventually(lambda: len(set(resized(running))) == 1)
+            controller.activate([second])
+            await eventually(lambda: len(set(resized(running))) == 2)
+            assert len(resized(running)) == 2
+
+    asyncio.run(scenario())
+
+
+def resized(running: RuntimeHarness) -> list[str]:
+    """Return the pods whose resize was asked for, in order."""
+    return [name for verb, _, name in running.cluster.api.requests if verb == "resize"]
 
 
 def requested(running: RuntimeHarness) -> set[tuple[str, str]]:

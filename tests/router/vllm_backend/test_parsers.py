@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from faasmoe_router.config import VllmArguments
-from faasmoe_router.vllm_backend.parsers import Parsers, read_chat_template, select_parsers
+from faasmoe_router.vllm_backend.parsers import Parsers, read_chat_templates, select_parsers
 
 HERMES = "{% for tool in tools %}<tool_call>{% endfor %}"
 KIMI = "<|tool_call_begin|>f<|tool_call_argument_begin|>{}"
@@ -14,7 +14,8 @@ DEEPSEEK = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>"
 @pytest.mark.parametrize(
     ("architecture", "template", "expected"),
     [
-        ("Qwen2MoeForCausalLM", "{{ messages }}", Parsers(None, None)),
+        ("Qwen2MoeForCausalLM", "", Parsers(None, None)),
+        ("Qwen2MoeForCausalLM", "{{ messages }}", Parsers("hermes", None)),
         ("Qwen2MoeForCausalLM", HERMES, Parsers("hermes", None)),
         ("Qwen3MoeForCausalLM", HERMES + "enable_thinking", Parsers("hermes", "qwen3")),
         (
@@ -39,7 +40,7 @@ DEEPSEEK = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>"
             Parsers("deepseek_v31", "deepseek_v3"),
         ),
         ("GptOssForCausalLM", "", Parsers("openai", "openai_gptoss")),
-        ("OlmoeForCausalLM", HERMES, Parsers(None, None)),
+        ("OlmoeForCausalLM", "{{ messages }}", Parsers("hermes", None)),
     ],
 )
 def test_family_and_chat_template_choose_the_parsers(
@@ -56,13 +57,13 @@ def test_settings_override_the_family() -> None:
     assert chosen == Parsers(None, None)
 
 
-def test_the_template_is_read_from_its_file_or_from_the_tokenizers_config(tmp_path: Path) -> None:
-    assert read_chat_template(tmp_path) == ""
+def test_templates_are_read_from_its_file_or_from_the_tokenizers_config(tmp_path: Path) -> None:
+    assert read_chat_templates(tmp_path) == ()
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({"chat_template": "one"}))
-    assert read_chat_template(tmp_path) == "one"
+    assert read_chat_templates(tmp_path) == ("one",)
     several = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
     config.write_text(json.dumps({"chat_template": several}))
-    assert read_chat_template(tmp_path) == "a\nb"
+    assert read_chat_templates(tmp_path) == ("a", "b")
     (tmp_path / "chat_template.jinja").write_text("file")
-    assert read_chat_template(tmp_path) == "file"
+    assert read_chat_templates(tmp_path) == ("file",)

@@ -90,6 +90,8 @@ def parse_router_report(content: bytes, *, now: float) -> list[RouterMemory]:
             is_running=report.is_running,
             is_wanted=report.is_wanted,
             is_pinned=report.is_pinned,
+            is_ready=report.is_ready,
+            waiting_since=now - report.waiting_s,
         )
         for report in reports
     ]

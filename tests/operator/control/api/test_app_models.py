@@ -214,6 +214,8 @@ def router_report(**fields: Any) -> dict[str, Any]:
         "is_running": False,
         "is_wanted": True,
         "is_pinned": False,
+        "is_ready": False,
+        "waiting_s": 0.0,
     }
     return {"routers": [{**report, **fields}]}
 
@@ -277,6 +279,8 @@ def test_machine_says_which_routers_fit_its_memory() -> None:
         (router_report(size_bytes=-1), "routers.0.size_bytes"),
         (router_report(idle_s="1"), "routers.0.idle_s"),
         (router_report(is_running=1), "routers.0.is_running"),
+        (router_report(is_ready=1), "routers.0.is_ready"),
+        (router_report(waiting_s=-1.0), "routers.0.waiting_s"),
         (router_report(other=1), "routers.0.other"),
     ],
 )
