@@ -28,6 +28,7 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 
 from faasmoe_transformers.error_isolation import BatchErrorIsolation, ErrorPolicy
 from faasmoe_transformers.errors import CacheAllocationFailed, CacheTooSmall, UnsupportedModel
+from faasmoe_transformers.generation_step import GenerationStep
 from faasmoe_transformers.native_attention import use_native_attention
 from faasmoe_transformers.native_step import ComputeMode, restore_modules, use_native_step
 from faasmoe_transformers.prefix_cache import SaltTokens, salt_prefix_cache
@@ -206,9 +207,8 @@ class ContinuousBatcher:
             CacheTooSmall: the cache cannot hold one request of `max_model_len` tokens.
             UnsupportedModel: continuous batching cannot run the model.
         """
-        self._manager.output_router = _EventLoopOutputRouter(
-            loop, on_outputs, self._pop_cached_tokens
-        )
+        outputs = EventLoopOutputRouter(loop, on_outputs, self._pop_cached_tokens)
+        self._manager.output_router = outputs
         try:
             with UntouchedZeros():
                 self._manager.warmup()
@@ -220,6 +220,10 @@ class ContinuousBatcher:
         batch_processor = self._manager.batch_processor
         if self._compute == "auto":
             use_native_step(self._manager.model, batch_processor, self._logits_processor)
+        step = batch_processor._generation_step
+        if isinstance(step, GenerationStep):
+            outputs.is_holding = True
+            step.before_run = batch_processor.scheduler.on_no_batch = outputs.release
         if self._salt_tokens is not None:
             salt_prefix_cache(batch_processor.cache, self._salt_tokens)
         if self._count_batch is not None:
@@ -228,7 +232,7 @@ class ContinuousBatcher:
         batch_processor.scheduler.idle_reclaimer.on_reclaim = self._on_idle
         BatchErrorIsolation(self._manager, self._error_policy)
         # Requests that remain when the thread ends do not fail: another batcher resumes them.
-        self._manager._fail_all_remaining_requests = lambda *_: None
+        self._manager._fail_all_remaining_requests = lambda *_: outputs.release()
         self._manager.start()
 
     def stop(self, timeout_s: float) -> bool:
@@ -371,11 +375,23 @@ class ContinuousBatcher:
             raise CacheTooSmall(cache.num_sectors, n_required)
 
 
-class _EventLoopOutputRouter(OutputRouter):  # type: ignore[misc]
+class EventLoopOutputRouter(OutputRouter):  # type: ignore[misc]
     """Delivers a batch's outputs to one handler on the event loop, with one wake-up per batch.
+
+    While the event loop handles outputs it has the interpreter, which the batcher's thread needs to
+    prepare the next batch. So a batch's outputs can be held until the next one is computed without
+    the interpreter, or until there is none.
 
     transformers' own router keeps a handler per request, which is never removed for a cancelled
     request, and queues outputs without a handler forever.
+
+    Args:
+        loop: the event loop.
+        handler: receives outputs on it.
+        pop_cached_tokens: returns, once per request, the tokens of its prompt that were cached.
+
+    Attributes:
+        is_holding: whether batches are held until `release`.
     """
 
     def __init__(
@@ -385,16 +401,28 @@ class _EventLoopOutputRouter(OutputRouter):  # type: ignore[misc]
         pop_cached_tokens: PopCachedTokens,
     ) -> None:
         super().__init__()
+        self.is_holding = False
         self._loop = loop
         self._handler = handler
         self._pop_cached_tokens = pop_cached_tokens
+        self._held: list[Any] = []
 
     def deliver(self, output: Any) -> None:
-        """Deliver a single output."""
-        self.deliver_batch([output])
+        """Deliver a single output, after those that are held."""
+        self._held.append(output)
+        self.release()
 
     def deliver_batch(self, outputs: list[Any]) -> None:
-        """Deliver a batch's outputs, unless the event loop is closed."""
+        """Deliver a batch's outputs, or hold them."""
+        self._held += outputs
+        if not self.is_holding:
+            self.release()
+
+    def release(self) -> None:
+        """Deliver what is held, unless the event loop is closed; on the batcher's thread."""
+        if not self._held:
+            return
+        outputs, self._held = self._held, []
         cached_tokens = self._pop_cached_tokens(output.request_id for output in outputs)
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._handler, outputs, cached_tokens)

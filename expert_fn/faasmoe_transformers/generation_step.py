@@ -7,7 +7,7 @@ the scores.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,6 +65,10 @@ class GenerationStep:
         sampler: chooses tokens.
         highest_scores: finds the argmax of scores that a sampler has modified.
         output_ids: transformers' static memory of a batch's tokens, int32.
+
+    Attributes:
+        before_run: called once a batch is prepared; what other threads do then has the interpreter
+            while the batch is computed.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class GenerationStep:
         highest_scores: HighestScores,
         output_ids: Tensor,
     ) -> None:
+        self.before_run: Callable[[], object] = lambda: None
         self._program = program
         self._batch = batch
         self._tables = tables
@@ -93,7 +98,9 @@ class GenerationStep:
         positions = batch.positions  # [T]
         highest = int(positions.numpy().max())
         angles = [table.angles(hidden, positions, highest) for table in self._tables]
-        program.run_step(hidden[0], angles, batch.groups(), self._places())
+        groups, places = batch.groups(), self._places()
+        self.before_run()
+        program.run_step(hidden[0], angles, groups, places)
         n_rows = batch.n_scores
         if not n_rows or self._sampler.sample_greedily(self._peaks[:n_rows].tolist()):
             return

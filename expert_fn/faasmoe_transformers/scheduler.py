@@ -125,12 +125,14 @@ class PreemptibleFIFOScheduler(FIFOScheduler):  # type: ignore[misc]
         count_batch: called with every batch before it is computed.
         divide_prompts: divides a batch between prompts; None computes them one after the other.
         idle_reclaimer: releases memory once no request has been present for a while.
+        on_no_batch: called where no batch follows the last one at once.
     """
 
     def __init__(self, cache: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(cache, *args, **kwargs)
         self.count_batch: BatchCounter = lambda _: None
         self.divide_prompts: PromptDivider | None = None
+        self.on_no_batch: Callable[[], object] = lambda: None
         self.idle_reclaimer = IdleMemoryReclaimer(
             cache.cache_tensor,
             evict_cached_blocks=cache.evict_cached_blocks,
@@ -169,7 +171,10 @@ class PreemptibleFIFOScheduler(FIFOScheduler):  # type: ignore[misc]
         self.pop_cached_tokens(state.request_id for state in cancelled)
         if cancelled:
             self.block_new_requests = False
-        self.idle_reclaimer.observe(time.monotonic(), is_idle=not self.has_pending_requests())
+        is_idle = not self.has_pending_requests()
+        self.idle_reclaimer.observe(time.monotonic(), is_idle=is_idle)
+        if is_idle:
+            self.on_no_batch()
         return cancelled
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[Any, ...]:
@@ -182,6 +187,8 @@ class PreemptibleFIFOScheduler(FIFOScheduler):  # type: ignore[misc]
             finally:
                 self.divide_prompts = divide_prompts
         batch = scheduled[0] or ()
+        if not batch:
+            self.on_no_batch()
         self.count_batch([(each.state.request_id, each.query_length) for each in batch])
         return scheduled
 

@@ -227,6 +227,36 @@ static inline vf lane_scales_of_16(const float *p) {
 #endif
 }
 
+// int16 numbers of a unit; returns the scale, which is NaN if a number is not finite. A scale that is a power
+// of two leaves bfloat16 numbers exact that are not below a 128th of the largest.
+static float quantize_unit(const float *x, bool is_power_of_two, int16_t *numbers) {
+  uint32_t largest = 0;
+  for (int i = 0; i < kUnitColumns; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    largest = std::max(largest, bits & 0x7fffffffu);
+  }
+  float magnitude;
+  std::memcpy(&magnitude, &largest, 4);
+  if (largest >= 0x7f800000u) {
+    std::memset(numbers, 0, kUnitColumns * sizeof(int16_t));
+    return NAN;
+  }
+  float scale = magnitude >= 1e-30f ? magnitude / 32767 : 0;
+  if (is_power_of_two && scale > 0) {
+    uint32_t bits = (largest & 0x7f800000u) - (14u << 23);
+    std::memcpy(&scale, &bits, 4);
+  }
+  float inverse = scale > 0 ? 1 / scale : 0;
+  for (int i = 0; i < kUnitColumns; ++i) {
+    float shifted = x[i] * inverse + 12582912.0f;  // 1.5 * 2^23 rounds to integer
+    int32_t bits;
+    std::memcpy(&bits, &shifted, 4);
+    numbers[i] = int16_t(bits);
+  }
+  return scale;
+}
+
 // D decodes; B is the decoder of the weights as they are stored, whose order the inputs have.
 template <class D, class B, Scaling kScaling>
 struct IntegerEngine {
@@ -256,7 +286,7 @@ struct IntegerEngine {
     float *scales = (float *)(to + units * kInputBytes);
     for (int64_t u = 0; u < units; ++u, natural += kUnit, to += kInputBytes) {
       int16_t numbers[kUnit];
-      scales[u] = quantize(natural, dtype == FK_BFLOAT16, numbers) * B::kScale;
+      scales[u] = quantize_unit(natural, dtype == FK_BFLOAT16, numbers) * B::kScale;
       int16_t *packed = (int16_t *)to;
       for (int b = 0; b < kBlocks; ++b)
         for (int j = 0; j < 4; ++j)
@@ -264,36 +294,6 @@ struct IntegerEngine {
             packed[(b * 4 + j) * 2 * L + i] = numbers[b * kBlockColumns + B::column(j, i)];
       if (kHasSums) write_sums(packed, (int32_t *)(to + 2 * kUnit));
     }
-  }
-
-  // int16 numbers; returns the scale, which is NaN if a number is not finite. A scale that is a power
-  // of two leaves bfloat16 numbers exact that are not below a 128th of the largest.
-  static float quantize(const float *x, bool is_power_of_two, int16_t *numbers) {
-    uint32_t largest = 0;
-    for (int i = 0; i < kUnit; ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, x + i, 4);
-      largest = std::max(largest, bits & 0x7fffffffu);
-    }
-    float magnitude;
-    std::memcpy(&magnitude, &largest, 4);
-    if (largest >= 0x7f800000u) {
-      std::memset(numbers, 0, kUnit * sizeof(int16_t));
-      return NAN;
-    }
-    float scale = magnitude >= 1e-30f ? magnitude / 32767 : 0;
-    if (is_power_of_two && scale > 0) {
-      uint32_t bits = (largest & 0x7f800000u) - (14u << 23);
-      std::memcpy(&scale, &bits, 4);
-    }
-    float inverse = scale > 0 ? 1 / scale : 0;
-    for (int i = 0; i < kUnit; ++i) {
-      float shifted = x[i] * inverse + 12582912.0f;  // 1.5 * 2^23 rounds to integer
-      int32_t bits;
-      std::memcpy(&bits, &shifted, 4);
-      numbers[i] = int16_t(bits);
-    }
-    return scale;
   }
 
   // -kOffset times the sum of each lane's inputs, by block or for the whole unit.

@@ -258,11 +258,21 @@ static int32_t with_engine(const fk_matrix &m, int32_t x_dtype, F &&f) {
       if (m.group % kUnitColumns == 0) return f(IntegerEngine<Int8Block, Int8Block, Scaling::kUnit>{});
       return f(IntegerEngine<Int8Block, Int8Block, Scaling::kGroups>{});
     case FK_W_INT4:
+#if defined(__AVX512VNNI__) && FK_LANES == 16
+      if (m.zeros) return f(NibbleEngine<Int4Block, Scaling::kZeros>{});
+      return f(NibbleEngine<Int4Block, Scaling::kGroups>{});
+#else
       if (m.zeros) return f(IntegerEngine<Int4Block, Int4Block, Scaling::kZeros>{});
       if (is_per_row || m.group % kUnitColumns == 0) return f(IntegerEngine<Int4Block, Int4Block, Scaling::kUnit>{});
       return f(IntegerEngine<Int4Block, Int4Block, Scaling::kGroups>{});
+#endif
     case FK_W_FP8: return with_fp8_engine(m, x_dtype, f);
-    case FK_W_MXFP4: return f(IntegerEngine<MxFp4Block, MxFp4Block, Scaling::kGroups>{});
+    case FK_W_MXFP4:
+#if defined(__AVX512VNNI__) && FK_LANES == 16
+      return f(NibbleEngine<MxFp4Block, Scaling::kGroups>{});
+#else
+      return f(IntegerEngine<MxFp4Block, MxFp4Block, Scaling::kGroups>{});
+#endif
     case FK_W_NVFP4: return f(IntegerEngine<MxFp4Block, MxFp4Block, Scaling::kGroups16>{});
     default: return FK_E_ARGUMENT;
   }

@@ -32,6 +32,7 @@ namespace FK_NAMESPACE {
 #include "impl_panel.h"
 #include "impl_float.h"
 #include "impl_integer.h"
+#include "impl_nibble.h"
 #include "impl_fp8.h"
 #include "impl_nvfp4.h"
 #include "impl_product.h"

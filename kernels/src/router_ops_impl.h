@@ -12,7 +12,8 @@ namespace FK_NAMESPACE {
 
 constexpr int64_t kTileKeys = 64;
 constexpr int64_t kTileQueries = 48;  // query rows times heads of a group, about
-constexpr int64_t kSerialWork = 1 << 19;  // multiplications below which one thread is faster
+constexpr int64_t kSerialWork = 1 << 17;  // multiplications below which one thread is faster
+constexpr int64_t kAheadKeys = 4;         // whose cached rows are prefetched: a head's are far apart
 
 // Rows and vectors that are accumulated in registers at once.
 constexpr int kRegisterRows = L == 16 ? 4 : 2;
@@ -61,6 +62,11 @@ static inline void read_slot(const void *cache, int32_t dtype, int64_t offset, i
   }
 }
 
+static inline void prefetch_row(const void *cache, int32_t dtype, int64_t offset, int64_t count) {
+  const uint8_t *from = (const uint8_t *)cache + offset * dtype_bytes(dtype);
+  for (int64_t i = 0; i < count * dtype_bytes(dtype); i += kCacheLineBytes) __builtin_prefetch(from + i, 0, 2);
+}
+
 // Keys [first, first + count) of a request: transposed [head_dim, kTileKeys], and values [count, padded].
 static void load_tile(const AttentionCall &c, const AttentionItem &item, int64_t first, int64_t count,
                       int64_t n_cached, int64_t padded, AttentionScratch &s) {
@@ -72,6 +78,11 @@ static void load_tile(const AttentionCall &c, const AttentionItem &item, int64_t
     int64_t key = first + j;
     const float *key_row;
     float *value_row = s.values.data() + j * padded;
+    if (key + kAheadKeys < n_cached) {
+      int64_t ahead = slots[key + kAheadKeys] * slot_width + item.head * d;
+      prefetch_row(c.a.k_cache, c.a.cache_dtype, ahead, d);
+      prefetch_row(c.a.v_cache, c.a.cache_dtype, ahead, d);
+    }
     if (key < n_cached) {
       int64_t offset = slots[key] * slot_width + item.head * d;
       if (c.a.cache_dtype == FK_FLOAT32) {

@@ -87,10 +87,11 @@ def test_columns_behind_the_last_vector_count(
 def test_zero_points_are_subtracted(
     library: KernelLibrary, rng: np.random.Generator, group: int, scheme: Scheme
 ) -> None:
-    weight = random_matrix(rng, scheme, 40, 256, group=group, has_zeros=True, has_bias=True)
-    for rows in (1, 4, 20):
-        x = random_rows(rng, rows, 256, KernelDtype.FLOAT32)
-        assert_close(run_linear(library, weight.matrix, x), expected_product(weight, x))
+    for k in (256, 1152):
+        weight = random_matrix(rng, scheme, 40, k, group=group, has_zeros=True, has_bias=True)
+        for rows in (1, 4, 7, 20):
+            x = random_rows(rng, rows, k, KernelDtype.FLOAT32)
+            assert_close(run_linear(library, weight.matrix, x), expected_product(weight, x))
 
 
 @pytest.mark.parametrize(
@@ -213,12 +214,13 @@ def test_rows_may_be_strided(library: KernelLibrary, rng: np.random.Generator) -
     )
 
 
+@pytest.mark.parametrize("k", [96, 1152])
 @pytest.mark.parametrize("rows", [2, 30])
 def test_a_row_that_is_not_finite_spoils_no_other(
-    library: KernelLibrary, rng: np.random.Generator, rows: int
+    library: KernelLibrary, rng: np.random.Generator, rows: int, k: int
 ) -> None:
-    weight = random_matrix(rng, Scheme.INT4, 20, 96, group=32)
-    x = random_rows(rng, rows, 96, KernelDtype.FLOAT32)
+    weight = random_matrix(rng, Scheme.INT4, 20, k, group=32)
+    x = random_rows(rng, rows, k, KernelDtype.FLOAT32)
     clean = run_linear(library, weight.matrix, x)
     x[1, 7] = float("nan")
     spoilt = run_linear(library, weight.matrix, x)

@@ -18,7 +18,12 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from faasmoe_kernels import KernelsUnavailable, load
 from faasmoe_transformers import continuous_batching
 from faasmoe_transformers.attention import select_attention_implementation
-from faasmoe_transformers.continuous_batching import BatchingLimits, ContinuousBatcher
+from faasmoe_transformers.batch_inputs import BatchInputs
+from faasmoe_transformers.continuous_batching import (
+    BatchingLimits,
+    ContinuousBatcher,
+    EventLoopOutputRouter,
+)
 from faasmoe_transformers.errors import UnsupportedModel
 from faasmoe_transformers.experts_backend import (
     EXPERTS_IMPLEMENTATION,
@@ -27,6 +32,7 @@ from faasmoe_transformers.experts_backend import (
 )
 from faasmoe_transformers.native_attention import ATTENTION_IMPLEMENTATION
 from faasmoe_transformers.native_linear import use_native_linears
+from faasmoe_transformers.native_program import ModelProgram
 from faasmoe_transformers.native_step import ComputeMode, NativeForward
 from faasmoe_transformers.observation import FixedExperts
 
@@ -359,3 +365,47 @@ def test_native_functions_compute_the_experts(
     assert experts.n_passes == experts.n_finished_passes > 0
     assert len(experts.begun) + len(experts.general) == experts.n_passes * n_layers
     assert set(experts.general) == ({declined} if declined >= 0 else set())
+
+
+def test_outputs_of_a_batch_are_handed_over_once_the_next_one_is_prepared(
+    loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the event loop, which needs the interpreter for them, does not delay the next batch."""
+    happened: list[str] = []
+
+    def record(owner: Any, name: str, what: str) -> None:
+        original = getattr(owner, name)
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            happened.append(what)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    record(BatchInputs, "prepare", "prepare")
+    record(ModelProgram, "run_step", "compute")
+    record(loop, "call_soon_threadsafe", "outputs")
+    model = build("qwen2_moe")
+    use_native_linears(model, load())
+    tokens, _, _ = generate(model, loop, PROMPTS[:1])
+    assert len(tokens[0]) == N_TOKENS
+    last = ["prepare", "outputs", "compute"] * (N_TOKENS - 1)
+    assert happened == ["prepare", "compute", *last, "outputs"]
+
+
+def test_an_output_alone_follows_those_that_are_held() -> None:
+    delivered: list[list[str]] = []
+    loop = SimpleNamespace(is_closed=lambda: False, call_soon_threadsafe=lambda f, *a: f(*a))
+    router = EventLoopOutputRouter(
+        loop,  # type: ignore[arg-type]
+        lambda outputs, cached: delivered.append([output.request_id for output in outputs]),
+        lambda request_ids: dict.fromkeys(request_ids, 0),
+    )
+    first, second, failed = (SimpleNamespace(request_id=name) for name in ("a", "b", "failed"))
+    router.deliver_batch([first])
+    router.is_holding = True
+    router.deliver_batch([first, second])
+    assert delivered == [["a"]]
+    router.deliver(failed)
+    router.release()
+    assert delivered == [["a"], ["a", "b", "failed"]]
