@@ -134,4 +134,11 @@ NOT_SUPPORTED: tuple[tuple[str, str], ...] = (
         "*test_tokenize_chat_with_tools*",
         "on the engine `vllm`, which gives templates what a tool lacks as null",
     ),
+    (
+        "*test_metrics_counts*",
+        "on the engine `transformers`: iterations count computed tokens, one per answer fewer",
+    ),
+    ("*test_basic.py::test_logprobs", "the demo model does not reason"),
+    ("*test_basic.py::test_streaming", "a text of the demo model may not end in time"),
+    ("*test_function_tool_use[[]required*", "the demo model does not reason"),
 )
