@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -34,22 +34,29 @@ class QuietTenants:
 
     async def run(self, seconds: float) -> None:
         """Send requests for a while."""
-        await asyncio.gather(*(self._run_tenant(name, seconds) for name in ("quiet", "calm")))
+        async with AsyncExitStack() as stack:
+            clients = [  # making one takes longer than a request
+                await stack.enter_async_context(
+                    httpx.AsyncClient(
+                        headers={"Authorization": f"Bearer {name}-key"}, timeout=REQUEST_TIMEOUT_S
+                    )
+                )
+                for name in ("quiet", "calm")
+            ]
+            await asyncio.gather(*(self._run_tenant(client, seconds) for client in clients))
 
-    async def _run_tenant(self, name: str, seconds: float) -> None:
-        headers = {"Authorization": f"Bearer {name}-key"}
+    async def _run_tenant(self, client: httpx.AsyncClient, seconds: float) -> None:
         body = {"model": "tiny", "prompt": "the quick brown", "max_tokens": 4, "temperature": 0}
         end_s = time.monotonic() + seconds
-        async with httpx.AsyncClient(headers=headers, timeout=REQUEST_TIMEOUT_S) as client:
-            while time.monotonic() < end_s:
-                start_s = time.monotonic()
-                try:
-                    response = await client.post(f"{self.url}/v1/completions", json=body)
-                    self.n_failed += response.status_code != 200
-                except httpx.HTTPError:
-                    self.n_failed += 1
-                self.latencies_s.append(time.monotonic() - start_s)
-                await asyncio.sleep(0.02)
+        while time.monotonic() < end_s:
+            start_s = time.monotonic()
+            try:
+                response = await client.post(f"{self.url}/v1/completions", json=body)
+                self.n_failed += response.status_code != 200
+            except httpx.HTTPError:
+                self.n_failed += 1
+            self.latencies_s.append(time.monotonic() - start_s)
+            await asyncio.sleep(0.02)
 
 
 class Probe:

@@ -78,10 +78,8 @@ async def _hang_ups(up: FaasmoeUp, *, seed: int, seconds: float) -> dict[str, fl
     n_hang_ups = 0
     for number in range(N_ROUNDS):  # in turns, as the machine's own noise changes
         await calm.run(seconds / N_ROUNDS)
-        n, _ = await asyncio.gather(
-            _other_process_storm(up.base_url, seconds=seconds / N_ROUNDS, seed=seed + number),
-            stormy.run(seconds / N_ROUNDS),
-        )
+        storm = await _start_storm(up.base_url, seconds=seconds / N_ROUNDS, seed=seed + number)
+        n, _ = await asyncio.gather(_run_storm(storm), stormy.run(seconds / N_ROUNDS))
         n_hang_ups += n
         await asyncio.to_thread(_wait_until_idle, up)
     calm_p99_s, stormy_p99_s = (percentile_99(t.latencies_s) for t in (calm, stormy))
@@ -106,16 +104,24 @@ def _wait_until_idle(up: FaasmoeUp) -> None:
     wait_until(is_idle, timeout_s=REQUEST_TIMEOUT_S, what="an idle router")
 
 
-async def _other_process_storm(url: str, *, seconds: float, seed: int) -> int:
-    """Return how often clients hung up; they yield the cores, which they would not share."""
+async def _start_storm(url: str, *, seconds: float, seed: int) -> asyncio.subprocess.Process:
+    """Return the clients of a storm, ready to begin; they yield the cores."""
     arguments = {"url": url, "seconds": seconds, "n_clients": N_HANG_UP_CLIENTS, "seed": seed}
     process = await asyncio.create_subprocess_exec(
         *("nice", "-n", "19", sys.executable, "-m", "tests.attack.storm", json.dumps(arguments)),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,
     )
     yield_cores(process.pid)
-    output, _ = await process.communicate()
+    assert process.stdout is not None
+    assert await process.stdout.readline() == b"ready\n"
+    return process
+
+
+async def _run_storm(process: asyncio.subprocess.Process) -> int:
+    """Let a storm begin; return how often clients hung up."""
+    output, _ = await process.communicate(b"\n")
     return int(output)
 
 
