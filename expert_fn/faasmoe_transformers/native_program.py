@@ -24,7 +24,6 @@ from faasmoe_transformers.experts_backend import (
     NativeLayerComputer,
     native_side_of,
 )
-from faasmoe_transformers.interpreter_lock import native_sections
 from faasmoe_transformers.layer_program import (
     TOLERANCE,
     DifferingLayer,
@@ -159,10 +158,9 @@ class ModelProgram:
         """Return the weighted sum of each row's experts, [T, H], computed outside the program."""
         computer = self._computers.get(layer, self._default_computer)
         compute = computer.compute if self._native is None else self._native.compute_general
-        with native_sections.python():
-            return compute(
-                layer, hidden, top_k_index, top_k_weight, while_waiting=self._program.overlap
-            )
+        return compute(
+            layer, hidden, top_k_index, top_k_weight, while_waiting=self._program.overlap
+        )
 
     def run_step(
         self,
@@ -202,17 +200,16 @@ class ModelProgram:
             scores: which rows' scores to compute afterwards; None for none.
         """
         try:
-            with native_sections.native():
-                self._program.run(
-                    hidden.data_ptr(),
-                    len(hidden),
-                    groups=groups,
-                    angles=[(cosine.data_ptr(), sine.data_ptr()) for cosine, sine in angles],
-                    n_threads=torch.get_num_threads(),
-                    first_layer=first_layer,
-                    n_layers=n_layers,
-                    scores=scores,
-                )
+            self._program.run(
+                hidden.data_ptr(),
+                len(hidden),
+                groups=groups,
+                angles=[(cosine.data_ptr(), sine.data_ptr()) for cosine, sine in angles],
+                n_threads=torch.get_num_threads(),
+                first_layer=first_layer,
+                n_layers=n_layers,
+                scores=scores,
+            )
         except KernelError:
             self._experts.raise_error()
             raise
