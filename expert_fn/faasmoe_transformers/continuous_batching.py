@@ -380,7 +380,8 @@ class EventLoopOutputRouter(OutputRouter):  # type: ignore[misc]
 
     While the event loop handles outputs it has the interpreter, which the batcher's thread needs to
     prepare the next batch. So a batch's outputs can be held until the next one is computed without
-    the interpreter, or until there is none.
+    the interpreter, or until there is none. They are not if a request ends, which makes room for
+    another in the next batch.
 
     transformers' own router keeps a handler per request, which is never removed for a cancelled
     request, and queues outputs without a handler forever.
@@ -391,7 +392,7 @@ class EventLoopOutputRouter(OutputRouter):  # type: ignore[misc]
         pop_cached_tokens: returns, once per request, the tokens of its prompt that were cached.
 
     Attributes:
-        is_holding: whether batches are held until `release`.
+        is_holding: whether batches in which no request ends are held until `release`.
     """
 
     def __init__(
@@ -415,7 +416,7 @@ class EventLoopOutputRouter(OutputRouter):  # type: ignore[misc]
     def deliver_batch(self, outputs: list[Any]) -> None:
         """Deliver a batch's outputs, or hold them."""
         self._held += outputs
-        if not self.is_holding:
+        if not self.is_holding or any(output.is_finished() for output in outputs):
             self.release()
 
     def release(self) -> None:

@@ -5,7 +5,7 @@ import ctypes
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -393,7 +393,18 @@ def test_outputs_of_a_batch_are_handed_over_once_the_next_one_is_prepared(
     assert happened == ["prepare", "compute", *last, "outputs"]
 
 
-def test_an_output_alone_follows_those_that_are_held() -> None:
+@dataclass(frozen=True)
+class Output:
+    """A request's output, as transformers has it."""
+
+    request_id: str
+    has_ended: bool = False
+
+    def is_finished(self) -> bool:
+        return self.has_ended
+
+
+def test_held_outputs_precede_those_that_are_not() -> None:
     delivered: list[list[str]] = []
     loop = SimpleNamespace(is_closed=lambda: False, call_soon_threadsafe=lambda f, *a: f(*a))
     router = EventLoopOutputRouter(
@@ -401,11 +412,13 @@ def test_an_output_alone_follows_those_that_are_held() -> None:
         lambda outputs, cached: delivered.append([output.request_id for output in outputs]),
         lambda request_ids: dict.fromkeys(request_ids, 0),
     )
-    first, second, failed = (SimpleNamespace(request_id=name) for name in ("a", "b", "failed"))
-    router.deliver_batch([first])
+    router.deliver_batch([Output("a")])
     router.is_holding = True
-    router.deliver_batch([first, second])
+    router.deliver_batch([Output("a"), Output("b")])
     assert delivered == [["a"]]
-    router.deliver(failed)
+    router.deliver(Output("failed"))
     router.release()
     assert delivered == [["a"], ["a", "b", "failed"]]
+    router.deliver_batch([Output("a")])
+    router.deliver_batch([Output("a"), Output("b", has_ended=True)])
+    assert delivered[2:] == [["a", "a", "b"]]
