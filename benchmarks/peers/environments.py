@@ -57,6 +57,7 @@ def make_vllm_engine_environment(folder: Path) -> Path:
     if not (folder / FAASMOE_MARKER).exists():
         _pip(python, "install", *FAASMOE_PACKAGES)
         _pip(python, "install", "--no-deps", "--editable", str(ROOT))
+        subprocess.run([str(python), "-m", "faasmoe_transformers.fast_import"], check=True)
         (folder / FAASMOE_MARKER).touch()
     return python
 

@@ -82,12 +82,13 @@ class ModelProgram:
         self._library: KernelLibrary = load()
         if len(seen.layers) != len(decoder.layers):
             raise UnrecognizedLayer(f"{len(seen.layers)} of {len(decoder.layers)} layers ran")
+        known: Sequence[ObservedLayer | RememberedLayer] = seen.layers
         layers = [
             describer.describe(module, layer.routing)
-            for module, layer in zip(decoder.layers, seen.layers, strict=True)
+            for module, layer in zip(decoder.layers, known, strict=True)
         ]
         self._hidden_size = seen.hidden_size
-        self._rotary_numbers = [layer.rotary_call for layer in seen.layers]
+        self._rotary_numbers = [layer.rotary_call for layer in known]
         if isinstance(seen, RememberedPass):
             _restore_ropes(layers, seen)
         else:

@@ -73,6 +73,7 @@ class GatewayApp:
             self._upstream(scope["raw_path"]),
             self._waiting,
             take_turn=partial(self._turns.take, self._credentials.sender(key)),
+            keeps_turn=bool(key),
             span=span,
         )
         task = asyncio.create_task(relay.run())

@@ -298,6 +298,7 @@ class Front:
                 route.unchosen,
                 route.waiting,
                 take_turn=partial(self._turns.take, sender),
+                keeps_turn=call.tenant is not None,
                 choose=reserved.choose,
                 on_head=on_head,
                 span=span,

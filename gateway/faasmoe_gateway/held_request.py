@@ -200,6 +200,13 @@ class HeldRequest:
         """Whether its body is sent in chunks, as its length is unknown."""
         return self._is_chunked
 
+    def small_content(self) -> bytes | None:
+        """Return journal and body if they are here, small and not sent in chunks; else None."""
+        n_bytes = self._journal_bytes + self._body_bytes
+        if not self._is_held or not self._is_complete.is_set() or self.sends_chunks:
+            return None
+        return None if n_bytes > MAX_READ_AHEAD_BYTES else b"".join((*self._journal, *self._body))
+
     async def body(self) -> AsyncIterator[bytes]:
         """Yield journal and body: what is held, then the rest as it arrives.
 

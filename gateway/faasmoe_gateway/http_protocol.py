@@ -171,10 +171,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             raise httptools.HttpParserError("nothing more is read")
         self._start_read_timer(self._limits.body_timeout_s)
         self._table.set_busy(self, is_busy=True)
-        self.scope["extensions"] = {  # type: ignore[typeddict-item]
+        extensions: dict[str, Any] = {
             KNOWN_CLIENT_EXTENSION: self.mark_known,
             PREPARED_EXTENSION: partial(self._tell_prepared, self.scope),
         }
+        self.scope["extensions"] = extensions
         super().on_headers_complete()
         self._has_cycle = True
         self.cycle.transport = cast(asyncio.Transport, _CycleTransport(self, self.cycle))

@@ -178,7 +178,9 @@ class Relay:
         client: its response.
         router: where the router is.
         waiting: counts the requests that wait.
-        take_turn: waits for the sender's turn; a request has it until the router has prepared it.
+        take_turn: waits for the sender's turn.
+        keeps_turn: whether the request has it until the router has prepared it, not only until it
+            is handed on; not where strangers are one sender, and would wait for each other.
         choose: returns where to connect at each attempt, None while no router takes requests; if
             omitted, to `router`.
         on_head: called after the head of each response.
@@ -198,6 +200,7 @@ class Relay:
         waiting: WaitingRequests,
         *,
         take_turn: Callable[[], Awaitable[Turn]],
+        keeps_turn: bool = False,
         choose: Callable[[], RouterAddress | None] | None = None,
         on_head: Callable[[], None] = lambda: None,
         span: Span = NO_SPAN,
@@ -207,6 +210,7 @@ class Relay:
         self.waited_s = 0.0
         self._span = span
         self._take_turn = take_turn
+        self._keeps_turn = keeps_turn and request.is_work
         self._turn: Turn | None = None  # from before it is handed on until it is prepared
         self._choose = choose
         self._on_head = on_head
@@ -274,9 +278,14 @@ class Relay:
     async def _relay_over(self, connection: RouterConnection) -> None:
         connection.on_prepared = self._release_turn
         turn_end = asyncio.get_running_loop().call_later(MAX_TURN_S, self._release_turn)
-        sending = asyncio.create_task(connection.send(self._request, self._router.front_token))
+        sending: asyncio.Task[None] | None = None
         try:
-            head = await self._commented(_first_of(connection.read_head(), sending))
+            if connection.send_small(self._request, self._router.front_token):
+                head = await self._commented(connection.read_head())
+            else:
+                send = connection.send(self._request, self._router.front_token)
+                sending = asyncio.create_task(send)
+                head = await self._commented(_first_of(connection.read_head(), sending))
             self._release_turn()
             if head.is_draining and self._request.is_work and self._request.can_repeat:
                 raise RouterBusy
@@ -292,9 +301,10 @@ class Relay:
                 await self._relay_response(connection, head)
         finally:
             turn_end.cancel()
-            sending.cancel()
             connection.close()
-            await asyncio.gather(sending, return_exceptions=True)
+            if sending is not None:
+                sending.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
 
     async def _connect(self) -> RouterConnection:
         """Connect, and wait while no router listens; raises RequestFailed."""
@@ -302,15 +312,15 @@ class Relay:
         try:
             with self._span.child("queue"):
                 # What waits for its client is handed on without holding up the sender's others.
-                holds_turn = self._request.is_work and await self._request.read_ahead()
+                self._keeps_turn = self._keeps_turn and await self._request.read_ahead()
                 try:
-                    return await self._open(holds_turn=holds_turn)
+                    return await self._open()
                 except RouterAway:
-                    return await self._wait_for_router(holds_turn=holds_turn)
+                    return await self._wait_for_router()
         finally:
             self.waited_s += time.monotonic() - start_s
 
-    async def _wait_for_router(self, *, holds_turn: bool) -> RouterConnection:
+    async def _wait_for_router(self) -> RouterConnection:
         if self._waiting.n >= MAX_HELD_REQUESTS and not self._client.has_started:
             raise RequestFailed("The server is being restarted.")
         hold_s = self._router.hold_timeout_s if self._request.is_work else PROBE_HOLD_S
@@ -320,19 +330,15 @@ class Relay:
             while True:
                 await asyncio.sleep(RETRY_S)
                 try:
-                    return await self._open(holds_turn=holds_turn)
+                    return await self._open()
                 except RouterAway:
                     if time.monotonic() > end_s:
                         raise RequestFailed("The server is being restarted.") from None
         finally:
             self._waiting.n -= 1
 
-    async def _open(self, *, holds_turn: bool) -> RouterConnection:
-        """Connect in the sender's turn; probes need none. Raises RouterAway.
-
-        Args:
-            holds_turn: whether the turn goes on until the request is prepared.
-        """
+    async def _open(self) -> RouterConnection:
+        """Connect in the sender's turn; probes need none. Raises RouterAway."""
         if self._request.is_work:
             self._turn = await self._take_turn()
         has_body, is_open = not self._request.is_head, False
@@ -340,7 +346,7 @@ class Relay:
             connection = await RouterConnection.open(self._chosen_address(), has_body=has_body)
             is_open = True
         finally:
-            if not (is_open and holds_turn):
+            if not (is_open and self._keeps_turn):
                 self._release_turn()
         return connection
 
@@ -406,11 +412,12 @@ class Relay:
 
     async def _commented(self, work: Awaitable[T]) -> T:
         """Return the result of work; comments keep the connection of a stream that waits."""
+        if not self._client.has_started:  # nor will it before there is a result
+            return await work
         task = asyncio.ensure_future(work)
         try:
             while not (await asyncio.wait({task}, timeout=COMMENT_S))[0]:
-                if self._client.has_started:
-                    await self._client.write(COMMENT_FRAME)
+                await self._client.write(COMMENT_FRAME)
             return task.result()
         finally:
             if not task.done():

@@ -91,6 +91,14 @@ class RouterConnection:
             raise RouterAway from error
         return cls(reader, writer, has_body=has_body)
 
+    def send_small(self, request: HeldRequest, front_token: str) -> bool:
+        """Send a request at once if it is here and small; return whether it was."""
+        content = request.small_content()
+        if content is None:
+            return False
+        self._writer.write(request.head(front_token) + content)
+        return True
+
     async def send(self, request: HeldRequest, front_token: str) -> None:
         """Send a request to its end; a router that ends the connection is noticed by the reader.
 

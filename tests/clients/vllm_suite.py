@@ -222,6 +222,7 @@ def install_stand_ins(sdist: Path, checkpoint: Path, folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     vllm.tokenizers.get_tokenizer = lambda *_, **__: tokenizer
+    AutoTokenizer.from_pretrained = lambda *_, **__: tokenizer  # whatever model a test names
     vllm.config.ModelConfig = lambda *_, **__: MagicMock(get_vocab_size=lambda: len(tokenizer))
     vllm.platforms.current_platform.is_rocm = lambda: False
     RemoteOpenAIServer.checkpoint, RemoteOpenAIServer.folder = checkpoint, folder

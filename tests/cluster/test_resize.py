@@ -30,11 +30,11 @@ GROWN = PodRequests(1000, 832 << 20)
 
 @pytest.fixture
 def requests_of(api: ApiServer, namespace: str) -> Callable[[], dict[str, PodRequests]]:
-    """Return what each sandbox pod requests."""
+    """Return what each sandbox pod requests, by its uid."""
 
     def read() -> dict[str, PodRequests]:
         pods = sandbox_pods(api, namespace, "tiny")
-        return {pod["metadata"]["name"]: pod_requests(pod) for pod in pods}
+        return {pod["metadata"]["uid"]: pod_requests(pod) for pod in pods}
 
     return read
 
@@ -94,7 +94,7 @@ def test_pods_grow_at_attach_and_shrink_at_detach(
 ) -> None:
     if "pods/resize" not in api.core_resources():
         pytest.skip("the API server has no pods/resize")
-    experts = {"warmPool": 4, "functionsPerSandbox": 1}
+    experts = {"warmPool": 4, "functionsPerSandbox": 1, "scaling": {"windowSeconds": 600}}
     api.create("moemodels", tiny_model("tiny", experts=experts))
     wait_for_condition(api, namespace, "tiny", "Ready")
     eventually(requests_of, lambda pods: list(pods.values()) == [IDLE] * 4)
@@ -106,12 +106,18 @@ def test_pods_grow_at_attach_and_shrink_at_detach(
     held = eventually(
         lambda: {p for p, f in function_by_pod(api, namespace, "tiny").items() if f}, bool
     )
-    grown = eventually(requests_of, lambda pods: any(pods.get(name, IDLE) != IDLE for name in held))
+    grown = eventually(
+        requests_of,
+        lambda pods: any(pods.get(name, IDLE) != IDLE for name in held),
+        timeout_s=240,
+    )
     for requests in grown.values():
         assert requests == IDLE or (
             requests.cpu_millis == 1000 and requests.memory_bytes > IDLE.memory_bytes
         )
-    eventually(requests_of, lambda pods: set(pods.values()) == {IDLE})
+    scaling = {"windowSeconds": 6, "scaleToZeroGracePeriodSeconds": 0}
+    api.patch("moemodels", namespace, "tiny", {"spec": {"experts": {"scaling": scaling}}})
+    eventually(requests_of, lambda pods: set(pods.values()) == {IDLE}, timeout_s=240)
 
 
 def test_a_fixed_size_is_requested_from_the_start(

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from faasmoe_gateway import relay
+from faasmoe_gateway.app import GatewayApp
 from faasmoe_gateway.held_request import (
     MAX_READ_AHEAD_BYTES,
     ClientGone,
@@ -80,12 +81,13 @@ class Senders:
     Attributes:
         budget: of what they hold.
         turns: of their senders, two each.
+        router: where the router is.
     """
 
     def __init__(self, path: Path) -> None:
         self.budget = HoldBudget()
         self.turns = SenderTurns(n_per_sender=2)
-        self._router = RouterAddress(str(path), "secret", 5.0)
+        self.router = RouterAddress(str(path), "secret", 5.0)
 
     def send(
         self, sender: str, body: bytes, *, n_sent: int | None = None
@@ -109,9 +111,10 @@ class Senders:
             await Relay(
                 request,
                 ClientResponse(send, is_messages=False),
-                self._router,
+                self.router,
                 WaitingRequests(),
                 take_turn=partial(self.turns.take, sender),
+                keeps_turn=bool(sender),
             ).run()
         finally:
             request.release()
@@ -209,6 +212,56 @@ def test_a_router_that_does_not_say_so_delays_a_sender_for_a_moment_only() -> No
         for body in router.got:
             router.answer(body)
         await asyncio.gather(*flood)
+
+    run(work)
+
+
+@pytest.mark.usefixtures("_patient")
+def test_a_gateway_of_one_router_keeps_the_turns_of_keys() -> None:
+    async def work(router: WaitingRouter, senders: Senders) -> None:
+        gateway = GatewayApp(senders.router, turns=senders.turns)
+        key = (b"authorization", b"Bearer key")
+        tasks = [asyncio.create_task(post(gateway, b"k%d" % n, key)) for n in range(3)]
+        await router.wait_for(2)
+        quiet = senders.send("quiet", b"q")
+        await router.wait_for(3)
+        assert router.got == [b"k0", b"k1", b"q"]
+        for body in (b"q", b"k0"):
+            router.answer(body)
+        await router.wait_for(4)
+        for body in (b"k1", b"k2"):
+            router.answer(body)
+        assert await asyncio.gather(*tasks) == [200] * 3
+        await quiet
+
+    run(work)
+
+
+async def post(gateway: GatewayApp, body: bytes, *headers: tuple[bytes, bytes]) -> int:
+    """Send a request to a gateway; return the status of its answer."""
+    scope = scope_of(body)
+    scope |= {"type": "http", "headers": [*scope["headers"], *headers]}
+    incoming = [{"type": "http.request", "body": body, "more_body": False}]
+    statuses: list[int] = []
+
+    async def receive() -> Any:
+        return incoming.pop() if incoming else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        statuses.extend([message["status"]] if "status" in message else [])
+
+    await gateway(scope, receive, send)
+    return statuses[0]
+
+
+@pytest.mark.usefixtures("_patient")
+def test_strangers_do_not_wait_for_each_others_preparation() -> None:
+    async def work(router: WaitingRouter, senders: Senders) -> None:
+        tasks = [senders.send("", b"s%d" % n) for n in range(6)]
+        await router.wait_for(6)
+        for body in router.got:
+            router.answer(body)
+        await asyncio.gather(*tasks)
 
     run(work)
 

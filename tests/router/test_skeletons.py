@@ -53,6 +53,6 @@ def test_only_the_last_skeletons_are_kept_and_no_threads_are_used(store: Store) 
 
     cache, n_threads = SkeletonCache(size=1), torch.get_num_threads()
     for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.float32):
-        cache.prepare(store, dtype, build)  # type: ignore[arg-type]  # of which it reads nothing
+        cache.prepare(store, dtype, build)
     assert seen == [1, 1, 1]
     assert torch.get_num_threads() == n_threads

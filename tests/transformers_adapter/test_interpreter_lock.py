@@ -52,11 +52,16 @@ def test_a_thread_that_computes_in_python_gives_the_lock_back_after_a_native_cal
 def test_python_within_a_native_call_has_the_usual_interval() -> None:
     sections = NativeSections()
     sys.setswitchinterval(0.002)
-    with pytest.raises(ValueError, match="of a callback"), sections.native():
-        assert is_interval(NATIVE_INTERVAL_S)
-        with sections.python():
-            assert is_interval(0.002)
-            raise ValueError("of a callback")
+
+    def call() -> None:
+        with sections.native():
+            assert is_interval(NATIVE_INTERVAL_S)
+            with sections.python():
+                assert is_interval(0.002)
+                raise ValueError("of a callback")
+
+    with pytest.raises(ValueError, match="of a callback"):
+        call()
     assert is_interval(0.002)
 
 

@@ -20,6 +20,7 @@ from faasmoe_kernels import load
 from faasmoe_transformers import native_step
 from faasmoe_transformers.native_linear import use_native_linears
 from faasmoe_transformers.native_step import NativeForward
+from faasmoe_transformers.observation import observe_passes
 from faasmoe_transformers.remembered_program import FOLDER_ENV
 
 __all__ = ["loop", "require_kernels"]
@@ -36,11 +37,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def compared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The models whose modules were watched."""
     models: list[Any] = []
-    observe = native_step.observe_passes
 
     def record(model: Any, *args: Any) -> Any:
         models.append(model)
-        return observe(model, *args)
+        return observe_passes(model, *args)
 
     monkeypatch.setattr(native_step, "observe_passes", record)
     return models

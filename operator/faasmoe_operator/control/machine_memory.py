@@ -203,7 +203,7 @@ class MemoryPool:
         """Return the routers as they are planned with: evicted ones are not wanted."""
         observed = []
         for name, router in self._routers.items():
-            is_slow = now - self._started_at.get(name, now) > SLOW_START_S
+            is_slow = name in self._started_at and now - self._started_at[name] > SLOW_START_S
             is_evicted = router.is_running and name in self._evicted_routers
             observed.append(
                 replace(
@@ -251,11 +251,8 @@ class MemoryPool:
     def _end_reservations(self, now: float) -> None:
         """Forget what has come, and what was kept too long or of a router that has ended."""
         running = {router.model for router in self._routers.values() if router.is_running}
-        self._started_at = {
-            name: at
-            for name, at in self._started_at.items()
-            if (router := self._routers.get(name)) and router.is_running and not router.is_ready
-        }
+        starting = [n for n, r in self._routers.items() if r.is_running and not r.is_ready]
+        self._started_at = {name: self._started_at.get(name, now) for name in starting}
         self._turns = {model: turn for model, turn in self._turns.items() if model in running}
         for model, reservation in list(self._reservations.items()):
             is_over = now > reservation.until or model not in running

@@ -82,17 +82,17 @@ def start_method(vllm_config: VllmConfig) -> Iterator[None]:
     """
     method = os.environ.get(START_METHOD)
     n_threads = len(os.listdir(TASKS))
-    is_one_process = vllm_config.parallel_config.world_size == 1
-    if method != "spawn" or not is_one_process or n_threads > 1:
-        logger.info("vLLM starts its engine by %s; threads: %d", method or "fork", n_threads)
-        yield
-        return
+    if method == "spawn" and vllm_config.parallel_config.world_size == 1:
+        if n_threads == 1:
+            os.environ[START_METHOD] = "fork"
+        else:
+            logger.warning("vLLM's engine imports vLLM again: the router has %d threads", n_threads)
     is_collecting = gc.isenabled()
-    os.environ[START_METHOD] = "fork"
-    gc.enable()  # in the engine too
+    gc.enable()  # in a forked engine too
     try:
         yield
     finally:
-        os.environ[START_METHOD] = method
+        if method is not None:
+            os.environ[START_METHOD] = method
         if not is_collecting:
             gc.disable()

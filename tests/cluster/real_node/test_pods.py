@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from apiserver import ApiServer, Object, eventually
@@ -16,23 +15,14 @@ from moemodels import (
     sandbox_pods,
     wait_for_condition,
 )
+from pod_chat import CHAT, PROMPT, pod_chat
 from pod_runner import PodRunner
 from release import Release
 
 pytestmark = pytest.mark.timeout(900)  # images start slowly on few cores
 
-CHAT = Path(__file__).with_name("chat_in_pod.py")
-PROMPT = "the quick brown fox"
 KEY = "sk-tests-acme"
 READY_S = 300.0
-
-
-def chat(programs: PodRunner, url: str, *, key: str) -> str:
-    """Return the answer that a pod gets from the model's Service."""
-    result = json.loads(programs.run("chat", CHAT, url, "tiny", key, PROMPT))
-    assert result["errors"] == []
-    (text,) = result["texts"]
-    return str(text)
 
 
 def test_operator_becomes_ready_and_the_chart_test_passes(release: Release) -> None:
@@ -57,7 +47,7 @@ def test_a_model_chats_by_its_tenant_service_scales_suspends_and_is_deleted(
     assert "401" in rejected["errors"][0]
     assert sandbox_pods(api, namespace, "tiny") == []
 
-    text = chat(programs, url, key=KEY)
+    text = pod_chat(programs, url, key=KEY)
     held = eventually(
         lambda: function_by_pod(api, namespace, "tiny"), lambda found: all(found.values())
     )
@@ -65,7 +55,7 @@ def test_a_model_chats_by_its_tenant_service_scales_suspends_and_is_deleted(
     wait_for_condition(api, namespace, "tiny", "Active")
     eventually(lambda: sandbox_pods(api, namespace, "tiny"), lambda pods: pods == [], timeout_s=180)
     wait_for_condition(api, namespace, "tiny", "Active", status="False")
-    assert chat(programs, url, key=KEY) == text
+    assert pod_chat(programs, url, key=KEY) == text
 
     api.patch("moemodels", namespace, "tiny", {"spec": {"suspend": True}})
     wait_for_condition(api, namespace, "tiny", "Ready", status="False", reason="Suspended")
@@ -77,7 +67,7 @@ def test_a_model_chats_by_its_tenant_service_scales_suspends_and_is_deleted(
     )
     api.patch("moemodels", namespace, "tiny", {"spec": {"suspend": False}})
     wait_for_condition(api, namespace, "tiny", "Ready", timeout_s=READY_S)
-    assert chat(programs, url, key=KEY) == text
+    assert pod_chat(programs, url, key=KEY) == text
 
     api.delete("moemodels", namespace, "tiny")
     eventually(
@@ -93,7 +83,7 @@ def test_no_request_fails_while_operator_and_pods_are_replaced(
     api.create("moemodels", tiny_model("tiny", experts={"scaling": {"windowSeconds": 600}}))
     wait_for_condition(api, namespace, "tiny", "Ready", timeout_s=READY_S)
     url = f"http://tiny.{namespace}.svc/v1"
-    text = chat(programs, url, key="none")
+    text = pod_chat(programs, url)
     held = eventually(
         lambda: function_by_pod(api, namespace, "tiny"),
         lambda found: found and all(found.values()),
@@ -131,7 +121,7 @@ def test_no_request_fails_while_helm_upgrades_everything(
     api.create("moemodels", tiny_model("tiny", experts={"scaling": {"windowSeconds": 600}}))
     wait_for_condition(api, namespace, "tiny", "Ready", timeout_s=READY_S)
     url = f"http://tiny.{namespace}.svc/v1"
-    text = chat(programs, url, key="none")
+    text = pod_chat(programs, url)
     held = eventually(
         lambda: function_by_pod(api, namespace, "tiny"),
         lambda found: found and all(found.values()),

@@ -19,11 +19,13 @@ class ProjectImages:
         operator: image of the operator.
         router: image of routers and the store Job.
         expert: image of sandboxes.
+        gateway: image of gateways.
     """
 
     operator: str
     router: str
     expert: str
+    gateway: str
 
     @classmethod
     def from_environment(cls) -> ProjectImages | str:

@@ -18,6 +18,8 @@ RELEASE = NAMESPACE = "faasmoe-real-node"
 """Separate from what other tests install."""
 TIMEOUT = "5m"
 LABELS = "app.kubernetes.io/name=faasmoe-operator"
+GATEWAY_LABELS = "app.kubernetes.io/name=faasmoe-gateway"
+SMALL = {"requests": {"cpu": "50m", "memory": "128Mi"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,11 @@ class Release:
         file = self.helm.home / "upgrade.yaml"
         file.write_text(yaml.safe_dump(values))
         self.run("upgrade", str(CHART), "--reuse-values", "--wait", "--values", str(file))
+
+    def gateway_url(self) -> str:
+        """Return the URL of the gateways' Service."""
+        (service,) = self.api.list("services", NAMESPACE, labels=GATEWAY_LABELS)
+        return f"http://{service['metadata']['name']}.{NAMESPACE}.svc/v1"
 
     def operators(self) -> list[Object]:
         """Return the operator pods that are ready and not terminating."""
@@ -102,7 +109,12 @@ def _values(images: ProjectImages, node: str) -> Object:
             "expertImage": _image(images.expert),
         },
         "nodeSelector": {HOSTNAME_LABEL: node},
-        "resources": {"requests": {"cpu": "50m", "memory": "128Mi"}},
+        "resources": SMALL,
+        "gateway": {
+            "image": _image(images.gateway),
+            "nodeSelector": {HOSTNAME_LABEL: node},
+            "resources": SMALL,
+        },
     }
 
 

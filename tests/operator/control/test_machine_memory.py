@@ -241,6 +241,18 @@ def test_of_models_in_use_that_lack_memory_the_first_gets_it() -> None:
     assert [h.is_evictable for h in memory.view("b").others if h.name == "f"] == [True]
 
 
+def test_router_that_does_not_become_ready_keeps_others_from_starting_for_a_while_only() -> None:
+    now = 100.0
+    memory = MemoryPool(10, clock=lambda: now, max_starting=1)
+    first, second = starting("a/0"), starting("b/0")
+    assert memory.update_routers([first, second]) == {"a/0"}
+    slow = replace(first, is_running=True)
+    assert memory.update_routers([slow, second]) == {"a/0"}
+    now += 11.0
+    slow, second = replace(slow, last_used=now), replace(second, last_used=now)
+    assert memory.update_routers([slow, second]) == {"a/0", "b/0"}
+
+
 def test_functions_go_once_the_router_that_makes_room_has_had_its_last_request() -> None:
     now = 100.0
     memory = MemoryPool(10, clock=lambda: now)

@@ -989,11 +989,11 @@ CLIENTS = """
 ## Clients
 
 `make test-clients` runs these libraries, unmodified, against `faasmoe up`, in an environment of its
-own (`tests/clients`; it needs npm). In the last run, on 29 November 2026 at 21:26, all 52 tests
-passed. `FAASMOE_CLIENTS_ENGINE=vllm` and `FAASMOE_VLLM_PYTHON` run them on vLLM's engine, which has
-not been done yet.
+own (`tests/clients`; it needs npm). `FAASMOE_CLIENTS_ENGINE=vllm` and `FAASMOE_VLLM_PYTHON` run
+them on vLLM's engine. In the last runs, on 30 November 2026, all 52 tests passed on both engines,
+`transformers` (01:33) and `vllm` (01:17).
 
-| client | version | uses |
+| client | version | uses, on both engines |
 |---|---|---|
 """
 CLIENT_USES = {
