@@ -47,6 +47,17 @@ async def listening(path: Path) -> AsyncIterator[asyncio.Queue[RouterDemand]]:
             await writer.wait_closed()
 
 
+@asynccontextmanager
+async def reporting(path: Path) -> AsyncIterator[DemandReporter]:
+    reporter = DemandReporter(ControlLink.to_socket(path))
+    task = asyncio.create_task(reporter.run())
+    try:
+        yield reporter
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 async def until(reports: asyncio.Queue[RouterDemand], expected: dict[str, int]) -> None:
     async with asyncio.timeout(120):
         while (await reports.get()).models != expected:
@@ -59,16 +70,12 @@ def test_first_request_of_a_model_is_told_at_once(
     monkeypatch.setattr(demand_reporter, "REPORT_INTERVAL_S", 1e6)
 
     async def work() -> None:
-        async with listening(path) as reports:
-            reporter = DemandReporter(ControlLink.to_socket(path))
-            task = asyncio.create_task(reporter.run())
+        async with listening(path) as reports, reporting(path) as reporter:
             await until(reports, {})
             with reporter.request("a"), reporter.request("a"):
                 await until(reports, {"a": 2})
                 with reporter.request("b"):
                     await until(reports, {"a": 2, "b": 1})
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
 
     asyncio.run(work())
 
@@ -79,15 +86,12 @@ def test_end_of_requests_is_told_and_the_other_side_may_come_later(
     monkeypatch.setattr(demand_reporter, "REPORT_INTERVAL_S", 0.01)
 
     async def work() -> None:
-        reporter = DemandReporter(ControlLink.to_socket(path))
-        task = asyncio.create_task(reporter.run())
-        with reporter.request("a"):
+        async with reporting(path) as reporter:
+            with reporter.request("a"):
+                async with listening(path) as reports:
+                    await until(reports, {"a": 1})
             async with listening(path) as reports:
-                await until(reports, {"a": 1})
-        async with listening(path) as reports:
-            await until(reports, {"a": 0})
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+                await until(reports, {"a": 0})
 
     asyncio.run(work())
 
@@ -99,9 +103,7 @@ def test_end_of_the_last_request_is_told_at_once_unless_another_follows(
     monkeypatch.setattr(demand_reporter, "UNUSED_AFTER_S", 0.0)
 
     async def work() -> None:
-        async with listening(path) as reports:
-            reporter = DemandReporter(ControlLink.to_socket(path))
-            task = asyncio.create_task(reporter.run())
+        async with listening(path) as reports, reporting(path) as reporter:
             await until(reports, {})
             with reporter.request("a"):
                 await until(reports, {"a": 1})
@@ -109,8 +111,6 @@ def test_end_of_the_last_request_is_told_at_once_unless_another_follows(
                 await until(reports, {"a": 1})
             await until(reports, {"a": 0})
             assert reports.empty()
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
 
     asyncio.run(work())
 
@@ -121,16 +121,12 @@ def test_last_request_of_a_router_that_takes_no_more_is_told_at_once(
     monkeypatch.setattr(demand_reporter, "REPORT_INTERVAL_S", 1e6)
 
     async def work() -> None:
-        async with listening(path) as reports:
-            reporter = DemandReporter(ControlLink.to_socket(path))
-            task = asyncio.create_task(reporter.run())
+        async with listening(path) as reports, reporting(path) as reporter:
             with reporter.request("a"):
                 with reporter.sent("a", "0"):
                     await until(reports, {"a": 1})
                 async with asyncio.timeout(120):
                     assert (await reports.get()).routers == {"a": {"0": 0}}
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
 
     asyncio.run(work())
 
