@@ -309,3 +309,26 @@ def test_a_tenant_s_sequences_are_served_by_priority() -> None:
         queue.remove(running)
         running = queue.pop()
     assert order == ["running", "urgent", "a", "b", "late"]
+
+
+def test_a_preemption_takes_time_in_proportion_to_the_active_tenants(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    n_slots, n_tenants = 32, 400
+    queue = FairQueue(slots=n_slots, max_queued=10 * n_tenants)
+    queue.set_shares({f"t{n}": Share() for n in range(n_tenants)})
+    for n in range(n_tenants):
+        for number in range(2):
+            queue.push(f"t{n}", f"{n}/{number}", n_prompt_tokens=10)
+    while queue.pop() is not None:
+        pass
+    lookups: list[str] = []
+    share_of = FairQueue._share
+
+    def counted(self: FairQueue, tenant: str) -> Share:
+        lookups.append(tenant)
+        return share_of(self, tenant)
+
+    monkeypatch.setattr(FairQueue, "_share", counted)
+    queue.preempt()
+    assert n_tenants <= len(lookups) < n_slots * n_tenants / 2
