@@ -387,7 +387,9 @@ class Dispatcher:
     def release_memory(self) -> None:
         """Free memory that is kept for the next calls, when idle; safe from any thread."""
         self._fanout.release_memory()
+        self._executor.release_memory()
         if self.native is not None:
+            self.native.release_unmapped()
             self.native.release_memory()
 
     def close(self) -> None:

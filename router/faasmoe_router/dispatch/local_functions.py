@@ -25,7 +25,7 @@ MAX_MAPPED_FUNCTIONS = 128  # mapped, not copied: an entry costs address space a
 class LocalFunctions:
     """LRU cache of functions that are mapped from the store on first use.
 
-    Belongs to the engine's thread, except for `mapped`.
+    Belongs to the engine's thread, except for `mapped` and `release`.
     """
 
     def __init__(self, store: Store) -> None:
@@ -37,6 +37,11 @@ class LocalFunctions:
         """Return the functions that are mapped now; safe from any thread."""
         with self._lock:
             return dict(self._functions)
+
+    def release(self) -> None:
+        """Unmap all; the next call of one maps it again. Safe from any thread."""
+        with self._lock:
+            self._functions.clear()
 
     def compute(self, spec: FunctionSpec, request: ExpertRequest) -> Tensor:
         """Return the output of function `spec`: float32 [R, H], or [P, H] unreduced.
