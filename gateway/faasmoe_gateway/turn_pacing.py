@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 
 PAUSE_FACTOR = 4.0  # times a turn: of the time beside others a fifth is a sender's, for each turn
-MAX_PAUSE_S = 0.05
+MAX_PAUSE_S = 0.25
 ACTIVE_S = 1.0  # after its last turn, a sender may have another request at any moment
 
 
