@@ -268,7 +268,7 @@ class Dispatcher:
                 layer, hidden, top_k_index, top_k_weight, while_waiting
             )
         if self.native is not None:
-            self.native.avoid_ejected()
+            self.native.avoid_ejected(layer)
         return output
 
     def _compute_generally(

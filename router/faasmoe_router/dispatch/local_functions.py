@@ -51,13 +51,14 @@ class LocalFunctions:
             StoreCorrupted: the store's bytes of the function fail verification.
         """
         try:
-            return compute_function(self._get_or_map(spec), request)
+            return compute_function(self.map(spec), request)
         except StoreCorrupted:
             with self._lock:  # its file may have been replaced: mapped anew next time
                 self._functions.pop(spec, None)
             raise
 
-    def _get_or_map(self, spec: FunctionSpec) -> ExpertFunction:
+    def map(self, spec: FunctionSpec) -> ExpertFunction:
+        """Return a function, mapped if it is not yet; raises as `map_function`."""
         function = self._functions.get(spec)
         if function is None:
             function = map_function(spec, self._store)
