@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from starlette.types import Receive, Scope, Send
 
 from faasmoe_contracts.gateway_file import GatewayFile, TenantEntry
+from faasmoe_contracts.tls import TlsFolder
 from faasmoe_gateway.accounts import Accounts
 from faasmoe_gateway.call import Call, read_call
 from faasmoe_gateway.config_follower import ConfigFollower
@@ -86,6 +87,7 @@ class Front:
         page: where the live page is; None for none.
         budget: bounds what all requests hold.
         metrics: counts requests.
+        tls: certificate to show routers that have some; None if they have none.
         tracer: traces requests.
         clock: returns monotonic seconds.
         wall_clock: returns seconds since the epoch.
@@ -104,10 +106,12 @@ class Front:
         page: RouterAddress | None = None,
         budget: HoldBudget | None = None,
         metrics: GatewayMetrics | None = None,
+        tls: TlsFolder | None = None,
         tracer: Tracer = NO_TRACER,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
+        self._tls = tls
         self._directory = directory
         self._accounts = accounts
         self._demand = demand or DemandReporter(None)
@@ -201,6 +205,7 @@ class Front:
                     front_token=self._front_token,
                     hold_timeout_s=self._hold_timeout_s,
                     demand=self._demand,
+                    tls=self._tls,
                 )
             else:
                 route.replace_routers(model)

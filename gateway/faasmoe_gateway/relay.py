@@ -26,6 +26,7 @@ from faasmoe_contracts.stream_records import (
     RecordReader,
     StreamRecordError,
 )
+from faasmoe_contracts.tls import TlsPeer
 from faasmoe_gateway.errors import error_body, send_error
 from faasmoe_gateway.held_request import HeldRequest
 from faasmoe_gateway.router_losses import RouterLosses
@@ -64,11 +65,13 @@ class RouterAddress:
         address: a Unix socket, or HOST:PORT.
         front_token: what to show it.
         hold_timeout_s: how long requests wait while it is away.
+        tls: how it is known over TCP; None connects without TLS.
     """
 
     address: str
     front_token: str
     hold_timeout_s: float
+    tls: TlsPeer | None = None
 
 
 def is_page_path(path: bytes) -> bool:
@@ -335,8 +338,10 @@ class Relay:
                 await asyncio.sleep(RETRY_S)
                 try:
                     return await self._open()
-                except RouterAway:
+                except RouterAway as away:
                     if time.monotonic() > end_s:
+                        cause = away.__cause__ or "there is none"
+                        logger.warning("no router for %g s: %s", hold_s, cause)
                         raise RequestFailed("The server is being restarted.") from None
         finally:
             self._waiting.n -= 1
@@ -347,7 +352,10 @@ class Relay:
             self._turn = await self._take_turn()
         has_body, is_open = not self._request.is_head, False
         try:
-            connection = await RouterConnection.open(self._chosen_address(), has_body=has_body)
+            router = self._chosen_router()
+            connection = await RouterConnection.open(
+                router.address, has_body=has_body, tls=router.tls
+            )
             is_open = True
         finally:
             if not (is_open and self._keeps_turn):
@@ -359,14 +367,14 @@ class Relay:
         if turn is not None:
             turn.release()
 
-    def _chosen_address(self) -> str:
+    def _chosen_router(self) -> RouterAddress:
         """Return where to connect to; raises RouterAway."""
         if self._choose is not None:
             router = self._choose()
             if router is None:
                 raise RouterAway
             self._router = router
-        return self._router.address
+        return self._router
 
     async def _resume(self, connection: RouterConnection, head: ResponseHead) -> None:
         if head.has_records:

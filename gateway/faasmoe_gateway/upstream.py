@@ -13,10 +13,12 @@ import httptools
 
 from faasmoe_contracts.socket_address import open_connection, write
 from faasmoe_contracts.stream_records import DRAINING_HEADER, PREPARED_STATUS, RECORDS_HEADER
+from faasmoe_contracts.tls import TlsPeer
 from faasmoe_gateway.held_request import HeldRequest
 
 READ_BYTES = 64 << 10
 CONNECT_TIMEOUT_S = 1.0  # of a pod whose node is gone nobody says so
+TLS_CONNECT_TIMEOUT_S = 5.0  # in which the router's event loop must answer
 _FIRST_FINAL_STATUS = 200
 
 
@@ -83,11 +85,17 @@ class RouterConnection:
         self._is_complete = False
 
     @classmethod
-    async def open(cls, address: str, *, has_body: bool) -> Self:
-        """Connect to the router; raises RouterAway."""
+    async def open(cls, address: str, *, has_body: bool, tls: TlsPeer | None = None) -> Self:
+        """Connect to the router; raises RouterAway.
+
+        Args:
+            address: where it listens.
+            has_body: whether the response has a body; False for HEAD.
+            tls: how it is known over TCP; None connects without TLS.
+        """
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                reader, writer = await open_connection(address, limit=READ_BYTES)
+            async with asyncio.timeout(TLS_CONNECT_TIMEOUT_S if tls else CONNECT_TIMEOUT_S):
+                reader, writer = await open_connection(address, limit=READ_BYTES, tls=tls)
         except OSError as error:  # TimeoutError too
             raise RouterAway from error
         return cls(reader, writer, has_body=has_body)
