@@ -64,6 +64,19 @@ async def open_connection(
     return reader, writer
 
 
+def write(writer: asyncio.StreamWriter, data: bytes) -> None:
+    """Write to a connection, unless it is lost.
+
+    A StreamWriter does not say so: uvloop raises RuntimeError, asyncio nothing.
+
+    Raises:
+        ConnectionResetError: the connection is lost or closed.
+    """
+    if writer.transport.is_closing():
+        raise ConnectionResetError("the connection is lost")
+    writer.write(data)
+
+
 def probe_peer(writer: asyncio.StreamWriter) -> None:
     """Let the system end a TCP connection half a minute after the other machine is gone."""
     connection = writer.get_extra_info("socket")

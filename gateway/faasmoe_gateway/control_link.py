@@ -9,7 +9,7 @@ import asyncio
 from pathlib import Path
 
 from faasmoe_contracts.gateway_hello import GatewayHello
-from faasmoe_contracts.socket_address import open_connection
+from faasmoe_contracts.socket_address import open_connection, write
 from faasmoe_contracts.tls import TlsPeer
 
 ACK_TIMEOUT_S = 15.0  # of an operator whose node is gone: reports go to the next one
@@ -53,5 +53,5 @@ class ControlLink:
             self._address, limit=limit, ack_timeout_s=ACK_TIMEOUT_S, tls=self._tls
         )
         if self._hello is not None:
-            writer.write(self._hello.dumps())
+            write(writer, self._hello.dumps())
         return reader, writer

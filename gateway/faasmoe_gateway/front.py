@@ -60,6 +60,7 @@ from faasmoe_gateway.request_body import MAX_BODY_BYTES
 from faasmoe_gateway.request_span import begin_request_span, recording_status
 from faasmoe_gateway.sender_turns import TURNS_PER_SENDER, SenderTurns
 from faasmoe_gateway.tenant_directory import REFRESH_INTERVAL_S, TenantDirectory
+from faasmoe_gateway.turn_pacing import TurnPacing
 from faasmoe_tracing import NO_TRACER, Span, Tracer
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ class Front:
         self._replace_routes()
         if config_link is None:  # else all routers of the file run
             self._demand.on_routers = self._set_running
-        self._turns = SenderTurns(n_per_sender=TURNS_PER_SENDER)
+        self._turns = SenderTurns(n_per_sender=TURNS_PER_SENDER, pacing=TurnPacing())
         self._running: set[asyncio.Task[None]] = set()
         self._aborted: set[asyncio.Task[None]] = set()
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
 
 import httptools
 
-from faasmoe_contracts.socket_address import open_connection
+from faasmoe_contracts.socket_address import open_connection, write
 from faasmoe_contracts.stream_records import DRAINING_HEADER, PREPARED_STATUS, RECORDS_HEADER
 from faasmoe_contracts.tls import TlsPeer
 from faasmoe_gateway.held_request import HeldRequest
@@ -100,11 +101,15 @@ class RouterConnection:
         return cls(reader, writer, has_body=has_body)
 
     def send_small(self, request: HeldRequest, front_token: str) -> bool:
-        """Send a request at once if it is here and small; return whether it was."""
+        """Send a request at once if it is here and small; return whether it was.
+
+        A router that has ended the connection is noticed by the reader.
+        """
         content = request.small_content()
         if content is None:
             return False
-        self._writer.write(request.head(front_token) + content)
+        with suppress(OSError):
+            write(self._writer, request.head(front_token) + content)
         return True
 
     async def send(self, request: HeldRequest, front_token: str) -> None:
@@ -113,15 +118,15 @@ class RouterConnection:
         Raises:
             ClientGone: the client hung up before its end.
         """
-        self._writer.write(request.head(front_token))
         try:
+            write(self._writer, request.head(front_token))
             async for part in request.body():
                 if request.sends_chunks:
                     part = b"%x\r\n%b\r\n" % (len(part), part)
-                self._writer.write(part)
+                write(self._writer, part)
                 await self._writer.drain()
             if request.sends_chunks:
-                self._writer.write(b"0\r\n\r\n")
+                write(self._writer, b"0\r\n\r\n")
             await self._writer.drain()
         except OSError:
             return

@@ -88,6 +88,17 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
+{{- /* Pull secrets as pods name them; in `global`, other charts also write plain names. */ -}}
+{{- define "faasmoe.pullSecrets" -}}
+{{- $secrets := list -}}
+{{- range concat .Values.global.imagePullSecrets .Values.imagePullSecrets -}}
+{{- $secrets = append $secrets (ternary (dict "name" .) . (kindIs "string" .)) -}}
+{{- end -}}
+{{- with $secrets -}}
+{{- toYaml . -}}
+{{- end -}}
+{{- end -}}
+
 {{- /* "true" if the platform assigns the ids of users and groups, else "false". */ -}}
 {{- define "faasmoe.openshift" -}}
 {{- if eq (toString .Values.openshift) "auto" -}}
@@ -95,6 +106,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- else -}}
 {{- .Values.openshift -}}
 {{- end -}}
+{{- end -}}
+
+{{- /* The security context of the chart's pods, without the ids that the platform assigns. */ -}}
+{{- define "faasmoe.podSecurityContext" -}}
+{{- $context := .Values.podSecurityContext -}}
+{{- if eq (include "faasmoe.openshift" .) "true" -}}
+{{- $context = omit $context "runAsUser" "runAsGroup" "fsGroup" -}}
+{{- end -}}
+{{- toYaml $context -}}
 {{- end -}}
 
 {{- define "faasmoe.rootKeySecret" -}}

@@ -272,7 +272,7 @@ class Dispatcher:
                 layer, hidden, top_k_index, top_k_weight, while_waiting
             )
         if self.native is not None:
-            self.native.avoid_ejected()
+            self.native.avoid_ejected(layer)
         return output
 
     def _compute_generally(
@@ -391,7 +391,9 @@ class Dispatcher:
     def release_memory(self) -> None:
         """Free memory that is kept for the next calls, when idle; safe from any thread."""
         self._fanout.release_memory()
+        self._executor.release_memory()
         if self.native is not None:
+            self.native.release_unmapped()
             self.native.release_memory()
 
     def close(self) -> None:

@@ -304,6 +304,10 @@ class LayerExecutor:
         if self._activation_waiter is not None:
             self._activation_waiter.routing_changed.set()
 
+    def release_memory(self) -> None:
+        """Unmap what was computed in place of sandboxes, when idle; safe from any thread."""
+        self._local_functions.release()
+
     def _forget_removed(self) -> None:
         """Drop the state of addresses and functions that left the routing."""
         routing = self.routing
