@@ -144,9 +144,10 @@ def make_frame(n_rows: int) -> list[Buffer]:
     """Return a frame of random rows, each for one expert."""
     random = np.random.default_rng(n_rows)
     rows = random.standard_normal((n_rows, GEOMETRY.hidden), dtype=np.float32)  # [T, H]
+    truncated = (rows.view(np.uint32) >> 16).astype(np.uint16)  # [T, H], bfloat16
     return encode_request(
-        rows.tobytes(),
-        dtype=Dtype.FLOAT32,
+        truncated.tobytes(),
+        dtype=Dtype.BFLOAT16,
         mode=OutputMode.REDUCED,
         layer=0,
         hidden_size=GEOMETRY.hidden,
