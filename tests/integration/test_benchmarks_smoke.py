@@ -165,3 +165,15 @@ def test_cuda_benchmark_reports_missing_gpu(tmp_path: Path) -> None:
         "benchmarks.cuda: --device: got 'cuda', expected cpu or auto: "
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tls_figures_are_complete(tmp_path: Path) -> None:
+    printed = _run_module(
+        "-m", "benchmarks.tls", "--quick", "--cache", str(tmp_path), "--out", str(tmp_path)
+    )
+    figures = json.loads((tmp_path / "tls.json").read_text())
+    assert "CPU ADDED BY TLS" in printed
+    for transport in ("plain", "tls"):
+        calls = figures["calls"][transport]
+        assert calls.keys() == figures["added_cpu_ms"].keys()
+        assert all(part["median"] > 0 for call in calls.values() for part in call.values())
