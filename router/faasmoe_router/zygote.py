@@ -34,8 +34,9 @@ CUDA_DEVICE = Path("/dev/nvidiactl")
 LATE_IMPORTS = (
     *("encodings.idna", "pydantic.v1", "fastapi.telemetry._runtime"),
     *("uvicorn.lifespan.on", "uvicorn.loops.uvloop"),
+    *("anyio._backends._asyncio", "anyio._core._sockets"),
 )
-"""What libraries import only when a router starts: 35 modules, 60 ms."""
+"""What libraries import only when a router starts or has its first request."""
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,10 @@ def import_late() -> None:
     for name in LATE_IMPORTS:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    from faasmoe_gateway.server import prepare_logging
     from faasmoe_router.version import FINGERPRINTED_PACKAGES, system_fingerprint_of
+
+    prepare_logging()
 
     system_fingerprint_of("", "", "", FINGERPRINTED_PACKAGES)  # reads versions, which it keeps
 
@@ -99,7 +103,7 @@ def prepare_parts(environment: Mapping[str, str]) -> None:
 
     try:
         config = RouterConfig.from_env(environment)
-        TOKENIZERS.get(config.store / MODEL_FOLDER)
+        TOKENIZERS.get(config.store / MODEL_FOLDER).compile_template()
         if config.device == "cpu" or not CUDA_DEVICE.exists():  # asking CUDA would forbid to fork
             store, cpu = Store.open(config.store), torch.device("cpu")
             selected = select_compute_dtype(config.dtype, store, cpu, compute=config.compute)
