@@ -22,7 +22,7 @@ from faasmoe_contracts.fork_server import ForkServer, ForkServerError
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
 from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_contracts.store import Store
-from faasmoe_expert.malloc import trim_heap
+from faasmoe_expert.malloc import HOLES, trim_heap
 from faasmoe_router.__main__ import EXIT_BAD_CONFIG, configure_logging, import_router, serve_router
 from faasmoe_router.config import RouterConfig
 from faasmoe_router.errors import RouterConfigError
@@ -61,8 +61,9 @@ def main() -> int:
     except (RouterConfigError, ParentDeathError, ForkServerError) as error:
         print(f"faasmoe_router.zygote: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
+    HOLES.fill()
     # Collectors of the routers skip these objects, so that their pages stay shared. What garbage
-    # there is stays: each router would fill the holes, and so copy 2 MB more of these pages.
+    # there is stays: it would leave holes.
     gc.freeze()
     phases.end("imports")
     logger.info("The zygote's %s", phases.describe())
@@ -111,6 +112,7 @@ def prepare_parts(environment: Mapping[str, str]) -> None:
     except Exception as error:  # a broken file raises whatever its parser does
         logger.info("A router inherits less than others: %s", error)
     trim_heap()
+    HOLES.fill()
     gc.freeze()
 
 
