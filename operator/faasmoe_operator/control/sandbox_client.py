@@ -15,6 +15,8 @@ from typing import Any, Self
 import aiohttp
 
 from faasmoe_contracts.routing_table import FunctionSpec, RoutingTableError
+from faasmoe_contracts.tls import TlsPeer
+from faasmoe_operator.aio import http_scheme
 from faasmoe_operator.errors import FaasmoeError
 
 MAX_RESPONSE_BYTES = 8 << 20
@@ -111,9 +113,17 @@ class SandboxClient:
     Args:
         token: bearer token of the sandboxes; empty for none.
         timeouts: timeouts of the calls.
+        tls: how the sandboxes are known; None calls them without TLS.
     """
 
-    def __init__(self, *, token: str, timeouts: SandboxClientTimeouts | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        token: str,
+        timeouts: SandboxClientTimeouts | None = None,
+        tls: TlsPeer | None = None,
+    ) -> None:
+        self._tls = tls
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._timeouts = timeouts or SandboxClientTimeouts()
 
@@ -183,9 +193,12 @@ class SandboxClient:
         timeout = aiohttp.ClientTimeout(
             total=timeout_s, sock_connect=self._timeouts.connect_timeout_s
         )
-        url = f"http://{address}/v1/functions{path}"
+        scheme, secured = http_scheme(self._tls)
+        url = f"{scheme}://{address}/v1/functions{path}"
         try:
-            async with self._http.request(method, url, json=body, timeout=timeout) as response:
+            async with self._http.request(
+                method, url, json=body, timeout=timeout, **secured
+            ) as response:
                 content = await response.content.read(MAX_RESPONSE_BYTES)
                 return _parse_response(address, response.status, content)
         except TimeoutError as error:
