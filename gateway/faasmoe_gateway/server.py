@@ -24,6 +24,7 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from faasmoe_contracts.stream_records import DRAINING_HEADER
+from faasmoe_contracts.tls import TlsFolder
 from faasmoe_gateway.connections import ConnectionLimits
 from faasmoe_gateway.errors import send_error
 from faasmoe_gateway.http_protocol import bounded_protocol
@@ -125,6 +126,7 @@ class Server(uvicorn.Server):
         path: Unix socket to listen on instead.
         drain_timeout_s: seconds that running responses get to finish.
         connection_limits: how many connections clients may have, and for how long.
+        tls: the server's certificate; None serves without TLS.
     """
 
     def __init__(
@@ -138,6 +140,7 @@ class Server(uvicorn.Server):
         path: Path | None = None,
         drain_timeout_s: float = DRAIN_TIMEOUT_S,
         connection_limits: ConnectionLimits | None = None,
+        tls: TlsFolder | None = None,
     ) -> None:
         self._drain = DrainMiddleware(app)
         limits = connection_limits or ConnectionLimits()
@@ -152,6 +155,7 @@ class Server(uvicorn.Server):
             access_log=False,
             log_level="warning",
             timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
+            ssl_context_factory=None if tls is None else lambda *_: tls.server_context(),
         )
         super().__init__(config)
         self._on_started = on_started

@@ -13,6 +13,7 @@ from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_router.config import RouterConfig, VllmArguments
 from faasmoe_router.errors import RouterConfigError
 from faasmoe_router.vllm_backend.compatibility import installed_vllm, select_engine
+from faasmoe_router.vllm_backend.openmp_preload import preload_openmp
 from faasmoe_transformers.errors import UnsupportedVersions
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def _selected_engine(config: RouterConfig) -> str:
     is_open = config.engine == "auto" and config.compute == "auto" and vllm_version is not None
     if config.engine != "vllm" and not is_open:
         return "transformers"
+    preload_openmp()  # before torch; a zygote has done so before it forked this process
     from faasmoe_router.data_plane import open_store
 
     architecture = open_store(config.store).manifest.model.architecture

@@ -26,6 +26,7 @@ from faasmoe_expert.malloc import trim_heap
 from faasmoe_router.__main__ import EXIT_BAD_CONFIG, configure_logging, import_router, serve_router
 from faasmoe_router.config import RouterConfig
 from faasmoe_router.errors import RouterConfigError
+from faasmoe_router.vllm_backend.openmp_preload import preload_openmp
 from faasmoe_router.vllm_backend.zygote_imports import import_vllm
 
 PROCESS_NAME = "faasmoe_router"
@@ -49,6 +50,7 @@ def main() -> int:
         is_vllm = sys.argv[1:] == ["vllm"]
         die_with_parent()
         if is_vllm:
+            preload_openmp()
             import_vllm()
         else:
             import_router()

@@ -105,7 +105,8 @@ def test_control_url_points_to_service(objects: list[Object]) -> None:
     service = only(objects, "Service")
     name, namespace = service["metadata"]["name"], service["metadata"]["namespace"]
     port, metrics, *_ = service["spec"]["ports"]
-    assert config.control.url == f"http://{name}.{namespace}.svc:{port['port']}"
+    scheme = "https" if config.tls else "http"
+    assert config.control.url == f"{scheme}://{name}.{namespace}.svc:{port['port']}"
     (container,) = pod_template(objects)["spec"]["containers"]
     (target,) = (p for p in container["ports"] if p["name"] == port["targetPort"])
     assert target["containerPort"] == config.control.port

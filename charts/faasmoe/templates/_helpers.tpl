@@ -127,5 +127,34 @@ faasmoe-operator
 {{- end -}}
 
 {{- define "faasmoe.controlUrl" -}}
-{{- printf "http://%s.%s.svc:%v" (include "faasmoe.operatorName" .) .Release.Namespace .Values.service.port -}}
+{{- printf "%s://%s.%s.svc:%v" (ternary "https" "http" .Values.tls.enabled) (include "faasmoe.operatorName" .) .Release.Namespace .Values.service.port -}}
+{{- end -}}
+
+{{- /* "true" if Secrets of another issuer are used, "false" if the operator issues certificates. */ -}}
+{{- define "faasmoe.otherIssuer" -}}
+{{- $names := .Values.tls.secretNames -}}
+{{- $needed := list "operator" "models" -}}
+{{- if .Values.gateway.enabled }}{{ $needed = append $needed "gateway" }}{{ end -}}
+{{- $given := list -}}
+{{- range $part, $name := $names }}{{ if $name }}{{ $given = append $given $part }}{{ end }}{{ end -}}
+{{- if and $given (not .Values.tls.enabled) -}}
+{{- fail (printf "tls.secretNames: got %s, expected none without tls.enabled" (join ", " $given)) -}}
+{{- end -}}
+{{- if $given -}}
+{{- range $needed }}
+{{- if not (has . $given) -}}
+{{- fail (printf "tls.secretNames.%s: missing, expected the name of a Secret as there is one of %s" . (join ", " $given)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- not (empty $given) -}}
+{{- end -}}
+
+{{- define "faasmoe.gatewayTlsSecret" -}}
+{{- default (printf "%s-tls" (include "faasmoe.gatewayName" .)) .Values.tls.secretNames.gateway -}}
+{{- end -}}
+
+{{- /* Scheme of probes of the operator; kubelets verify no certificate. */ -}}
+{{- define "faasmoe.probeScheme" -}}
+{{- ternary "HTTPS" "HTTP" .Values.tls.enabled -}}
 {{- end -}}
