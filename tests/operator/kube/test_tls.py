@@ -7,6 +7,7 @@ import base64
 import ssl
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,10 @@ from faasmoe_operator.control.lease_server import LeaseServer
 from faasmoe_operator.control.tenant_ledger import TenantLedger
 from faasmoe_operator.kube.cache import ObjectCache
 from faasmoe_operator.kube.certificates import CERTIFICATE_PERIOD_S
+from faasmoe_operator.kube.config import OperatorConfig
 from faasmoe_operator.kube.errors import Unavailable
 from faasmoe_operator.kube.manifests.names import MODELS_TLS_SECRET
+from faasmoe_operator.kube.operator import Operator, TlsFolderError
 from faasmoe_operator.kube.server import (
     HealthRoutes,
     Readiness,
@@ -313,3 +316,45 @@ def test_the_operators_own_certificate_is_renewed_in_its_folder(
     cluster.now_s += CERTIFICATE_PERIOD_S
     cluster.sync()
     assert (tmp_path / "tls.crt").read_bytes() != first
+
+
+IMAGES = {
+    "FAASMOE_OPERATOR_ROUTER_IMAGE": "registry/router:1",
+    "FAASMOE_OPERATOR_EXPERT_IMAGE": "registry/expert:1",
+}
+
+
+async def open_tls(api: FakeKubeApi, folders: AsyncExitStack, **settings: str) -> Any:
+    env = {f"FAASMOE_OPERATOR_{name}": value for name, value in settings.items()}
+    operator = Operator(OperatorConfig.from_env({**IMAGES, **env}))
+    return await operator._open_tls(api, folders)  # type: ignore[arg-type]
+
+
+def test_the_operator_issues_its_own_certificate_before_it_serves() -> None:
+    async def work() -> None:
+        api = FakeKubeApi()
+        async with AsyncExitStack() as folders:
+            first = await open_tls(api, folders, TLS="true")
+            second = await open_tls(api, folders, TLS="true")  # another replica
+            peer = TlsPeer(second.folder, OPERATOR_NAME)
+            expected = frozenset({OPERATOR_NAME})
+            assert _names(first.folder, peer) == (expected, expected)
+            assert first.secrets is not None
+            assert (await open_tls(api, folders)).folder is None
+
+    run(work)
+
+
+def test_the_operator_takes_the_certificate_of_another_issuer(tmp_path: Path) -> None:
+    files = write_tls_folder(tmp_path / "issued", OPERATOR_NAME)
+    settings = {"TLS": "true", "TLS_MODELS_SECRET": "issued"}
+
+    async def work() -> None:
+        async with AsyncExitStack() as folders:
+            found = await open_tls(FakeKubeApi(), folders, **settings, TLS_FOLDER=str(files))
+            assert found.secrets is None
+            missing = str(tmp_path / "none")
+            with pytest.raises(TlsFolderError, match=f"FAASMOE_OPERATOR_TLS_FOLDER: {missing}"):
+                await open_tls(FakeKubeApi(), folders, **settings, TLS_FOLDER=missing)
+
+    run(work)
