@@ -32,7 +32,6 @@ from faasmoe_router.dispatch.fanout import DispatchTimeouts
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.overflow import is_memory_limited
 from faasmoe_router.errors import RouterConfigError
-from faasmoe_router.opened_stores import STORES
 from faasmoe_router.tenants.quota import ActivationQueueCapacity
 from faasmoe_router.tenants.registry import TenantRegistry
 from faasmoe_router.tenants.service import TenantQueue, TenantService, UsageSources
@@ -43,7 +42,7 @@ from faasmoe_router.tenants.usage_store import UsageFileStore
 def open_store(path: Path) -> Store:
     """Open the store; raises RouterConfigError naming the variable."""
     try:
-        return STORES.get(path)
+        return Store.open(path)
     except (StoreError, OSError) as error:
         raise RouterConfigError(f"FAASMOE_STORE: {error}") from error
 

@@ -21,6 +21,7 @@ from typing import NoReturn
 from faasmoe_contracts.fork_server import ForkServer, ForkServerError
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
 from faasmoe_contracts.start_phases import StartPhases
+from faasmoe_contracts.store import Store
 from faasmoe_expert.malloc import HOLES, trim_heap
 from faasmoe_router.__main__ import EXIT_BAD_CONFIG, configure_logging, import_router, serve_router
 from faasmoe_router.config import RouterConfig
@@ -90,7 +91,7 @@ def import_late() -> None:
 
 
 def prepare_parts(environment: Mapping[str, str]) -> None:
-    """Make what a router inherits: its store, and family, skeleton, tokenizer of equal models.
+    """Make what a router inherits that equal models share: family, skeleton, tokenizer.
 
     The router meets what is wrong with its files again, and reports it as its own error.
 
@@ -102,14 +103,12 @@ def prepare_parts(environment: Mapping[str, str]) -> None:
     from faasmoe_router.compute_dtype import select_compute_dtype
     from faasmoe_router.engine.tokenizer_cache import TOKENIZERS
     from faasmoe_router.model_loader import prepare_skeleton
-    from faasmoe_router.opened_stores import STORES
 
     try:
         config = RouterConfig.from_env(environment)
-        store = STORES.get(config.store)
         TOKENIZERS.get(config.store / MODEL_FOLDER).compile_template()
         if config.device == "cpu" or not CUDA_DEVICE.exists():  # asking CUDA would forbid to fork
-            cpu = torch.device("cpu")
+            store, cpu = Store.open(config.store), torch.device("cpu")
             selected = select_compute_dtype(config.dtype, store, cpu, compute=config.compute)
             prepare_skeleton(store, selected.dtype)
     except Exception as error:  # a broken file raises whatever its parser does

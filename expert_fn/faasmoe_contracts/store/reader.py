@@ -46,16 +46,12 @@ class Store:
         """
         folder = Path(path)
         store = cls(folder, _read_manifest(folder))
-        store.check_files()
-        return store
-
-    def check_files(self) -> None:
-        """Check that every file exists with its size; raises StoreError."""
-        for name in self.manifest.files:
-            self._check_size(name)
-        if checkpoint := self.manifest.checkpoint:
+        for name in store.manifest.files:
+            store._check_size(name)
+        if checkpoint := store.manifest.checkpoint:
             for index in range(len(checkpoint.files)):
-                checkpoint.check_file(self.path, index)
+                checkpoint.check_file(folder, index)
+        return store
 
     def map_layer(self, index: int) -> MappedLayer:
         """Map the parameters of the MoE layer `index` without copying them.
