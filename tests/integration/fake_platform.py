@@ -206,6 +206,11 @@ class FakePlatform:
             self._registry.upsert(replace(sandbox, ready=False))
         await self.kill(sandbox_id)
 
+    def terminate(self, sandbox_id: str) -> None:
+        """Let a sandbox be terminating, as if others had deleted its pod; `kill` ends it."""
+        if (sandbox := self._registry.get(sandbox_id)) is not None:
+            self._registry.upsert(replace(sandbox, ready=False, terminating=True))
+
     async def kill(self, sandbox_id: str) -> None:
         """Stop a sandbox abruptly."""
         if self.servers.pop(sandbox_id, None) is not None:

@@ -172,8 +172,10 @@ class ActionExecutor:
         """Replace the fleet's sandboxes by those that the platform lists; missing ones are lost."""
         for record in self._fleet.sync(sandboxes, now=self._context.clock()):
             if record.state not in (SandboxState.DRAINING, SandboxState.FAILED):
-                state = record.state.value
-                logger.warning("sandbox %s was lost while %s", record.sandbox.id, state)
+                how = "deleted by others" if record.sandbox.terminating else "lost"
+                level = logging.INFO if record.sandbox.terminating else logging.WARNING
+                sandbox, state = record.sandbox.id, record.state.value
+                logger.log(level, "sandbox %s was %s while %s", sandbox, how, state)
                 self._count_failure("lost", was_ready=record.was_ready)
         self._context.on_change()
 

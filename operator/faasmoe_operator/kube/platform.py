@@ -278,6 +278,7 @@ class KubernetesPlatform:
             ready,
             template_hash,
             node=pod["spec"].get("nodeName", ""),
+            terminating=is_terminating(pod),
         )
 
     def _mark_lost(self, name: str, reason: str) -> None:

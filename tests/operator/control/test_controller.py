@@ -1,6 +1,7 @@
 """The control loop over sandboxes that are real HTTP servers, with an accelerated clock."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
@@ -278,6 +279,31 @@ def test_lost_sandbox_is_replaced() -> None:
                 await eventually(lambda: bool(routable_functions(controller)))
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("by_others", [True, False])
+def test_a_sandbox_that_others_delete_is_no_warning(
+    caplog: pytest.LogCaptureFixture, by_others: bool
+) -> None:
+    async def scenario() -> str:
+        async with controller_and_platform(make_model(1, warm_pool=1)) as (controller, platform):
+            await eventually(lambda: controller.fleet.n_generic() == 1)
+            (name,) = platform.servers
+            if by_others:
+                platform.terminate(name)
+                await eventually(
+                    lambda: any(r.sandbox.terminating for r in controller.fleet.sandboxes)
+                )
+            await platform.kill(name)
+            await eventually(lambda: controller.fleet.n_generic() == 1 and platform.n_created == 2)
+            return name
+
+    with caplog.at_level(logging.INFO, logger="faasmoe_operator.control.executor"):
+        name = asyncio.run(scenario())
+    how, level = ("deleted by others", logging.INFO) if by_others else ("lost", logging.WARNING)
+    told = [(r.levelno, r.getMessage()) for r in caplog.records if name in r.getMessage()]
+    assert (level, f"sandbox {name} was {how} while Ready") in told
+    assert by_others is (logging.WARNING not in {number for number, _ in told})
 
 
 def test_creation_backs_off_while_the_platform_fails() -> None:
