@@ -66,6 +66,22 @@ def test_encode_chat_fails_without_a_chat_template(tokenizer: Any) -> None:
         without_template.encode_chat(MESSAGES)
 
 
+@pytest.mark.parametrize(
+    "template", [None, "{{ messages[0]['content'] }}", "{% broken", "{{ raise_exception('no') }}"]
+)
+def test_any_template_is_compiled_ahead(tokenizer: Any, template: str | None) -> None:
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    other = ModelTokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
+    )
+    other.compile_template()  # what is wrong with it is a conversation's error
+    if template == "{{ messages[0]['content'] }}":
+        assert other.encode_chat(MESSAGES) == other.encode("hi")
+        return
+    with pytest.raises(ChatTemplateError):
+        other.encode_chat(MESSAGES)
+
+
 def test_chat_template_error_contains_its_reason(model_tokenizer: ModelTokenizer) -> None:
     with pytest.raises(ChatTemplateError, match="no tools here"):
         model_tokenizer.encode_chat([{"role": "tool", "content": "42"}])
