@@ -262,7 +262,12 @@ class ModelProgram:
         addresses = (
             {}
             if native is None
-            else {"begin": native.begin, "finish": native.finish, "context": native.context}
+            else {
+                "begin": native.begin,
+                "finish": native.finish,
+                "n_unanswered": native.n_unanswered,
+                "context": native.context,
+            }
         )
         try:
             return LayerProgram(

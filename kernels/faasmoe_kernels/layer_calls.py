@@ -226,11 +226,12 @@ class LayerCalls:
         library: the kernel library.
 
     Attributes:
-        context: address of the native object, the first argument of the functions at
-            `begin_address` and `finish_address`.
+        context: address of the native object, the first argument of the functions at the addresses
+            below.
         begin_address: int32_t (*)(void *context, int64_t layer, int64_t rows, int64_t hidden_size,
             int64_t top_k, const float *hidden, const int64_t *top_k_index, const float *weight)
         finish_address: int32_t (*)(void *context, int64_t layer, float *out)
+        n_unanswered_address: int32_t (*)(void *context)
     """
 
     def __init__(self, library: KernelLibrary) -> None:
@@ -245,6 +246,7 @@ class LayerCalls:
         self.context: int = self._lib.fk_calls_new()
         self.begin_address = _address(self._lib.fk_calls_begin)
         self.finish_address = _address(self._lib.fk_calls_finish)
+        self.n_unanswered_address = _address(self._lib.fk_calls_n_unanswered)
         self._events = (_Event * MAX_EVENTS)()
         self._seconds = (ctypes.c_double * MAX_EVENTS)()
 

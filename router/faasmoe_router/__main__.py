@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import sys
+from functools import cache
 from typing import TYPE_CHECKING
 
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
@@ -101,8 +102,9 @@ def _selected_engine(config: RouterConfig) -> str:
     return select_engine(config.engine, architecture, vllm_version)
 
 
+@cache  # looking at these names again would copy 8 MB of a zygote's pages
 def import_router() -> None:
-    """Import everything that a router needs; torch alone takes seconds.
+    """Import everything that a router needs, once; torch alone takes seconds.
 
     Raises:
         RouterConfigError: torch or transformers lack a private name that the router uses.

@@ -270,15 +270,15 @@ def test_connection_that_is_lost_before_anything_is_sent_over_it_ends_no_stream(
 ) -> None:
     open_connection, n_opened = RouterConnection.open, 0
 
-    async def open_and_lose_second(address: str, *, has_body: bool) -> RouterConnection:
+    async def open_and_lose_second(address: str, **options: Any) -> RouterConnection:
         nonlocal n_opened
         n_opened += 1
         if n_opened != 2:
-            return await open_connection(address, has_body=has_body)
+            return await open_connection(address, **options)
         with socket.socket(socket.AF_UNIX) as listener:  # accepts nothing before it is closed
             listener.bind(f"{address}.dying")
             listener.listen()
-            connection = await open_connection(f"{address}.dying", has_body=has_body)
+            connection = await open_connection(f"{address}.dying", **options)
         with pytest.raises(RouterLost):
             await connection.read_head()
         return connection

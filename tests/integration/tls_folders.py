@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,13 @@ def tls_peer(
 ) -> TlsPeer:
     """Return a client with a new certificate of these names, for a server of that name."""
     return TlsPeer(TlsFolder(write_tls_folder(folder, *names, root_key=root_key)), server)
+
+
+def kubelet_context() -> ssl.SSLContext:
+    """Return the context of a client that has no certificate and verifies none."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 def tls_options(tls: TlsPeer | None) -> dict[str, object]:

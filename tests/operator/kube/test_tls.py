@@ -184,7 +184,7 @@ class Cluster:
         self.cache = ObjectCache()
         self.api = FakeKubeApi(self.cache)
         self.secrets = TlsSecrets(
-            self.api,  # type: ignore[arg-type]
+            self.api,
             self.cache,
             ROOT_KEY,
             folder=folder,
@@ -241,10 +241,8 @@ def test_every_namespace_with_models_has_a_secret(cluster: Cluster, tmp_path: Pa
     assert owners == {first["metadata"]["uid"], second["metadata"]["uid"]}
     assert "controller" not in secret["metadata"]["ownerReferences"][0]
     models, gateway = (save_files(written[ns], tmp_path / ns) for ns in ("llm", "faasmoe-system"))
-    assert _names(models, TlsPeer(gateway, models_name("llm"))) == (
-        {models_name("llm")},
-        {GATEWAY_NAME},
-    )
+    names = _names(models, TlsPeer(gateway, models_name("llm")))
+    assert names == (frozenset({models_name("llm")}), frozenset({GATEWAY_NAME}))
     assert _names(TlsFolder(tmp_path), TlsPeer(models, OPERATOR_NAME))[0] == {OPERATOR_NAME}
 
 

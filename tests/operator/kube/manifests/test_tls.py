@@ -1,5 +1,6 @@
 """With TLS, pods mount a certificate, and everything that calls them knows it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ def test_every_pod_mounts_the_certificate_where_it_looks_for_it(name: str) -> No
     assert volume["secret"] == {"secretName": SECRET, "defaultMode": 0o440}
     [mount] = [m for m in spec["containers"][0]["volumeMounts"] if m["name"] == "tls"]
     assert mount["readOnly"]
-    parse = {
+    parse: dict[str, Callable[[dict[str, str]], Any]] = {
         "router": RouterConfig.from_env,
         "sandbox": SandboxConfig.from_env,
         "store-server": BlockServerConfig.from_env,
