@@ -20,7 +20,7 @@ test-main test-emulated test-random test-slow: export OPENBLAS_NUM_THREADS := 1
 
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-main test-random test-slow test-clients test-vllm test-vllm-engine test-alerts test-publishers test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-blocks bench-call bench-cuda bench-day bench-elastic bench-fairness bench-gateway bench-growth bench-limited bench-many-models bench-paper bench-peers bench-prepare bench-reconcile bench-resize bench-seen bench-simulate bench-start bench-variants bench-zero attack chaos soak trace-chat clean
+.PHONY: help setup demo test test-main test-random test-slow test-clients test-vllm test-vllm-engine test-alerts test-publishers test-browser test-cluster test-emulated test-gpu test-kernels-sanitized kernels lint lock format bench bench-blocks bench-call bench-cuda bench-day bench-elastic bench-fairness bench-gateway bench-growth bench-limited bench-many-models bench-paper bench-peers bench-prepare bench-reconcile bench-resize bench-seen bench-simulate bench-start bench-tls bench-variants bench-zero attack chaos soak trace-chat clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -153,6 +153,9 @@ bench: $(STAMP) ## Measure fan-out and decoding against transformers; writes ben
 
 bench-call: $(STAMP) ## Measure the CPU time of a call beyond its products; writes benchmarks/out/call_cost.json
 	$(BIN)/python -m benchmarks.call
+
+bench-tls: $(STAMP) ## Measure what TLS adds to a call; writes benchmarks/out/tls.json
+	$(BIN)/python -m benchmarks.tls
 
 bench-fairness: $(STAMP) ## Measure five quiet tenants under a flooding one; writes benchmarks/out/fairness.json
 	$(BIN)/python -m benchmarks.fairness

@@ -27,6 +27,7 @@ from typing import Any
 import httpx
 import psutil
 import yaml
+from benchmarks.polling import polling
 from benchmarks.report import OUT, percentile
 from benchmarks.swaps import Answer, cpu_s, followed_log
 from benchmarks.tenant_load import jain_index
@@ -218,19 +219,9 @@ def _has_content(chunk: dict[str, Any]) -> bool:
 @contextmanager
 def sampled_bytes(up: FaasmoeUp) -> Iterator[list[int]]:
     """Sample the memory of routers and sandboxes within the context."""
-    samples, is_over = [held_bytes(up)], threading.Event()
-
-    def sample() -> None:
-        while not is_over.wait(SAMPLE_S):
-            samples.append(held_bytes(up))
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
+    samples = [held_bytes(up)]
+    with polling(lambda: samples.append(held_bytes(up)), interval_s=SAMPLE_S):
         yield samples
-    finally:
-        is_over.set()
-        thread.join()
 
 
 def held_bytes(up: FaasmoeUp) -> int:

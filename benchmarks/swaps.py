@@ -8,7 +8,6 @@ rest: functions, queue in the engine, the first token.
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from benchmarks.polling import polling
 from benchmarks.report import percentile
 
 POLL_S = 0.02
@@ -89,24 +89,18 @@ class RouterTimeline:
 @contextmanager
 def followed_log(log: Path) -> Iterator[RouterTimeline]:
     """Follow a launcher's log within the context."""
-    timeline, is_over = RouterTimeline(), threading.Event()
+    timeline, partial = RouterTimeline(), ""
+    with log.open(encoding="utf-8", errors="replace") as file:
+        file.seek(0, 2)
 
-    def follow() -> None:
-        with log.open(encoding="utf-8", errors="replace") as file:
-            file.seek(0, 2)
-            partial = ""
-            while not is_over.wait(POLL_S):
-                *lines, partial = (partial + file.read()).split("\n")
-                for line in lines:
-                    timeline.add_line(line, time.monotonic())
+        def read() -> None:
+            nonlocal partial
+            *lines, partial = (partial + file.read()).split("\n")
+            for line in lines:
+                timeline.add_line(line, time.monotonic())
 
-    thread = threading.Thread(target=follow)
-    thread.start()
-    try:
-        yield timeline
-    finally:
-        is_over.set()
-        thread.join()
+        with polling(read, interval_s=POLL_S):
+            yield timeline
 
 
 def cpu_s(launcher: psutil.Process) -> dict[str, float]:

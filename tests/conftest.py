@@ -12,6 +12,7 @@ from sandbox_processes import PreparedStore, SandboxProcess, StartSandbox, runni
 
 from faasmoe_contracts.store import QuantizationEntry, Store
 from faasmoe_contracts.store.references import StoreMode
+from faasmoe_contracts.tls import TlsPeer
 
 # On a busy machine, an example or its generation may take any time. The same examples in every run,
 # so that a run fails because of its change; `make test-random` draws others.
@@ -81,7 +82,10 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> StartSandbox:
     folder: Path = tmp_path_factory.mktemp("sandboxes")
     numbers = itertools.count()
 
-    def run(*, token: str = "", **variables: object) -> AbstractContextManager[SandboxProcess]:
-        return running_sandbox(folder / f"{next(numbers)}.log", token=token, **variables)
+    def run(
+        *, token: str = "", tls: TlsPeer | None = None, **variables: object
+    ) -> AbstractContextManager[SandboxProcess]:
+        log = folder / f"{next(numbers)}.log"
+        return running_sandbox(log, token=token, tls=tls, **variables)
 
     return run

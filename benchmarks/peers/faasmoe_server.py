@@ -110,7 +110,7 @@ class FaasmoeServer:
         """Return the additional fields of spec.experts and spec.router."""
         experts: dict[str, Any] = {
             "warmPool": 1,
-            "scaling": {"windowSeconds": self.window_s},
+            "scaling": {"windowSeconds": self.window_s, "scaleToZeroGracePeriodSeconds": 0},
         }
         router: dict[str, Any] = {"maxNumSeqs": self.max_num_seqs, "dtype": self.router_dtype}
         if self.vllm_python is not None:

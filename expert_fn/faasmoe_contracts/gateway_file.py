@@ -60,6 +60,7 @@ class ModelEntry:
         max_model_len: tokens of a prompt and its completion.
         routers: its routers.
         front_token: what to show them; None for the gateway's own.
+        tls_name: name of their certificates, for TLS over TCP; None for none.
     """
 
     name: str
@@ -67,11 +68,12 @@ class ModelEntry:
     max_model_len: int
     routers: tuple[RouterEntry, ...]
     front_token: str | None = field(default=None, repr=False)
+    tls_name: str | None = None
 
     @classmethod
     def from_json(cls, value: object, *, path: str) -> Self:
         """Read an entry; raises ContractError."""
-        known = ("name", "served_name", "max_model_len", "routers", "front_token")
+        known = ("name", "served_name", "max_model_len", "routers", "front_token", "tls_name")
         reader = ObjectReader(value, field=path, path=path, known=known)
         routers = reader.array("routers", max_length=MAX_ROUTERS)
         return cls(
@@ -83,6 +85,7 @@ class ModelEntry:
                 for index, router in enumerate(routers)
             ),
             _optional_text(reader, "front_token"),
+            _optional_text(reader, "tls_name"),
         )
 
 
@@ -243,7 +246,8 @@ class GatewayFile:
 
     def dumps(self, *, indent: int | None = 1) -> bytes:
         """Return the content of the file; one line with `indent` None."""
-        return json.dumps({"version": VERSION, **asdict(self)}, indent=indent).encode()
+        value = asdict(self, dict_factory=_without_absent_names)
+        return json.dumps({"version": VERSION, **value}, indent=indent).encode()
 
     @classmethod
     def loads(cls, content: bytes) -> Self:
@@ -266,6 +270,11 @@ class GatewayFile:
             ),
             reader.flag("is_closed", default=False),
         )
+
+
+def _without_absent_names(items: list[tuple[str, object]]) -> dict[str, object]:
+    """Return an entry without what gateways of earlier versions would refuse."""
+    return {name: value for name, value in items if (name, value) != ("tls_name", None)}
 
 
 def _text(reader: ObjectReader, name: str) -> str:

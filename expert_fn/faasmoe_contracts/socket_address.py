@@ -6,6 +6,7 @@ import asyncio
 import socket
 
 from faasmoe_contracts.json_reader import ContractError
+from faasmoe_contracts.tls import TlsPeer
 
 EXPECTED = "HOST:PORT, or the absolute path of a Unix socket"
 MAX_PORT = 65535
@@ -29,7 +30,7 @@ def split_host_port(address: str) -> tuple[str, int] | None:
 
 
 async def open_connection(
-    address: str, *, limit: int, ack_timeout_s: float | None = None
+    address: str, *, limit: int, ack_timeout_s: float | None = None, tls: TlsPeer | None = None
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect to an address.
 
@@ -41,20 +42,39 @@ async def open_connection(
         limit: most bytes of a line, and of what is read ahead.
         ack_timeout_s: how long what was written may stay unread by the other machine, for one that
             always reads; None for the system's quarter of an hour.
+        tls: how the other end of a TCP connection is known; None connects without TLS.
 
     Raises:
-        OSError: nobody listens there.
+        OSError: nobody listens there, or another one than `tls` names.
         ContractError: the address is invalid.
     """
     if (target := split_host_port(address)) is None:
         return await asyncio.open_unix_connection(address, limit=limit)
-    reader, writer = await asyncio.open_connection(*target, limit=limit)
+    reader, writer = await asyncio.open_connection(
+        *target,
+        limit=limit,
+        ssl=None if tls is None else tls.context(),
+        server_hostname=None if tls is None else tls.name,
+    )
     probe_peer(writer)
     if ack_timeout_s is not None:
         ack_timeout_ms = round(ack_timeout_s * 1000)
         connection = writer.get_extra_info("socket")
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, ack_timeout_ms)
     return reader, writer
+
+
+def write(writer: asyncio.StreamWriter, data: bytes) -> None:
+    """Write to a connection, unless it is lost.
+
+    A StreamWriter does not say so: uvloop raises RuntimeError, asyncio nothing.
+
+    Raises:
+        ConnectionResetError: the connection is lost or closed.
+    """
+    if writer.transport.is_closing():
+        raise ConnectionResetError("the connection is lost")
+    writer.write(data)
 
 
 def probe_peer(writer: asyncio.StreamWriter) -> None:

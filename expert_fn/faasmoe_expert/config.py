@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from faasmoe_contracts.tls import DEFAULT_NAMESPACE, TlsError, TlsFolder
 from faasmoe_contracts.wire import MAX_FRAME_BYTES
 
 IDLE_TIMEOUT_S = 600.0  # well above pauses in a router's traffic
@@ -51,6 +52,9 @@ class SandboxConfig:
             store is not at its path; none if empty.
         cache_dir: folder for what is fetched; needed with store_peers.
         cache_bytes: limit on its bytes; None for no limit.
+        tls_folder: certificate, key and authorities for TLS on the TCP port and with store peers;
+            None for neither. Metrics on a port of their own have no TLS.
+        tls_namespace: namespace of the model, which its routers and store servers show.
     """
 
     id: str = "sandbox"
@@ -74,6 +78,8 @@ class SandboxConfig:
     store_peers: tuple[str, ...] = ()
     cache_dir: Path | None = None
     cache_bytes: int | None = None
+    tls_folder: Path | None = None
+    tls_namespace: str = DEFAULT_NAMESPACE
 
     def __post_init__(self) -> None:
         """Validate all settings; raises SandboxConfigError."""
@@ -103,9 +109,10 @@ class SandboxConfig:
             )
 
     def _check_store_peers(self) -> None:
+        scheme = "http" if self.tls_folder is None else "https"
         for url in self.store_peers:
-            if not _is_http_origin(url):
-                expected = "http://HOST:PORT, several separated by commas"
+            if not _is_origin(url, scheme):
+                expected = f"{scheme}://HOST:PORT, several separated by commas"
                 raise SandboxConfigError(f"FAASMOE_STORE_PEERS: got {url!r}, expected {expected}")
         if (self.cache_dir is None) == bool(self.store_peers):
             got = "none" if self.cache_dir is None else repr(str(self.cache_dir))
@@ -145,17 +152,27 @@ class SandboxConfig:
             store_peers=tuple(filter(None, env.get("FAASMOE_STORE_PEERS", "").split(","))),
             cache_dir=Path(path) if (path := env.get("FAASMOE_CACHE_DIR")) else None,
             cache_bytes=env_optional_int(env, "FAASMOE_CACHE_BYTES"),
+            tls_folder=Path(path) if (path := env.get("FAASMOE_TLS_FOLDER")) else None,
+            tls_namespace=env.get("FAASMOE_TLS_NAMESPACE") or default.tls_namespace,
         )
 
 
-def _is_http_origin(url: str) -> bool:
+def open_tls_folder(path: Path | None) -> TlsFolder | None:
+    """Return the folder of FAASMOE_TLS_FOLDER, if it is set; raises SandboxConfigError."""
+    try:
+        return None if path is None else TlsFolder(path)
+    except TlsError as error:
+        raise SandboxConfigError(f"FAASMOE_TLS_FOLDER: {error}") from error
+
+
+def _is_origin(url: str, scheme: str) -> bool:
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
         return False
-    return (parts.scheme, bool(parts.hostname)) == ("http", True) and (
-        port is not None and url == f"http://{parts.netloc}" and "@" not in parts.netloc
+    return (parts.scheme, bool(parts.hostname)) == (scheme, True) and (
+        port is not None and url == f"{scheme}://{parts.netloc}" and "@" not in parts.netloc
     )
 
 

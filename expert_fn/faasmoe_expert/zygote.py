@@ -40,6 +40,7 @@ from typing import Any, NoReturn
 
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
 from faasmoe_contracts.start_phases import StartPhases
+from faasmoe_expert.malloc import HOLES
 from faasmoe_transformers.errors import UnsupportedVersions
 from faasmoe_transformers.lazy_import import META_REGISTRATIONS, defer_import
 from faasmoe_transformers.version_check import SANDBOX_MODULES, check_private_names
@@ -385,6 +386,7 @@ def main(import_sandbox: Callable[[], ServeSandbox] = import_runtime) -> int:
         zygote = Zygote(import_sandbox(), Path(path))
         # Children's collectors skip frozen objects, so their pages stay shared.
         gc.collect()
+        HOLES.fill()
         gc.freeze()
         phases.end("imports and warm up")
         logger.info("%s", phases.describe())

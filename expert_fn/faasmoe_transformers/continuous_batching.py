@@ -161,7 +161,7 @@ class ContinuousBatcher:
         limits: sizes of the cache and of a batch.
         sampler: samples the tokens of each batch, on the batcher's thread.
         salt_tokens: which requests share the prefix cache; None disables it.
-        count_batch: receives each batch's request ids and token counts before it is computed.
+        count_batch: receives what each batch computes of its requests before it is computed.
         divide_prompts: divides a batch between prompts; None computes them one after the other.
         error_policy: how errors of a batch are classified.
         compute: what computes the model.

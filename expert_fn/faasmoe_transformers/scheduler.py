@@ -21,7 +21,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 from transformers.generation.continuous_batching.requests import RequestStatus
@@ -101,8 +101,23 @@ def release_pages(tensor: Tensor) -> None:
 
 SCHEDULER_NAME = "faasmoe_fifo"
 
-BatchCounter = Callable[[Sequence[tuple[str, int]]], None]
-"""Receives each batch as (request id, number of tokens computed for it)."""
+
+class ComputedTokens(NamedTuple):
+    """What a batch computes of one request.
+
+    Attributes:
+        request_id: the request.
+        n_tokens: tokens of its prompt or answer whose keys and values are computed.
+        ends_prompt: whether they are the last ones of the prompt, so that its first token follows.
+    """
+
+    request_id: str
+    n_tokens: int
+    ends_prompt: bool = False
+
+
+BatchCounter = Callable[[Sequence[ComputedTokens]], None]
+"""Receives each batch before it is computed."""
 
 
 PromptDivider = Callable[[Sequence[tuple[str, int]], Sequence[str], int], Mapping[str, int]]
@@ -112,6 +127,13 @@ It receives the prompts as (request id, tokens that are left) in the order of th
 of the requests that generate a token each, and the tokens of a batch; those together and what it
 returns are no more than that.
 """
+
+
+def _computed_tokens(scheduled: Any) -> ComputedTokens:
+    """Return what a batch computes of a request that transformers has scheduled for it."""
+    state, n_tokens = scheduled.state, scheduled.query_length
+    ends_prompt = state.position_offset + n_tokens == len(state.initial_tokens)
+    return ComputedTokens(state.request_id, n_tokens, ends_prompt)
 
 
 class PreemptibleFIFOScheduler(FIFOScheduler):  # type: ignore[misc]
@@ -189,7 +211,7 @@ class PreemptibleFIFOScheduler(FIFOScheduler):  # type: ignore[misc]
         batch = scheduled[0] or ()
         if not batch:
             self.on_no_batch()
-        self.count_batch([(each.state.request_id, each.query_length) for each in batch])
+        self.count_batch([_computed_tokens(each) for each in batch])
         return scheduled
 
     def pop_cached_tokens(self, request_ids: Iterable[str]) -> Mapping[str, int]:

@@ -23,6 +23,7 @@ from faasmoe_contracts.gateway_hello import PURPOSES, GatewayHello
 from faasmoe_contracts.json_reader import ContractError
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
 from faasmoe_contracts.tenant_usage import usage_file
+from faasmoe_contracts.tls import OPERATOR_NAME, TlsError, TlsFolder, TlsPeer
 from faasmoe_gateway.accounts import Accounts
 from faasmoe_gateway.app import GatewayApp
 from faasmoe_gateway.config import GatewayConfig, GatewayConfigError
@@ -59,6 +60,9 @@ def main() -> int:
     except ContractError as error:
         print(f"faasmoe_gateway: FAASMOE_GATEWAY_FILE: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
+    except TlsError as error:
+        print(f"faasmoe_gateway: FAASMOE_TLS_FOLDER: {error}", file=sys.stderr)
+        return EXIT_BAD_CONFIG
     except OSError as error:
         print(f"faasmoe_gateway: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
@@ -82,7 +86,13 @@ def main() -> int:
 
 
 def _make_app(config: GatewayConfig, tracer: Tracer) -> GatewayApp | Front:
-    """Return the app of one router or of several models; raises ContractError or OSError."""
+    """Return the app of one router or of several models.
+
+    Raises:
+        ContractError: the gateway's file is invalid.
+        TlsError: the TLS folder is not usable.
+        OSError: a file cannot be read.
+    """
     page = None
     if config.page_socket is not None:
         page = RouterAddress(str(config.page_socket.absolute()), "", PROBE_HOLD_S)
@@ -93,7 +103,8 @@ def _make_app(config: GatewayConfig, tracer: Tracer) -> GatewayApp | Front:
         )
         return GatewayApp(router, page=page, tracer=tracer)
     file = GatewayFile.loads(config.gateway_file.read_bytes())
-    links = _control_links(config)
+    tls = None if config.tls_folder is None else TlsFolder(config.tls_folder)
+    links = _control_links(config, tls)
     usage = None if config.state_dir is None else usage_file(config.state_dir, config.index)
     share = 0.0 if "leases" in links else 1.0
     accounts = Accounts(file.tenants, usage, time.monotonic(), share=share)
@@ -122,6 +133,7 @@ def _make_app(config: GatewayConfig, tracer: Tracer) -> GatewayApp | Front:
         page=page,
         budget=budget,
         metrics=metrics,
+        tls=tls,
     )
     metrics.registry.register(
         GatewayState(
@@ -137,13 +149,16 @@ def _make_app(config: GatewayConfig, tracer: Tracer) -> GatewayApp | Front:
     return front
 
 
-def _control_links(config: GatewayConfig) -> dict[str, ControlLink]:
+def _control_links(config: GatewayConfig, tls: TlsFolder | None) -> dict[str, ControlLink]:
     """Return the connections to the control plane by their purpose; raises OSError."""
     if config.control_address is not None:
         assert config.control_token_file is not None
         token = config.control_token_file.read_text().strip()
+        operator = None if tls is None else TlsPeer(tls, OPERATOR_NAME)
         return {
-            purpose: ControlLink(config.control_address, GatewayHello(token, config.name, purpose))
+            purpose: ControlLink(
+                config.control_address, GatewayHello(token, config.name, purpose), tls=operator
+            )
             for purpose in PURPOSES
         }
     sockets = {"demand": config.demand_socket, "leases": config.lease_socket}

@@ -20,6 +20,7 @@ from faasmoe_gateway.relay import (
 )
 from faasmoe_gateway.request_span import begin_request_span, recording_status
 from faasmoe_gateway.sender_turns import TURNS_PER_SENDER, SenderTurns
+from faasmoe_gateway.turn_pacing import TurnPacing
 from faasmoe_tracing import NO_TRACER, Span, Tracer
 
 
@@ -48,7 +49,7 @@ class GatewayApp:
         self._page = page
         self._budget = budget or HoldBudget()
         self._waiting = WaitingRequests()
-        self._turns = turns or SenderTurns(n_per_sender=TURNS_PER_SENDER)
+        self._turns = turns or SenderTurns(n_per_sender=TURNS_PER_SENDER, pacing=TurnPacing())
         self._credentials = KnownCredentials()
         self._running: set[asyncio.Task[None]] = set()
         self._aborted: set[asyncio.Task[None]] = set()

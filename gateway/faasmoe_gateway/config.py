@@ -51,6 +51,8 @@ class GatewayConfig:
         max_connections_per_address: connections of one client address.
         drain_timeout_s: time that running responses have at shutdown.
         hold_timeout_s: how long requests wait for a router that is away.
+        tls_folder: certificate, key and authorities for TLS with the operator and with routers that
+            have certificates; None for neither. The gateway's own port has no TLS.
     """
 
     router_socket: Path | None
@@ -75,6 +77,7 @@ class GatewayConfig:
     max_connections_per_address: int = MAX_CONNECTIONS_PER_ADDRESS
     drain_timeout_s: float = 20.0
     hold_timeout_s: float = 60.0
+    tls_folder: Path | None = None
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Self:
@@ -88,6 +91,9 @@ class GatewayConfig:
                 raise GatewayConfigError(
                     f"{PREFIX}GATEWAY_METRICS_PORT: got {port}, expected {expected}"
                 )
+            if folder := env.get(f"{PREFIX}TLS_FOLDER"):
+                expected = "none with one router, whose Unix socket has no TLS"
+                raise GatewayConfigError(f"{PREFIX}TLS_FOLDER: got {folder}, expected {expected}")
         control_address = _read(env, "CONTROL_ADDRESS", _host_and_port, None)
         token_file, name = None, ""
         host = env.get(f"{PREFIX}HOST") or cls.host
@@ -134,6 +140,7 @@ class GatewayConfig:
                 env, "DRAIN_TIMEOUT", seconds_between(0, 3600), cls.drain_timeout_s
             ),
             hold_timeout_s=_read(env, "HOLD_TIMEOUT", seconds_between(0, 3600), cls.hold_timeout_s),
+            tls_folder=_read(env, "TLS_FOLDER", Path, None),
         )
 
 

@@ -9,7 +9,8 @@ import asyncio
 from pathlib import Path
 
 from faasmoe_contracts.gateway_hello import GatewayHello
-from faasmoe_contracts.socket_address import open_connection
+from faasmoe_contracts.socket_address import open_connection, write
+from faasmoe_contracts.tls import TlsPeer
 
 ACK_TIMEOUT_S = 15.0  # of an operator whose node is gone: reports go to the next one
 
@@ -20,13 +21,17 @@ class ControlLink:
     Args:
         address: a Unix socket, or HOST:PORT.
         hello: what to say first; None says nothing.
+        tls: how the operator is known over TCP; None connects without TLS.
 
     Attributes:
         is_connected: whether there is a connection, as its user says.
     """
 
-    def __init__(self, address: str, hello: GatewayHello | None = None) -> None:
+    def __init__(
+        self, address: str, hello: GatewayHello | None = None, *, tls: TlsPeer | None = None
+    ) -> None:
         self.is_connected = False
+        self._tls = tls
         self._address = address
         self._hello = hello
 
@@ -45,8 +50,8 @@ class ControlLink:
             limit: most bytes of a line.
         """
         reader, writer = await open_connection(
-            self._address, limit=limit, ack_timeout_s=ACK_TIMEOUT_S
+            self._address, limit=limit, ack_timeout_s=ACK_TIMEOUT_S, tls=self._tls
         )
         if self._hello is not None:
-            writer.write(self._hello.dumps())
+            write(writer, self._hello.dumps())
         return reader, writer

@@ -15,6 +15,7 @@ from faasmoe_contracts.router_demand import (
     RouterDemand,
     RunningRouters,
 )
+from faasmoe_contracts.socket_address import write
 from faasmoe_gateway.control_link import ControlLink
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class DemandReporter:
     async def _report(self, writer: asyncio.StreamWriter) -> Never:
         while True:
             self._is_new.clear()
-            writer.write(self._demand.dumps())
+            write(writer, self._demand.dumps())
             await writer.drain()
             try:
                 async with asyncio.timeout(REPORT_INTERVAL_S):

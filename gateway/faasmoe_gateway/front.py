@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from starlette.types import Receive, Scope, Send
 
 from faasmoe_contracts.gateway_file import GatewayFile, TenantEntry
+from faasmoe_contracts.tls import TlsFolder
 from faasmoe_gateway.accounts import Accounts
 from faasmoe_gateway.call import Call, read_call
 from faasmoe_gateway.config_follower import ConfigFollower
@@ -59,6 +60,7 @@ from faasmoe_gateway.request_body import MAX_BODY_BYTES
 from faasmoe_gateway.request_span import begin_request_span, recording_status
 from faasmoe_gateway.sender_turns import TURNS_PER_SENDER, SenderTurns
 from faasmoe_gateway.tenant_directory import REFRESH_INTERVAL_S, TenantDirectory
+from faasmoe_gateway.turn_pacing import TurnPacing
 from faasmoe_tracing import NO_TRACER, Span, Tracer
 
 logger = logging.getLogger(__name__)
@@ -85,6 +87,7 @@ class Front:
         page: where the live page is; None for none.
         budget: bounds what all requests hold.
         metrics: counts requests.
+        tls: certificate to show routers that have some; None if they have none.
         tracer: traces requests.
         clock: returns monotonic seconds.
         wall_clock: returns seconds since the epoch.
@@ -103,10 +106,12 @@ class Front:
         page: RouterAddress | None = None,
         budget: HoldBudget | None = None,
         metrics: GatewayMetrics | None = None,
+        tls: TlsFolder | None = None,
         tracer: Tracer = NO_TRACER,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
+        self._tls = tls
         self._directory = directory
         self._accounts = accounts
         self._demand = demand or DemandReporter(None)
@@ -127,7 +132,7 @@ class Front:
         self._replace_routes()
         if config_link is None:  # else all routers of the file run
             self._demand.on_routers = self._set_running
-        self._turns = SenderTurns(n_per_sender=TURNS_PER_SENDER)
+        self._turns = SenderTurns(n_per_sender=TURNS_PER_SENDER, pacing=TurnPacing())
         self._running: set[asyncio.Task[None]] = set()
         self._aborted: set[asyncio.Task[None]] = set()
 
@@ -200,6 +205,7 @@ class Front:
                     front_token=self._front_token,
                     hold_timeout_s=self._hold_timeout_s,
                     demand=self._demand,
+                    tls=self._tls,
                 )
             else:
                 route.replace_routers(model)

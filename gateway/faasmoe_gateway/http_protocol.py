@@ -27,6 +27,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from faasmoe_contracts.stream_records import PREPARED_STATUS
+from faasmoe_contracts.tls import peer_names
 from faasmoe_gateway.connections import KNOWN_CLIENT_EXTENSION, ConnectionLimits, ConnectionTable
 from faasmoe_gateway.errors import error_body
 
@@ -37,6 +38,7 @@ LINGER_S = 2.0  # in which a client may read the response to a body that it has 
 INTERIM_RESPONSE = b"HTTP/1.1 100 Continue\r\n\r\n"
 PREPARED_RESPONSE = b"HTTP/1.1 %d Processing\r\n\r\n" % PREPARED_STATUS
 PREPARED_EXTENSION = "faasmoe.prepared"  # of the ASGI scope: tells a front that work is prepared
+PEER_NAMES_EXTENSION = "faasmoe.peer_names"  # with TLS: the names of the client's certificate
 COMMENT_CHUNK = b"b\r\n: waiting\n\n\r\n"  # of an event stream, between two events
 PROBE_DELAYS_S = (0.0, 1.0, 4.0, 16.0)  # between interim responses; some clients accept five
 PROBE_RESULT_S = 0.05
@@ -78,6 +80,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Register the connection; refuses it if there is no place."""
         super().connection_made(transport)
+        self._tls_extensions: dict[str, Any] = {}
+        if (tls := transport.get_extra_info("ssl_object")) is not None:
+            self._tls_extensions = {PEER_NAMES_EXTENSION: peer_names(tls)}
         address = "" if self.client is None else self.client[0]
         has_place, victim = self._table.admit(self, address)
         if isinstance(victim, BoundedHttpProtocol):
@@ -105,7 +110,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep a connection whose client waits for an answer; close any other."""
+        """Keep a connection whose client waits for an answer; close any other.
+
+        A TLS connection has no half that could stay open.
+        """
+        if self._tls_extensions:
+            return False
         if not self._is_answering or not self._is_message_complete or self._is_rejected:
             return False
         for cycle in (self.cycle, *(cycle for cycle, _ in self.pipeline)):
@@ -174,6 +184,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         extensions: dict[str, Any] = {
             KNOWN_CLIENT_EXTENSION: self.mark_known,
             PREPARED_EXTENSION: partial(self._tell_prepared, self.scope),
+            **self._tls_extensions,
         }
         self.scope["extensions"] = extensions
         super().on_headers_complete()

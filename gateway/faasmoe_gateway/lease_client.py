@@ -19,6 +19,7 @@ from faasmoe_contracts.lease_messages import (
     LeaseReport,
     PeriodUsage,
 )
+from faasmoe_contracts.socket_address import write
 from faasmoe_gateway.accounts import Accounts
 from faasmoe_gateway.control_link import ControlLink
 
@@ -118,7 +119,7 @@ class LeaseClient:
         usage = self._accounts.period_usage(self._wall_clock())
         changed = {name: used for name, used in usage.items() if told.get(name) != used}
         requests = self._accounts.lease_requests(self._clock())
-        writer.write(LeaseReport(self._holder, requests, changed, self._run).dumps())
+        write(writer, LeaseReport(self._holder, requests, changed, self._run).dumps())
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
             line = await reader.readline()
         if not line:

@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from faasmoe_contracts.gateway_file import ModelEntry
+from faasmoe_contracts.json_reader import ContractError
+from faasmoe_contracts.tls import TlsFolder, TlsPeer
 from faasmoe_gateway.demand_reporter import DemandReporter
 from faasmoe_gateway.relay import RouterAddress, WaitingRequests
 from faasmoe_gateway.router_choice import HashRing, choose_router
@@ -20,14 +22,22 @@ class ModelRoute:
         front_token: what to show its routers.
         hold_timeout_s: how long requests wait while none listens.
         demand: where requests are counted.
+        tls: certificate to show routers with a `tls_name`; None if there are none.
 
     Attributes:
         waiting: the requests that wait for a router.
     """
 
     def __init__(
-        self, model: ModelEntry, *, front_token: str, hold_timeout_s: float, demand: DemandReporter
+        self,
+        model: ModelEntry,
+        *,
+        front_token: str,
+        hold_timeout_s: float,
+        demand: DemandReporter,
+        tls: TlsFolder | None = None,
     ) -> None:
+        self._tls = tls
         self.waiting = WaitingRequests()
         self._model = model.name
         self._front_token = front_token
@@ -42,17 +52,32 @@ class ModelRoute:
         return RouterAddress("", self._front_token, self._hold_timeout_s)
 
     def replace_routers(self, model: ModelEntry) -> None:
-        """Choose among the model's routers as they are now, all of which run."""
+        """Choose among the model's routers as they are now, all of which run.
+
+        Raises:
+            ContractError: they have certificates, and there is none to show them.
+        """
         if model.front_token is not None:
             self._front_token = model.front_token
+        peer = self._peer(model)
         self._addresses = {
-            router.name: RouterAddress(router.address, self._front_token, self._hold_timeout_s)
+            router.name: RouterAddress(
+                router.address, self._front_token, self._hold_timeout_s, peer
+            )
             for router in model.routers
         }
         self._ring = HashRing(self._addresses) if self._addresses else None
         gone = self._outstanding.keys() - self._addresses.keys()
         for router in [name for name in gone if not self._outstanding[name]]:
             del self._outstanding[router]
+
+    def _peer(self, model: ModelEntry) -> TlsPeer | None:
+        if model.tls_name is None:
+            return None
+        if self._tls is None:
+            expected = "none, as FAASMOE_TLS_FOLDER is not set"
+            raise ContractError(f"{model.name}.tls_name", model.tls_name, expected)
+        return TlsPeer(self._tls, model.tls_name)
 
     def set_running(self, routers: Collection[str]) -> None:
         """Choose among these routers only; while there are none, requests wait.

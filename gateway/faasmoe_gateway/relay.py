@@ -26,8 +26,10 @@ from faasmoe_contracts.stream_records import (
     RecordReader,
     StreamRecordError,
 )
+from faasmoe_contracts.tls import TlsPeer
 from faasmoe_gateway.errors import error_body, send_error
 from faasmoe_gateway.held_request import HeldRequest
+from faasmoe_gateway.router_losses import RouterLosses
 from faasmoe_gateway.sender_turns import Turn
 from faasmoe_gateway.upstream import ResponseHead, RouterAway, RouterConnection, RouterLost
 from faasmoe_tracing import NO_SPAN, Span
@@ -37,7 +39,6 @@ logger = logging.getLogger(__name__)
 RETRY_S = 0.02
 BUSY_RETRY_S = 1.0
 PROBE_HOLD_S = 2.0  # of what is no work: probes should learn that the router is away
-MAX_FRUITLESS_LOSSES = 2
 MAX_BUFFERED_BYTES = 1 << 20  # of a response that can still be had from another router
 MAX_TURN_S = 0.25  # in which a router should have prepared a request; it may not say so, or hang
 COMMENT_S = 15.0
@@ -64,11 +65,13 @@ class RouterAddress:
         address: a Unix socket, or HOST:PORT.
         front_token: what to show it.
         hold_timeout_s: how long requests wait while it is away.
+        tls: how it is known over TCP; None connects without TLS.
     """
 
     address: str
     front_token: str
     hold_timeout_s: float
+    tls: TlsPeer | None = None
 
 
 def is_page_path(path: bytes) -> bool:
@@ -219,6 +222,7 @@ class Relay:
         self._router = router
         self._waiting = waiting
         self._status = 0
+        self._has_records = False  # what the client gets is a stream that can go on
 
     @property
     def status(self) -> int:
@@ -239,8 +243,7 @@ class Relay:
             await self._client.fail(str(error), status=error.status)
 
     async def _run(self) -> None:
-        n_fruitless = n_frames = 0
-        busy_until_s = math.inf
+        losses, busy_until_s = RouterLosses(), math.inf
         while True:
             try:
                 await self._attempt()
@@ -256,15 +259,18 @@ class Relay:
                 if not self._request.can_repeat:
                     message = "The server was restarted; this request is too large to be repeated."
                     raise RequestFailed(message) from None
-            if self._client.has_started and not self._request.n_frames:
+            if self._client.has_started and not self._has_records:
                 raise RequestFailed("The server was restarted during this response.")
-            n_fruitless = 1 if self._request.n_frames > n_frames else n_fruitless + 1
-            n_frames, busy_until_s = self._request.n_frames, math.inf
-            if n_fruitless > MAX_FRUITLESS_LOSSES:
+            if not losses.count(self._request.n_frames, time.monotonic()):
+                await asyncio.sleep(RETRY_S)
+                continue
+            if losses.is_suspect:
                 message = "The server was restarted repeatedly while it computed this request."
                 raise RequestFailed(message, status=500)
+            busy_until_s = math.inf
             logger.warning(
-                "The router was lost; sending a request again, after %d events", n_frames
+                "The router was lost; sending a request again, after %d events",
+                self._request.n_frames,
             )
 
     async def _attempt(self) -> None:
@@ -295,6 +301,7 @@ class Relay:
             if self._client.has_started:
                 await self._resume(connection, head)
             elif head.has_records:
+                self._has_records = True
                 await self._client.start(head)
                 await self._relay_records(connection)
             else:
@@ -331,8 +338,10 @@ class Relay:
                 await asyncio.sleep(RETRY_S)
                 try:
                     return await self._open()
-                except RouterAway:
+                except RouterAway as away:
                     if time.monotonic() > end_s:
+                        cause = away.__cause__ or "there is none"
+                        logger.warning("no router for %g s: %s", hold_s, cause)
                         raise RequestFailed("The server is being restarted.") from None
         finally:
             self._waiting.n -= 1
@@ -343,7 +352,10 @@ class Relay:
             self._turn = await self._take_turn()
         has_body, is_open = not self._request.is_head, False
         try:
-            connection = await RouterConnection.open(self._chosen_address(), has_body=has_body)
+            router = self._chosen_router()
+            connection = await RouterConnection.open(
+                router.address, has_body=has_body, tls=router.tls
+            )
             is_open = True
         finally:
             if not (is_open and self._keeps_turn):
@@ -355,14 +367,14 @@ class Relay:
         if turn is not None:
             turn.release()
 
-    def _chosen_address(self) -> str:
+    def _chosen_router(self) -> RouterAddress:
         """Return where to connect to; raises RouterAway."""
         if self._choose is not None:
             router = self._choose()
             if router is None:
                 raise RouterAway
             self._router = router
-        return self._router.address
+        return self._router
 
     async def _resume(self, connection: RouterConnection, head: ResponseHead) -> None:
         if head.has_records:
@@ -377,16 +389,18 @@ class Relay:
     async def _relay_records(self, connection: RouterConnection) -> None:
         reader = RecordReader()
         async for part in connection.parts():
-            frames = []
+            frames, damage = [], None
             try:
                 for record in reader.feed(part):
                     self._request.record(record.journal, is_event=record.kind == EVENT)
                     self.meter.add_output(record.n_tokens)
                     frames.append(record.frame)
             except StreamRecordError as error:
-                raise RouterLost from error
-            if frames:
+                damage = error
+            if frames:  # those before the damage too: they are counted
                 await self._client.write(b"".join(frames))
+            if damage is not None:
+                raise RouterLost from damage
         if not reader.is_between_records:
             raise RouterLost
         await self._client.end()

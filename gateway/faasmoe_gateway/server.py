@@ -11,8 +11,10 @@ once, because others may wait for the memory of the process.
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +26,7 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from faasmoe_contracts.stream_records import DRAINING_HEADER
+from faasmoe_contracts.tls import TlsFolder
 from faasmoe_gateway.connections import ConnectionLimits
 from faasmoe_gateway.errors import send_error
 from faasmoe_gateway.http_protocol import bounded_protocol
@@ -33,6 +36,7 @@ WORK_METHODS = ("POST", "PUT", "PATCH", "DELETE")
 TICK_S = 0.1  # uvicorn's, which counts them
 DRAIN_TIMEOUT_S = 20.0
 ABORT_TIMEOUT_S = 2.0  # for error responses of aborted work
+LOG_LEVEL = "warning"
 CLOSE_TIMEOUT_S = 3  # all three together less than Kubernetes' grace period of 30 s
 
 
@@ -113,6 +117,24 @@ class DrainMiddleware:
         await send_error(send_and_close, message, status=503, code="service_unavailable")
 
 
+class ServerConfig(uvicorn.Config):
+    """uvicorn's settings, with the loggers of a process as its zygote has set them up.
+
+    To set them up again would write to every logger, and so copy a forked process's pages.
+    """
+
+    def configure_logging(self) -> None:
+        """Set uvicorn's loggers up, unless they write to this process's stderr already."""
+        handlers = logging.getLogger("uvicorn").handlers
+        if not any(getattr(handler, "stream", None) is sys.stderr for handler in handlers):
+            super().configure_logging()
+
+
+def prepare_logging() -> None:
+    """Set up the loggers of servers that are forked from this process."""
+    ServerConfig("", access_log=False, log_level=LOG_LEVEL)
+
+
 class Server(uvicorn.Server):
     """Serves an app until SIGTERM, SIGINT or `should_exit`.
 
@@ -125,6 +147,7 @@ class Server(uvicorn.Server):
         path: Unix socket to listen on instead.
         drain_timeout_s: seconds that running responses get to finish.
         connection_limits: how many connections clients may have, and for how long.
+        tls: the server's certificate; None serves without TLS.
     """
 
     def __init__(
@@ -138,10 +161,11 @@ class Server(uvicorn.Server):
         path: Path | None = None,
         drain_timeout_s: float = DRAIN_TIMEOUT_S,
         connection_limits: ConnectionLimits | None = None,
+        tls: TlsFolder | None = None,
     ) -> None:
         self._drain = DrainMiddleware(app)
         limits = connection_limits or ConnectionLimits()
-        config = uvicorn.Config(
+        config = ServerConfig(
             self._drain,
             http=bounded_protocol(limits),  # type: ignore[arg-type]
             timeout_keep_alive=limits.keep_alive_s,  # type: ignore[arg-type]
@@ -150,8 +174,9 @@ class Server(uvicorn.Server):
             uds=None if path is None else str(path),
             ws="none",
             access_log=False,
-            log_level="warning",
+            log_level=LOG_LEVEL,
             timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
+            ssl_context_factory=None if tls is None else lambda *_: tls.server_context(),
         )
         super().__init__(config)
         self._on_started = on_started

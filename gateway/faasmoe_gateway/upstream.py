@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
 
 import httptools
 
-from faasmoe_contracts.socket_address import open_connection
+from faasmoe_contracts.socket_address import open_connection, write
 from faasmoe_contracts.stream_records import DRAINING_HEADER, PREPARED_STATUS, RECORDS_HEADER
+from faasmoe_contracts.tls import TlsPeer
 from faasmoe_gateway.held_request import HeldRequest
 
 READ_BYTES = 64 << 10
 CONNECT_TIMEOUT_S = 1.0  # of a pod whose node is gone nobody says so
+TLS_CONNECT_TIMEOUT_S = 5.0  # in which the router's event loop must answer
 _FIRST_FINAL_STATUS = 200
 
 
@@ -82,21 +85,31 @@ class RouterConnection:
         self._is_complete = False
 
     @classmethod
-    async def open(cls, address: str, *, has_body: bool) -> Self:
-        """Connect to the router; raises RouterAway."""
+    async def open(cls, address: str, *, has_body: bool, tls: TlsPeer | None = None) -> Self:
+        """Connect to the router; raises RouterAway.
+
+        Args:
+            address: where it listens.
+            has_body: whether the response has a body; False for HEAD.
+            tls: how it is known over TCP; None connects without TLS.
+        """
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                reader, writer = await open_connection(address, limit=READ_BYTES)
+            async with asyncio.timeout(TLS_CONNECT_TIMEOUT_S if tls else CONNECT_TIMEOUT_S):
+                reader, writer = await open_connection(address, limit=READ_BYTES, tls=tls)
         except OSError as error:  # TimeoutError too
             raise RouterAway from error
         return cls(reader, writer, has_body=has_body)
 
     def send_small(self, request: HeldRequest, front_token: str) -> bool:
-        """Send a request at once if it is here and small; return whether it was."""
+        """Send a request at once if it is here and small; return whether it was.
+
+        A router that has ended the connection is noticed by the reader.
+        """
         content = request.small_content()
         if content is None:
             return False
-        self._writer.write(request.head(front_token) + content)
+        with suppress(OSError):
+            write(self._writer, request.head(front_token) + content)
         return True
 
     async def send(self, request: HeldRequest, front_token: str) -> None:
@@ -105,15 +118,15 @@ class RouterConnection:
         Raises:
             ClientGone: the client hung up before its end.
         """
-        self._writer.write(request.head(front_token))
         try:
+            write(self._writer, request.head(front_token))
             async for part in request.body():
                 if request.sends_chunks:
                     part = b"%x\r\n%b\r\n" % (len(part), part)
-                self._writer.write(part)
+                write(self._writer, part)
                 await self._writer.drain()
             if request.sends_chunks:
-                self._writer.write(b"0\r\n\r\n")
+                write(self._writer, b"0\r\n\r\n")
             await self._writer.drain()
         except OSError:
             return

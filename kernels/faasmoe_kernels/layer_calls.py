@@ -237,10 +237,11 @@ class LayerCalls:
     def __init__(self, library: KernelLibrary) -> None:
         self._lib = ctypes.CDLL(str(library.path))
         _declare_functions(self._lib)
-        # With the GIL: begin takes microseconds, after which another thread may hold it for long.
-        begin = ctypes.PyDLL(str(library.path)).fk_calls_begin_dtype
-        begin.argtypes = self._lib.fk_calls_begin_dtype.argtypes
-        self._begin = begin
+        # With the GIL: these take microseconds, after which another thread may hold it for long.
+        quick = ctypes.PyDLL(str(library.path))
+        _declare_functions(quick)
+        self._quick = quick
+        self._begin = quick.fk_calls_begin_dtype
         self._finish = self._lib.fk_calls_finish_dtype
         self.context: int = self._lib.fk_calls_new()
         self.begin_address = _address(self._lib.fk_calls_begin)
@@ -356,11 +357,11 @@ class LayerCalls:
             (ctypes.c_double * N_SIZE_CLASSES)(*settings.hedge_s),
             (ctypes.c_double * N_SIZE_CLASSES)(*settings.abandon_s),
         )
-        self._lib.fk_calls_configure(self.context, ctypes.byref(raw))
+        self._quick.fk_calls_configure(self.context, ctypes.byref(raw))
 
     def take_events(self) -> list[CallEvent]:
         """Return the calls that ended since the last time."""
-        n = self._lib.fk_calls_take_events(self.context, self._events, MAX_EVENTS)
+        n = self._quick.fk_calls_take_events(self.context, self._events, MAX_EVENTS)
         return [
             CallEvent(
                 *(e.mailbox, e.elapsed_s, e.layer, e.rows, CallEnd(e.end)),
@@ -372,19 +373,19 @@ class LayerCalls:
 
     def take_layer_seconds(self) -> list[float]:
         """Return the times of layers since the last time, in seconds."""
-        n = self._lib.fk_calls_take_layer_seconds(self.context, self._seconds, MAX_EVENTS)
+        n = self._quick.fk_calls_take_layer_seconds(self.context, self._seconds, MAX_EVENTS)
         return self._seconds[:n]
 
     def take_pairs(self, n_routes: int) -> list[int]:
         """Return the pairs of each function of each layer since the last time."""
         pairs = (ctypes.c_int64 * n_routes)()
-        self._lib.fk_calls_take_pairs(self.context, pairs, n_routes)
+        self._quick.fk_calls_take_pairs(self.context, pairs, n_routes)
         return list(pairs)
 
     def totals(self, n_functions: int) -> tuple[CallTotals, list[FunctionTotals]]:
         """Return the totals of all calls, and of the first `n_functions` functions."""
         totals, functions = _Totals(), (_FunctionTotals * n_functions)()
-        self._lib.fk_calls_read_totals(self.context, ctypes.byref(totals), functions, n_functions)
+        self._quick.fk_calls_read_totals(self.context, ctypes.byref(totals), functions, n_functions)
         return (
             CallTotals(*(getattr(totals, name) for name, _ in _Totals._fields_)),
             [FunctionTotals(f.offset_s, f.n_in_flight, f.calls, f.rows) for f in functions],

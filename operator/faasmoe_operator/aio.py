@@ -1,6 +1,7 @@
 """asyncio building blocks: background tasks, bounded concurrency, notification, line reading.
 
-Imports only the standard library, so that every package of the control plane can use it.
+Imports only the standard library and contracts, so that every package of the control plane can use
+it.
 """
 
 from __future__ import annotations
@@ -10,12 +11,25 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Protocol, TypeVar
 
+from faasmoe_contracts.tls import TlsPeer
+
 MAX_LINE_BYTES = 1 << 16
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
+
+
+def http_scheme(tls: TlsPeer | None) -> tuple[str, dict[str, Any]]:
+    """Return the scheme of URLs of a server, and what aiohttp needs to know it by.
+
+    Args:
+        tls: how the server is known; None for one without TLS.
+    """
+    if tls is None:
+        return "http", {}
+    return "https", {"ssl": tls.context(), "server_hostname": tls.name}
 
 
 class TaskSet:

@@ -8,6 +8,7 @@ FaasmoeError
 │   └── PlatformStopping   no sandbox can be started, because all of the model is being deleted
 ├── KubeApiError        a failed request to the Kubernetes API (kube/errors.py)
 ├── SandboxClientError  a failed request to a sandbox (control/sandbox_client.py)
+├── TlsFolderError      the operator's certificate is not usable (kube/operator.py)
 └── CommandError        a command that failed (cli/)
 """
 

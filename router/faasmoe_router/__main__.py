@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import sys
+from functools import cache
 from typing import TYPE_CHECKING
 
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
@@ -13,6 +14,7 @@ from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_router.config import RouterConfig, VllmArguments
 from faasmoe_router.errors import RouterConfigError
 from faasmoe_router.vllm_backend.compatibility import installed_vllm, select_engine
+from faasmoe_router.vllm_backend.openmp_preload import preload_openmp
 from faasmoe_transformers.errors import UnsupportedVersions
 
 if TYPE_CHECKING:
@@ -93,14 +95,16 @@ def _selected_engine(config: RouterConfig) -> str:
     is_open = config.engine == "auto" and config.compute == "auto" and vllm_version is not None
     if config.engine != "vllm" and not is_open:
         return "transformers"
+    preload_openmp()  # before torch; a zygote has done so before it forked this process
     from faasmoe_router.data_plane import open_store
 
     architecture = open_store(config.store).manifest.model.architecture
     return select_engine(config.engine, architecture, vllm_version)
 
 
+@cache  # looking at these names again would copy 8 MB of a zygote's pages
 def import_router() -> None:
-    """Import everything that a router needs; torch alone takes seconds.
+    """Import everything that a router needs, once; torch alone takes seconds.
 
     Raises:
         RouterConfigError: torch or transformers lack a private name that the router uses.

@@ -27,6 +27,7 @@ from faasmoe_contracts.environment import (
     read_variables,
     seconds_between,
 )
+from faasmoe_contracts.tls import DEFAULT_NAMESPACE, TlsError, TlsFolder
 from faasmoe_gateway.connections import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_ADDRESS
 from faasmoe_router.errors import RouterConfigError
 
@@ -124,6 +125,7 @@ _Descriptor = Annotated[int, BeforeValidator(integer_between(0, 1 << 20))]
 _KeepAliveSeconds = Annotated[float, BeforeValidator(seconds_between(1, 3600))]
 _DrainSeconds = Annotated[float, BeforeValidator(seconds_between(0, 3600))]
 _Connections = Annotated[int, BeforeValidator(integer_between(1, 1 << 20))]
+_Namespace = Annotated[str, Field(pattern="^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
 _RequestSeconds = Annotated[float, BeforeValidator(seconds_between(0.1, 86400))]
 
 
@@ -200,6 +202,10 @@ class RouterConfig(BaseSettings):
             `port`, without a key.
         drain_timeout_s: time that running responses have at shutdown; with some seconds more, less
             than the grace period of the pod.
+        tls_folder: certificate, key and authorities for TLS on `port`, with sandboxes and with the
+            control plane; None for none of them. Unix sockets never have TLS, nor do metrics on a
+            port of their own.
+        tls_namespace: namespace of the model, which its sandboxes show.
     """
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -247,6 +253,8 @@ class RouterConfig(BaseSettings):
     metrics_port: _MetricsPort | None = None
     metrics_min_tokens: _MinTokens = 256
     drain_timeout_s: _DrainSeconds = 20.0
+    tls_folder: Path | None = None
+    tls_namespace: _Namespace = DEFAULT_NAMESPACE
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Self:
@@ -284,6 +292,15 @@ class RouterConfig(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if self.tls_folder and self.control_url and not self.control_url.startswith("https:"):
+            raise ValueError(
+                f"{PREFIX}CONTROL_URL: got {self.control_url}, expected https with "
+                f"{PREFIX}TLS_FOLDER"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_engine(self) -> Self:
         if self.engine == "transformers" and self.engine_args != VllmArguments():
             given = self.engine_args.model_dump(exclude_none=True)
@@ -308,3 +325,11 @@ class RouterConfig(BaseSettings):
                     f"{PREFIX}{outer.upper()}_TIMEOUT, {outer_s:g}, which it is part of"
                 )
         return self
+
+
+def open_tls_folder(config: RouterConfig) -> TlsFolder | None:
+    """Return the folder of FAASMOE_TLS_FOLDER, if it is set; raises RouterConfigError."""
+    try:
+        return None if config.tls_folder is None else TlsFolder(config.tls_folder)
+    except TlsError as error:
+        raise RouterConfigError(f"{PREFIX}TLS_FOLDER: {error}") from error

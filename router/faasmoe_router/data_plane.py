@@ -18,7 +18,8 @@ from prometheus_client import CollectorRegistry
 
 from faasmoe_contracts.routing_table import RoutingTable, RoutingTableError
 from faasmoe_contracts.store import Store, StoreError
-from faasmoe_router.config import RouterConfig
+from faasmoe_contracts.tls import OPERATOR_NAME, TlsPeer, models_name
+from faasmoe_router.config import RouterConfig, open_tls_folder
 from faasmoe_router.control import ControlLink, LinkSettings
 from faasmoe_router.control.activator import ActivationQueueLimits, ActivationRequester
 from faasmoe_router.control.client import ControlClient
@@ -116,7 +117,7 @@ def _control_access(
     store: Store, config: RouterConfig, url: str, registry: CollectorRegistry
 ) -> _ControlAccess:
     metrics = ControlLinkMetrics(registry)
-    client = ControlClient(url, token=config.token)
+    client = ControlClient(url, token=config.token, tls=_tls_peer(config, OPERATOR_NAME))
     computes_overflow = is_memory_limited(store, config.experts_memory_bytes)
     settings = _link_settings(config, queues_requests=not computes_overflow)
     requester = ActivationRequester(
@@ -165,6 +166,7 @@ def _create_static_dispatcher(
             device_transfer=host_buffers,
             placement=config.placement,
             mailbox=config.mailbox == "on",
+            tls=_tls_peer(config, models_name(config.tls_namespace)),
         )
     except (RoutingTableError, OSError) as error:
         raise RouterConfigError(f"FAASMOE_TABLE: {error}") from error
@@ -196,8 +198,15 @@ def _create_link(
         placement=config.placement,
         mailbox=config.mailbox == "on",
         computes_overflow=not access.settings.queues_requests,
+        tls=_tls_peer(config, models_name(config.tls_namespace)),
     )
     return dispatcher, access.link(dispatcher)
+
+
+def _tls_peer(config: RouterConfig, name: str) -> TlsPeer | None:
+    """Return how to know a server of this name; None without TLS; raises RouterConfigError."""
+    folder = open_tls_folder(config)
+    return None if folder is None else TlsPeer(folder, name)
 
 
 def create_tenant_service(

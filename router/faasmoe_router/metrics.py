@@ -42,6 +42,7 @@ TOKEN_COUNT_BUCKETS = tuple(
     if mantissa * 10**exponent <= MAX_TOKEN_BUCKET
 )
 CHOICE_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0)
+PREEMPTION_BUCKETS = (0.0, 1.0, 2.0, 5.0, 10.0)
 RATE_WINDOW_S = 60.0
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
@@ -169,7 +170,13 @@ class EngineMetrics:
         self._cache_config = Gauge(
             "vllm:cache_config_info",
             "Size of the KV cache, in labels.",
-            ["model_name", "block_size", "num_gpu_blocks"],
+            [
+                "model_name",
+                "block_size",
+                "num_gpu_blocks",
+                "kv_cache_size_tokens",
+                "kv_cache_max_concurrency",
+            ],
             registry=registry,
         )
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens computed.")
@@ -211,6 +218,16 @@ class EngineMetrics:
         self.preemptions = counter(
             "num_preemptions", "Times that a running request gave up its place."
         )
+        self._request_preemptions = histogram(
+            "request_num_preemptions", "Times that a request gave up its place.", PREEMPTION_BUCKETS
+        )
+        rejections = Counter(
+            "vllm:admission_rejections",
+            "Sequences refused because the queue was full.",
+            ["model_name", "reason"],
+            registry=registry,
+        )
+        self.admission_rejections = rejections.labels(model_name, "max_num_queued_reqs")
         self._time_to_first_token_s = histogram(
             "time_to_first_token_seconds",
             "Time from a request's arrival to its first token.",
@@ -234,7 +251,9 @@ class EngineMetrics:
         }
         self.n_computed_tokens = 0
         self._step_tokens = histogram(
-            "iteration_tokens_total", "Tokens computed in one step.", TOKEN_COUNT_BUCKETS
+            "iteration_tokens_total",
+            "Prompt and new tokens of one step.",
+            TOKEN_COUNT_BUCKETS,
         )
         self._choices = histogram(
             "request_params_n", "Choices that a request asks for.", CHOICE_BUCKETS
@@ -294,10 +313,14 @@ class EngineMetrics:
         self._rate.add(now_s)
         self._choices.observe(n_choices)
 
-    def record_step(self, n_tokens: int) -> None:
-        """Record a step and the tokens that it has computed."""
+    def record_step(self, n_tokens: int, n_first_tokens: int) -> None:
+        """Record a step: the tokens it has computed, and answers whose first token it generates.
+
+        As vLLM's, the histogram counts tokens of prompts and generated ones, so that the step that
+        ends a prompt counts the answer's first token too.
+        """
         self.n_computed_tokens += n_tokens
-        self._step_tokens.observe(n_tokens)
+        self._step_tokens.observe(n_tokens + n_first_tokens)
 
     def record_prompt(self, n_tokens: int, n_cached: int) -> None:
         """Record a prompt that has been computed, and what the prefix cache had of it."""
@@ -313,10 +336,20 @@ class EngineMetrics:
         """Read the taken part of the KV cache, from 0 to 1, whenever metrics are scraped."""
         self._kv_cache_usage.set_function(read_usage)
 
-    def set_cache_config(self, *, n_pages: int, page_tokens: int) -> None:
-        """Set the size of the KV cache: pages (vLLM's blocks) and tokens of each."""
+    def set_cache_config(self, *, n_pages: int, page_tokens: int, max_model_len: int) -> None:
+        """Set the size of the KV cache.
+
+        Args:
+            n_pages: its pages, vLLM's blocks.
+            page_tokens: tokens of each.
+            max_model_len: tokens of the longest request, of which it holds so many at a time.
+        """
+        n_tokens = n_pages * page_tokens
+        max_concurrency = n_tokens / max_model_len
         self._cache_config.clear()
-        self._cache_config.labels(self._model_name, page_tokens, n_pages).set(1)
+        self._cache_config.labels(
+            self._model_name, page_tokens, n_pages, n_tokens, max_concurrency
+        ).set(1)
 
     def record_first_token(self, seconds: float, *, trace_id: str) -> None:
         """Record a request's time to its first token, with its trace; empty for none."""
@@ -353,6 +386,7 @@ class EngineMetrics:
         }
         for name, n_tokens in tokens.items():
             self._tokens[name].observe(n_tokens)
+        self._request_preemptions.observe(counts.preempted)
 
     def record_finished(self, reason: str) -> None:
         """Count a finished request by its reason: stop, length, abort or error."""

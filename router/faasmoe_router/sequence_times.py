@@ -39,14 +39,16 @@ class SequenceTimes:
 
 @dataclass(frozen=True, slots=True)
 class SequenceCounts:
-    """Tokens of a sequence.
+    """Tokens of a sequence, and how often it gave up its place.
 
     Attributes:
         prompt: tokens of its prompt.
         cached: of these, tokens found in the prefix cache.
         generated: tokens generated.
+        preempted: times that it was preempted.
     """
 
     prompt: int
     cached: int
     generated: int
+    preempted: int = 0

@@ -105,7 +105,8 @@ def test_control_url_points_to_service(objects: list[Object]) -> None:
     service = only(objects, "Service")
     name, namespace = service["metadata"]["name"], service["metadata"]["namespace"]
     port, metrics, *_ = service["spec"]["ports"]
-    assert config.control.url == f"http://{name}.{namespace}.svc:{port['port']}"
+    scheme = "https" if config.tls else "http"
+    assert config.control.url == f"{scheme}://{name}.{namespace}.svc:{port['port']}"
     (container,) = pod_template(objects)["spec"]["containers"]
     (target,) = (p for p in container["ports"] if p["name"] == port["targetPort"])
     assert target["containerPort"] == config.control.port
@@ -181,11 +182,13 @@ def test_user_of_pods_is_fixed_or_the_platforms(
 ) -> None:
     objects = helm.template(values, apis=apis)
     assert operator_config(objects).run_as_user == user
-    own = pod_template(objects)["spec"]["securityContext"]
+    templates = [o["spec"]["template"] for o in objects if o["kind"] in ("Deployment", "Job")]
+    assert len(templates) == 2  # the operator and the chart's test
     is_openshift = (bool(apis) and values.get("openshift") is not False) or values.get("openshift")
     ids = {"runAsUser", "runAsGroup", "fsGroup"}
-    assert ids & set(own) == (set() if is_openshift else ids)
-    assert own["runAsNonRoot"] is True
+    for own in (template["spec"]["securityContext"] for template in templates):
+        assert ids & set(own) == (set() if is_openshift else ids)
+        assert own["runAsNonRoot"] is True
 
 
 def test_helm_test_may_reach_control_api(

@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from helm import CHART, Helm
-
-
-def parent_chart(folder: Path, values: dict[str, Any]) -> Path:
-    """Write a chart that depends on this one under the condition `faasmoe.enabled`."""
-    parent = folder / "parent"
-    (parent / "charts").mkdir(parents=True)
-    shutil.copytree(CHART, parent / "charts" / "faasmoe")
-    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["version"]
-    chart = {
-        "apiVersion": "v2",
-        "name": "parent",
-        "version": "1.0.0",
-        "dependencies": [
-            {"name": "faasmoe", "version": version, "condition": "faasmoe.enabled"},
-        ],
-    }
-    (parent / "Chart.yaml").write_text(yaml.safe_dump(chart))
-    (parent / "values.yaml").write_text(yaml.safe_dump(values))
-    return parent
+from helm import Helm, write_parent_chart
 
 
 @pytest.mark.parametrize("is_enabled", [True, False])
@@ -36,10 +16,32 @@ def test_a_parent_chart_enables_and_disables_it(
     helm: Helm, tmp_path: Path, is_enabled: bool
 ) -> None:
     values = {"global": {"team": "ml"}, "faasmoe": {"enabled": is_enabled, "replicas": 2}}
-    result = helm.run("template", "shop", parent_chart(tmp_path, values))
+    objects = render(helm, write_parent_chart(tmp_path, values))
+    replicas = [o["spec"]["replicas"] for o in objects if o["kind"] == "Deployment"]
+    assert replicas == ([2] if is_enabled else [])
+    assert is_enabled or objects == []
+
+
+def test_globals_of_a_parent_chart_reach_every_image(helm: Helm, tmp_path: Path) -> None:
+    shared = {"imageRegistry": "registry.example", "imagePullSecrets": ["a", {"name": "b"}]}
+    values = {
+        "global": {**shared, "storageClass": "fast"},
+        "faasmoe": {"gateway": {"enabled": True}},
+    }
+    objects = render(helm, write_parent_chart(tmp_path, values))
+    pods = [o["spec"]["template"]["spec"] for o in objects if o["kind"] in ("Deployment", "Job")]
+    assert len(pods) == 3
+    for pod in pods:
+        assert pod["imagePullSecrets"] == [{"name": "a"}, {"name": "b"}]
+        for container in pod["containers"]:
+            assert container["image"].startswith("registry.example/faasmoe/")
+
+
+def render(helm: Helm, parent: Path) -> list[dict[str, Any]]:
+    """Return the objects of a release of a parent chart."""
+    result = helm.run("template", "shop", parent, "--include-crds")
     assert result.returncode == 0, result.stderr
-    kinds = [o["kind"] for o in yaml.safe_load_all(result.stdout) if o]
-    assert ("Deployment" in kinds) == is_enabled
+    return [o for o in yaml.safe_load_all(result.stdout) if o]
 
 
 def test_labels_of_users_never_duplicate_or_replace_those_of_the_chart(helm: Helm) -> None:

@@ -129,14 +129,9 @@ NOT_SUPPORTED: tuple[tuple[str, str], ...] = (
     ("*test_long_seed*", "the error is another text"),
     ("*test_empty_prompt*", "the error is another text"),
     ("*test_enable_response_messages*", "`enable_response_messages` is refused by name"),
-    ("*test_metrics_exist*", "families and labels that no dashboard reads"),
     (
         "*test_tokenize_chat_with_tools*",
         "on the engine `vllm`, which gives templates what a tool lacks as null",
-    ),
-    (
-        "*test_metrics_counts*",
-        "on the engine `transformers`: iterations count computed tokens, one per answer fewer",
     ),
     ("*test_basic.py::test_logprobs", "the demo model does not reason"),
     ("*test_basic.py::test_streaming", "a text of the demo model may not end in time"),

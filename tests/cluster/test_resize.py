@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,9 +39,26 @@ def requests_of(api: ApiServer, namespace: str) -> Callable[[], dict[str, PodReq
     return read
 
 
+@pytest.fixture
+def empty_node(api: ApiServer) -> Iterator[str]:
+    """A node in name only."""
+    name = "resizing"
+    api.apply("nodes", {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}})
+    room = {"cpu": "4", "memory": "16Gi", "pods": "10"}
+    status = {"status": {"capacity": room, "allocatable": room}}
+    api.patch("nodes", "", name, status, subresource="status")
+    yield name
+    api.delete("nodes", "", name)
+
+
 @pytest.mark.parametrize("is_own", [True, False])
 def test_the_operators_account_may_resize_its_own_pods_alone(
-    api: ApiServer, service_account: str, namespace: str, tmp_path: Path, is_own: bool
+    api: ApiServer,
+    service_account: str,
+    namespace: str,
+    empty_node: str,
+    tmp_path: Path,
+    is_own: bool,
 ) -> None:
     if "pods/resize" not in api.core_resources():
         pytest.skip("the API server has no pods/resize")
@@ -50,11 +67,7 @@ def test_the_operators_account_may_resize_its_own_pods_alone(
     pod["metadata"]["namespace"] = namespace
     if not is_own:
         del pod["metadata"]["labels"]["app.kubernetes.io/managed-by"]
-    api.apply("nodes", {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "resizing"}})
-    room = {"cpu": "4", "memory": "16Gi", "pods": "10"}
-    status = {"status": {"capacity": room, "allocatable": room}}
-    api.patch("nodes", "", "resizing", status, subresource="status")
-    pod["spec"] |= {"serviceAccountName": "default", "nodeName": "resizing"}
+    pod["spec"] |= {"serviceAccountName": "default", "nodeName": empty_node}
     api.create("pods", pod)
     kubeconfig = tmp_path / "kubeconfig"
     token = api.create_token(NAMESPACE, service_account)
@@ -80,8 +93,7 @@ def test_the_operators_account_may_resize_its_own_pods_alone(
     else:
         with pytest.raises(KubeApiError, match="may change only objects with the label"):
             asyncio.run(resize())
-    api.delete("pods", namespace, "sandbox")
-    api.delete("nodes", "", "resizing")
+    api.delete("pods", namespace, "sandbox", gracePeriodSeconds=0)
 
 
 def test_pods_grow_at_attach_and_shrink_at_detach(
@@ -115,7 +127,11 @@ def test_pods_grow_at_attach_and_shrink_at_detach(
         assert requests == IDLE or (
             requests.cpu_millis == 1000 and requests.memory_bytes > IDLE.memory_bytes
         )
-    scaling = {"windowSeconds": 6, "scaleToZeroGracePeriodSeconds": 0}
+    scaling = {
+        "windowSeconds": 6,
+        "panicWindowPercentage": 20,
+        "scaleToZeroGracePeriodSeconds": 0,
+    }
     api.patch("moemodels", namespace, "tiny", {"spec": {"experts": {"scaling": scaling}}})
     eventually(requests_of, lambda pods: set(pods.values()) == {IDLE}, timeout_s=240)
 

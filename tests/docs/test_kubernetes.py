@@ -84,6 +84,32 @@ def test_alerts_are_documented() -> None:
     assert headings == alerts
 
 
+def outages() -> list[list[str]]:
+    """Return the rows of the table of outages: outage, what users see, alerts, after, test."""
+    _, _, table = TROUBLESHOOTING.partition("| outage |")
+    rows = table.partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_every_outage_that_is_played_has_a_row() -> None:
+    played = ast.parse((ROOT / "tests" / "cluster" / "test_outages.py").read_text()).body
+    tests = {node.name for node in played if isinstance(node, ast.FunctionDef)}
+    named = {name for row in outages() for name in re.findall(r"`(test_\w+)`", row[-1])}
+    assert named == {name for name in tests if name.startswith("test_")}
+
+
+@pytest.mark.parametrize("row", outages(), ids=[row[0] for row in outages()])
+def test_outages_alert_after_the_minutes_of_the_rules(row: list[str]) -> None:
+    files = (ROOT / "charts" / "faasmoe" / "alerts").glob("*.yaml")
+    waits = {alert["name"]: alert["for"] for f in files for alert in yaml.safe_load(f.read_text())}
+    alerts = re.findall(r"Faasmoe\w+", row[2])
+    minutes = [int(text) for text in re.findall(r"(\d+)(?: to \d+)? min", row[3])]
+    assert len(alerts) == len(minutes)
+    for alert, after in zip(alerts, minutes, strict=True):
+        # A rule holds for its time once its expression does, at most a minute after the outage.
+        assert after - int(waits[alert].removesuffix("m")) in (0, 1)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
 def test_links_resolve(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())

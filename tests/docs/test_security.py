@@ -13,7 +13,7 @@ ROWS = [
     for line in TEXT.splitlines()
     if line.startswith("|") and line.count("|") == 4
 ]
-NOT_DEFENDED = {"a sandbox that answers wrongly", "listening"}
+NOT_DEFENDED = {"a sandbox that answers wrongly"}
 
 
 def attack_figures() -> set[str]:

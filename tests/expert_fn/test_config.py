@@ -107,3 +107,13 @@ def test_rejects_invalid_values_by_variable(name: str, value: str) -> None:
 def test_peers_and_cache_belong_together(variables: dict[str, str], message: str) -> None:
     with pytest.raises(SandboxConfigError, match=re.escape(message)):
         SandboxConfig.from_env(variables)
+
+
+def test_with_tls_store_peers_have_it_too() -> None:
+    peers = {"FAASMOE_STORE_PEERS": "https://store:9092", "FAASMOE_CACHE_DIR": "/cache"}
+    config = SandboxConfig.from_env(
+        {**peers, "FAASMOE_TLS_FOLDER": "/tls", "FAASMOE_TLS_NAMESPACE": "llm"}
+    )
+    assert (config.tls_folder, config.tls_namespace) == (Path("/tls"), "llm")
+    with pytest.raises(SandboxConfigError, match=r"got 'https://store:9092', expected http://"):
+        SandboxConfig.from_env(peers)

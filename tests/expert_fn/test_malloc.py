@@ -25,3 +25,45 @@ print(before - resident_bytes())
 def test_returns_free_heap_pages_to_the_system() -> None:
     run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     assert int(run.stdout) > 20 << 20
+
+
+FILL = """
+import ctypes
+from faasmoe_expert.malloc import HOLES, MAX_FILLED_BYTES, _Mallinfo
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+libc.mallinfo2.restype = _Mallinfo
+
+def hole_bytes():
+    info = libc.mallinfo2()
+    return info.fordblks - info.keepcost
+
+def make_holes():
+    blocks = [libc.malloc(2000) for _ in range(4000)]
+    for block in blocks[::2]:
+        libc.free(block)
+
+make_holes()
+before = hole_bytes()
+HOLES.fill()
+print(before, hole_bytes(), HOLES.filled_bytes)
+for _ in range(20):
+    make_holes()
+    HOLES.fill()
+print(hole_bytes(), HOLES.filled_bytes, MAX_FILLED_BYTES)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc 2.33 only")
+def test_fills_holes_up_to_a_limit() -> None:
+    command = [sys.executable, "-c", FILL]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    before, after, filled = map(int, lines[0].split())
+    assert before > 3_000_000
+    assert after < before / 10
+    assert filled > before / 2
+    left, filled, limit = map(int, lines[1].split())
+    assert left > 3_000_000  # 60 MB of holes are more than the limit
+    assert limit - 100_000 < filled <= limit

@@ -59,3 +59,10 @@ def test_address_of_the_operator_is_checked(address: str) -> None:
 def test_metrics_need_a_gateway_file() -> None:
     with pytest.raises(GatewayConfigError, match="GATEWAY_METRICS_PORT: got 9100, expected none"):
         GatewayConfig.from_env({**REQUIRED, "FAASMOE_GATEWAY_METRICS_PORT": "9100"})
+
+
+def test_tls_needs_a_gateway_file() -> None:
+    with pytest.raises(GatewayConfigError, match="TLS_FOLDER: got /tls, expected none"):
+        GatewayConfig.from_env({**REQUIRED, "FAASMOE_TLS_FOLDER": "/tls"})
+    config = GatewayConfig.from_env({**OPERATED, "FAASMOE_TLS_FOLDER": "/tls"})
+    assert str(config.tls_folder) == "/tls"

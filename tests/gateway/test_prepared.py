@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faasmoe_gateway import relay
+from faasmoe_gateway import relay, turn_pacing
 from faasmoe_gateway.app import GatewayApp
 from faasmoe_gateway.held_request import (
     MAX_READ_AHEAD_BYTES,
@@ -235,6 +235,47 @@ def test_a_gateway_of_one_router_keeps_the_turns_of_keys() -> None:
         await quiet
 
     run(work)
+
+
+@pytest.mark.usefixtures("_patient")
+def test_beside_others_a_senders_next_request_waits_for_a_pause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(turn_pacing, "PAUSE_FACTOR", 1e9)
+    monkeypatch.setattr(turn_pacing, "MAX_PAUSE_S", LONG_S)
+    monkeypatch.setattr(turn_pacing, "ACTIVE_S", LONG_S)
+
+    async def work(router: WaitingRouter, senders: Senders) -> None:
+        gateway = GatewayApp(senders.router)
+        n_got = 0
+
+        async def post_answered(name: str) -> None:
+            nonlocal n_got
+            task = asyncio.create_task(post(gateway, name.encode(), key_of(name[0])))
+            n_got += 1
+            await router.wait_for(n_got)
+            router.answer(name.encode())
+            assert await task == 200
+
+        await post_answered("f0")  # from now on the gateway knows this key
+        for number in range(1, 5):
+            await post_answered(f"f{number}")  # without a pause, as there is nobody else
+        await post_answered("q0")  # as a stranger's, which makes nobody pause
+        await post_answered("f5")
+        await post_answered("q1")
+        await post_answered("f6")  # has one of two turns, which pauses from now on
+        await post_answered("f7")
+        waiting = asyncio.create_task(post(gateway, b"f8", key_of("f")))
+        await post_answered("q2")
+        assert b"f8" not in router.got
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    run(work)
+
+
+def key_of(sender: str) -> tuple[bytes, bytes]:
+    return b"authorization", b"Bearer " + sender.encode()
 
 
 async def post(gateway: GatewayApp, body: bytes, *headers: tuple[bytes, bytes]) -> int:

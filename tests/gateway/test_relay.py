@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from tests.gateway.fake_router import FakeRouter, die, reply, stream
 
 from faasmoe_contracts.stream_records import COMMENT, EVENT, pack_record
-from faasmoe_gateway import held_request, relay
+from faasmoe_gateway import held_request, relay, router_losses
 from faasmoe_gateway.app import GatewayApp
 from faasmoe_gateway.held_request import HoldBudget
-from faasmoe_gateway.relay import MAX_FRUITLESS_LOSSES, RouterAddress
+from faasmoe_gateway.relay import RouterAddress
+from faasmoe_gateway.router_losses import MAX_FRUITLESS_DEATHS
 from faasmoe_gateway.sender_turns import SenderTurns
+from faasmoe_gateway.upstream import RouterConnection, RouterLost
 
 BODY = b'{"model":"m"}'
 FIRST = pack_record(EVENT, b"origin\n", b"data: 1\n\n")
@@ -77,12 +81,16 @@ class Client:
         return b"".join(message.get("body", b"") for message in self.messages)
 
 
-def run(work: Callable[[], Awaitable[None]]) -> None:
+def run(
+    work: Callable[[], Awaitable[None]],
+    new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
+) -> None:
     async def bounded() -> None:
         async with asyncio.timeout(120):
             await work()
 
-    asyncio.run(bounded())
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(bounded())
 
 
 def app(path: Path, *, hold_s: float = 5.0, budget: HoldBudget | None = None) -> GatewayApp:
@@ -200,15 +208,91 @@ def test_router_that_stays_away_is_told(
     run(work)
 
 
-def test_request_that_routers_die_of_fails(path: Path) -> None:
+def test_request_that_routers_die_of_fails(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_losses, "ONE_DEATH_S", 0.0)
+
     async def work() -> None:
         client = Client()
         async with FakeRouter(path, die) as router:
             await app(path)(client.scope, client.receive, client.send)
         assert client.status == 500
-        assert len(router.requests) == MAX_FRUITLESS_LOSSES + 1
+        assert len(router.requests) == MAX_FRUITLESS_DEATHS + 1
 
     run(work)
+
+
+def test_connections_that_a_dying_router_takes_along_are_one_death(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router_losses, "ONE_DEATH_S", 3600.0)
+    monkeypatch.setattr(relay, "RETRY_S", 0.0)
+
+    async def work() -> None:
+        client = Client()
+        dying = [die] * (MAX_FRUITLESS_DEATHS + 3)
+        answers = stream(FIRST, is_whole=False), *dying, stream(SECOND)
+        async with FakeRouter(path, *answers):
+            await app(path)(client.scope, client.receive, client.send)
+        assert client.body == b"data: 1\n\ndata: 2\n\n"
+
+    run(work)
+
+
+def test_stream_that_has_not_told_anything_begins_again(path: Path) -> None:
+    async def work() -> None:
+        client = Client()
+        answers = stream(is_whole=False), stream(WAITING, is_whole=False), stream(FIRST)
+        async with FakeRouter(path, *answers) as router:
+            await app(path)(client.scope, client.receive, client.send)
+        assert client.body == b": waiting\n\ndata: 1\n\n"
+        assert router.requests[0] == router.requests[1] == router.requests[2]
+
+    run(work)
+
+
+def test_events_before_a_damaged_record_reach_the_client(path: Path) -> None:
+    async def work() -> None:
+        client = Client()
+        damaged = FIRST + bytes(len(SECOND))  # one chunk, and so most likely one piece
+        async with FakeRouter(path, stream(damaged, is_whole=False), stream(SECOND)) as router:
+            await app(path)(client.scope, client.receive, client.send)
+        assert client.body == b"data: 1\n\ndata: 2\n\n"
+        assert b"x-faasmoe-journal: 7 1\r\n" in router.requests[1]
+
+    run(work)
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_connection_that_is_lost_before_anything_is_sent_over_it_ends_no_stream(
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    open_connection, n_opened = RouterConnection.open, 0
+
+    async def open_and_lose_second(address: str, **options: Any) -> RouterConnection:
+        nonlocal n_opened
+        n_opened += 1
+        if n_opened != 2:
+            return await open_connection(address, **options)
+        with socket.socket(socket.AF_UNIX) as listener:  # accepts nothing before it is closed
+            listener.bind(f"{address}.dying")
+            listener.listen()
+            connection = await open_connection(f"{address}.dying", **options)
+        with pytest.raises(RouterLost):
+            await connection.read_head()
+        return connection
+
+    monkeypatch.setattr(RouterConnection, "open", open_and_lose_second)
+
+    async def work() -> None:
+        client = Client()
+        async with FakeRouter(path, stream(FIRST, is_whole=False), stream(SECOND)):
+            await app(path)(client.scope, client.receive, client.send)
+        assert client.body == b"data: 1\n\ndata: 2\n\n"
+        assert n_opened == 3
+
+    run(work, new_loop)
 
 
 def test_stream_that_cannot_go_on_ends_with_an_error(path: Path) -> None:
@@ -229,7 +313,7 @@ def test_stream_waits_for_a_place(path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     async def work() -> None:
         client = Client()
-        busy = [reply(b"{}", status=status) for status in (429, 503) * MAX_FRUITLESS_LOSSES]
+        busy = [reply(b"{}", status=status) for status in (429, 503) * MAX_FRUITLESS_DEATHS]
         async with FakeRouter(path, stream(FIRST, is_whole=False), *busy, stream(SECOND)):
             await app(path)(client.scope, client.receive, client.send)
         assert client.body == b"data: 1\n\ndata: 2\n\n"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -98,14 +99,18 @@ class SandboxServer:
     async def _handle(self, request: web.Request) -> web.Response:
         name = request.path.rpartition("/")[2]
         if request.method != "GET":
-            self.calls.append(f"{request.method} {name}")
+            names = [f["id"] for f in await _functions(request)] if name == "functions" else [name]
+            self.calls += (f"{request.method} {each}" for each in names)
         if (
             self.fault_handler is not None
             and (response := await self.fault_handler(request)) is not None
         ):
             return response
+        if request.method == "PUT" and name == "functions":
+            return self._attach_all(await request.json())
         if request.method == "PUT":
-            return await self._attach(name, request)
+            refusal = self._attach(name, await request.json())
+            return web.json_response({}, status=201) if refusal is None else refusal
         if request.method == "DELETE":
             self.functions.pop(name, None)
             return web.Response(status=204)
@@ -115,13 +120,28 @@ class SandboxServer:
             {"sandbox": {"id": self.id, "memory": memory}, "functions": listed}
         )
 
-    async def _attach(self, name: str, request: web.Request) -> web.Response:
+    def _attach(self, name: str, body: dict[str, Any]) -> web.Response | None:
+        """Attach a function; return the response if it is refused."""
         if len(self.functions) >= self.capacity:
             return error_response(409, "attach_refused")
         if self.memory_limit is not None and len(self.functions) >= self.memory_limit:
             return error_response(503, "out_of_memory")
-        self.functions[name] = await request.json()
-        return web.json_response({}, status=201)
+        self.functions[name] = body
+        return None
+
+    def _attach_all(self, body: dict[str, Any]) -> web.Response:
+        results = []
+        for function in body.pop("functions"):
+            name = function["id"]
+            refusal = self._attach(name, {**body, **function})
+            refused = {} if refusal is None else json.loads(str(refusal.text))
+            results.append({"id": name, **refused})
+        return web.json_response({"functions": results})
+
+
+async def _functions(request: web.Request) -> list[dict[str, Any]]:
+    functions: list[dict[str, Any]] = (await request.json())["functions"]
+    return functions
 
 
 def error_response(status: int, code: str) -> web.Response:
@@ -185,6 +205,11 @@ class FakePlatform:
         if (sandbox := self._registry.get(sandbox_id)) is not None:
             self._registry.upsert(replace(sandbox, ready=False))
         await self.kill(sandbox_id)
+
+    def terminate(self, sandbox_id: str) -> None:
+        """Let a sandbox be terminating, as if others had deleted its pod; `kill` ends it."""
+        if (sandbox := self._registry.get(sandbox_id)) is not None:
+            self._registry.upsert(replace(sandbox, ready=False, terminating=True))
 
     async def kill(self, sandbox_id: str) -> None:
         """Stop a sandbox abruptly."""

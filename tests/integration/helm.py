@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import subprocess
 import tarfile
 import zipfile
@@ -76,3 +77,15 @@ class Helm:
         options = ["--namespace", NAMESPACE, "--values", str(file), "--include-crds"]
         options += [option for api in apis for option in ("--api-versions", api)]
         return self.run("template", RELEASE, CHART, *options)
+
+
+def write_parent_chart(folder: Path, values: dict[str, Any]) -> Path:
+    """Write a chart that depends on this one under `faasmoe.enabled`; returns its folder."""
+    parent = folder / "parent"
+    shutil.copytree(CHART, parent / "charts" / CHART.name)
+    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["version"]
+    dependency = {"name": "faasmoe", "version": version, "condition": "faasmoe.enabled"}
+    chart = {"apiVersion": "v2", "name": "parent", "version": "1.0.0", "dependencies": [dependency]}
+    (parent / "Chart.yaml").write_text(yaml.safe_dump(chart))
+    (parent / "values.yaml").write_text(yaml.safe_dump(values))
+    return parent

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
+from tls_folders import tls_options
 
 from faasmoe_contracts.parent_death import PARENT_PID_ENV
 from faasmoe_contracts.routing_table import (
@@ -20,6 +22,7 @@ from faasmoe_contracts.routing_table import (
     make_function_id,
 )
 from faasmoe_contracts.store import Store
+from faasmoe_contracts.tls import TlsPeer
 
 DEADLINE_S = 300.0
 """For each answer: the first function that its family's own module computes imports transformers,
@@ -91,12 +94,15 @@ def sandbox_env(**variables: object) -> dict[str, str]:
 
 
 @contextmanager
-def running_sandbox(log: Path, *, token: str = "", **variables: object) -> Iterator[SandboxProcess]:
+def running_sandbox(
+    log: Path, *, token: str = "", tls: TlsPeer | None = None, **variables: object
+) -> Iterator[SandboxProcess]:
     """Run a sandbox for the lifetime of the context.
 
     Args:
         log: file for its output.
         token: bearer token.
+        tls: how `http` knows the sandbox, if it has a `tls_folder`.
         variables: further settings, such as capacity=4 for FAASMOE_CAPACITY. It waits for no client
             at its end unless drain_s says so, and its metrics are exact unless metrics_min_tokens
             says otherwise.
@@ -113,8 +119,13 @@ def running_sandbox(log: Path, *, token: str = "", **variables: object) -> Itera
     try:
         address = _address(process, log)
         headers = {"authorization": f"Bearer {token}"} if token else {}
+        options: dict[str, Any] = tls_options(tls)
         with httpx.Client(
-            base_url=f"http://{address}", headers=headers, timeout=DEADLINE_S, trust_env=False
+            base_url=f"{'http' if tls is None else 'https'}://{address}",
+            headers=headers,
+            timeout=DEADLINE_S,
+            trust_env=False,
+            **options,
         ) as http:
             assert http.get("/readyz").status_code == 200
             yield SandboxProcess(address, process, http, log)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from faasmoe_router.config import RouterConfig, VllmArguments
+from faasmoe_router.config import RouterConfig, VllmArguments, open_tls_folder
 from faasmoe_router.errors import RouterConfigError
 
 REQUIRED = {"FAASMOE_STORE": "/store", "FAASMOE_TABLE": "/table.json"}
@@ -154,3 +154,19 @@ def test_rejects_other_arguments_of_vllm(arguments: str, engine: str, message: s
     variables = {"FAASMOE_ENGINE": engine, "FAASMOE_ENGINE_ARGS": arguments}
     with pytest.raises(RouterConfigError, match=message):
         RouterConfig.from_env({**REQUIRED, **variables})
+
+
+def test_with_tls_the_control_plane_has_it_too() -> None:
+    env = {"FAASMOE_STORE": "/store", "FAASMOE_TLS_FOLDER": "/tls", "FAASMOE_TLS_NAMESPACE": "llm"}
+    config = RouterConfig.from_env({**env, "FAASMOE_CONTROL_URL": "https://h:1"})
+    assert (config.tls_folder, config.tls_namespace) == (Path("/tls"), "llm")
+    with pytest.raises(RouterConfigError, match=r"^FAASMOE_CONTROL_URL: got http://h:1, expected"):
+        RouterConfig.from_env({**env, "FAASMOE_CONTROL_URL": "http://h:1"})
+    with pytest.raises(RouterConfigError, match=r"^FAASMOE_TLS_NAMESPACE: got 'a.b'"):
+        RouterConfig.from_env({**REQUIRED, "FAASMOE_TLS_NAMESPACE": "a.b"})
+
+
+def test_an_unusable_tls_folder_is_named(tmp_path: Path) -> None:
+    config = RouterConfig.from_env({**REQUIRED, "FAASMOE_TLS_FOLDER": str(tmp_path)})
+    with pytest.raises(RouterConfigError, match=r"^FAASMOE_TLS_FOLDER: "):
+        open_tls_folder(config)

@@ -31,7 +31,7 @@ def rendered(metrics_accept: str = "", *, trace_id: str = "") -> str:
     metrics.observe_held(lambda: 4)
     metrics.observe_kv_cache(lambda: 0.5)
     metrics.observe_health(lambda: True)
-    metrics.set_cache_config(n_pages=8, page_tokens=16)
+    metrics.set_cache_config(n_pages=8, page_tokens=16, max_model_len=64)
     HttpMetrics(registry).record("/v1/models", "GET", 200, 0.1)
     metrics.record_request(1, 0.0)
     metrics.record_prompt(5, 3)

@@ -29,11 +29,13 @@ def test_kv_cache_has_the_metrics_that_inference_gateways_demand() -> None:
     registry = new_registry()
     metrics = EngineMetrics(registry, "m")
     metrics.observe_kv_cache(lambda: 0.25)
-    metrics.set_cache_config(n_pages=8, page_tokens=32)
-    metrics.set_cache_config(n_pages=16, page_tokens=32)  # of the next batcher
+    metrics.set_cache_config(n_pages=8, page_tokens=32, max_model_len=128)
+    metrics.set_cache_config(n_pages=16, page_tokens=32, max_model_len=128)  # of the next batcher
     text = generate_latest(registry).decode()
     assert 'vllm:kv_cache_usage_perc{model_name="m"} 0.25' in text
     [line] = [x for x in text.splitlines() if x.startswith("vllm:cache_config_info{")]
     assert 'block_size="32"' in line
     assert 'num_gpu_blocks="16"' in line
+    assert 'kv_cache_size_tokens="512"' in line
+    assert 'kv_cache_max_concurrency="4.0"' in line
     assert line.endswith(" 1.0")

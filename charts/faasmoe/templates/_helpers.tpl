@@ -88,6 +88,17 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
+{{- /* Pull secrets as pods name them; in `global`, other charts also write plain names. */ -}}
+{{- define "faasmoe.pullSecrets" -}}
+{{- $secrets := list -}}
+{{- range concat .Values.global.imagePullSecrets .Values.imagePullSecrets -}}
+{{- $secrets = append $secrets (ternary (dict "name" .) . (kindIs "string" .)) -}}
+{{- end -}}
+{{- with $secrets -}}
+{{- toYaml . -}}
+{{- end -}}
+{{- end -}}
+
 {{- /* "true" if the platform assigns the ids of users and groups, else "false". */ -}}
 {{- define "faasmoe.openshift" -}}
 {{- if eq (toString .Values.openshift) "auto" -}}
@@ -95,6 +106,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- else -}}
 {{- .Values.openshift -}}
 {{- end -}}
+{{- end -}}
+
+{{- /* The security context of the chart's pods, without the ids that the platform assigns. */ -}}
+{{- define "faasmoe.podSecurityContext" -}}
+{{- $context := .Values.podSecurityContext -}}
+{{- if eq (include "faasmoe.openshift" .) "true" -}}
+{{- $context = omit $context "runAsUser" "runAsGroup" "fsGroup" -}}
+{{- end -}}
+{{- toYaml $context -}}
 {{- end -}}
 
 {{- define "faasmoe.rootKeySecret" -}}
@@ -107,5 +127,34 @@ faasmoe-operator
 {{- end -}}
 
 {{- define "faasmoe.controlUrl" -}}
-{{- printf "http://%s.%s.svc:%v" (include "faasmoe.operatorName" .) .Release.Namespace .Values.service.port -}}
+{{- printf "%s://%s.%s.svc:%v" (ternary "https" "http" .Values.tls.enabled) (include "faasmoe.operatorName" .) .Release.Namespace .Values.service.port -}}
+{{- end -}}
+
+{{- /* "true" if Secrets of another issuer are used, "false" if the operator issues certificates. */ -}}
+{{- define "faasmoe.otherIssuer" -}}
+{{- $names := .Values.tls.secretNames -}}
+{{- $needed := list "operator" "models" -}}
+{{- if .Values.gateway.enabled }}{{ $needed = append $needed "gateway" }}{{ end -}}
+{{- $given := list -}}
+{{- range $part, $name := $names }}{{ if $name }}{{ $given = append $given $part }}{{ end }}{{ end -}}
+{{- if and $given (not .Values.tls.enabled) -}}
+{{- fail (printf "tls.secretNames: got %s, expected none without tls.enabled" (join ", " $given)) -}}
+{{- end -}}
+{{- if $given -}}
+{{- range $needed }}
+{{- if not (has . $given) -}}
+{{- fail (printf "tls.secretNames.%s: missing, expected the name of a Secret as there is one of %s" . (join ", " $given)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- not (empty $given) -}}
+{{- end -}}
+
+{{- define "faasmoe.gatewayTlsSecret" -}}
+{{- default (printf "%s-tls" (include "faasmoe.gatewayName" .)) .Values.tls.secretNames.gateway -}}
+{{- end -}}
+
+{{- /* Scheme of probes of the operator; kubelets verify no certificate. */ -}}
+{{- define "faasmoe.probeScheme" -}}
+{{- ternary "HTTPS" "HTTP" .Values.tls.enabled -}}
 {{- end -}}

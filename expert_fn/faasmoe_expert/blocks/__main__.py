@@ -5,6 +5,8 @@ FAASMOE_HOST, _PORT       address to listen on (127.0.0.1, 9092)
 FAASMOE_TOKEN             bearer token of clients; none if empty
 FAASMOE_MAX_CONNECTIONS   maximum number of open connections (64)
 FAASMOE_BYTES_PER_SECOND  maximum rate of all connections together; no limit if not set
+FAASMOE_TLS_FOLDER        certificate, key and authorities for TLS; none if not set
+FAASMOE_TLS_NAMESPACE     namespace of the model, which its sandboxes show (default)
 """
 
 from __future__ import annotations
@@ -20,9 +22,15 @@ from pathlib import Path
 from typing import Self
 
 from faasmoe_contracts.store import Store, StoreError
+from faasmoe_contracts.tls import DEFAULT_NAMESPACE, models_name
 from faasmoe_expert.blocks.index import BlockIndex
 from faasmoe_expert.blocks.server import BlockServer
-from faasmoe_expert.config import SandboxConfigError, env_int, env_optional_int
+from faasmoe_expert.config import (
+    SandboxConfigError,
+    env_int,
+    env_optional_int,
+    open_tls_folder,
+)
 
 logger = logging.getLogger("faasmoe_expert.blocks")
 
@@ -37,6 +45,8 @@ class BlockServerConfig:
     token: str
     max_connections: int
     bytes_per_s: int | None
+    tls_folder: Path | None
+    tls_namespace: str
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Self:
@@ -50,6 +60,8 @@ class BlockServerConfig:
             token=env.get("FAASMOE_TOKEN", ""),
             max_connections=env_int(env, "FAASMOE_MAX_CONNECTIONS", 64),
             bytes_per_s=env_optional_int(env, "FAASMOE_BYTES_PER_SECOND"),
+            tls_folder=Path(path) if (path := env.get("FAASMOE_TLS_FOLDER")) else None,
+            tls_namespace=env.get("FAASMOE_TLS_NAMESPACE") or DEFAULT_NAMESPACE,
         )
         for name, value in (
             ("FAASMOE_MAX_CONNECTIONS", config.max_connections),
@@ -74,6 +86,8 @@ def main() -> int:
             token=config.token,
             max_connections=config.max_connections,
             bytes_per_s=config.bytes_per_s,
+            tls=open_tls_folder(config.tls_folder),
+            peers={models_name(config.tls_namespace)},
         )
     except (SandboxConfigError, StoreError, OSError) as error:
         print(f"faasmoe_expert.blocks: {error}", file=sys.stderr)

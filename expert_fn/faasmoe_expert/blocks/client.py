@@ -6,6 +6,7 @@ Used by several threads. Knows nothing of where the bytes go.
 from __future__ import annotations
 
 import itertools
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import TypeVar
 from urllib.parse import quote, urlsplit
 
+from faasmoe_contracts.tls import TlsPeer
 from faasmoe_expert.blocks.server import BLOCKS_PATH, FILES_PART, STORES_PATH
 
 TIMEOUT_S = 5.0
@@ -36,9 +38,10 @@ class PeerClient:
     """Requests to block servers of the same store.
 
     Args:
-        urls: their URLs, `http://HOST:PORT`; the first request goes to the first one, the next to
-            the next.
+        urls: their URLs, `http://HOST:PORT` or with TLS `https://HOST:PORT`; the first request goes
+            to the first one, the next to the next.
         token: bearer token; empty for none.
+        tls: certificate to show, and the name that peers must have; None for peers without TLS.
         retry_delays_s: delays before the attempts of a request.
         sleep: waits; replaced in tests.
     """
@@ -48,10 +51,12 @@ class PeerClient:
         urls: Sequence[str],
         *,
         token: str,
+        tls: TlsPeer | None = None,
         retry_delays_s: Sequence[float] = RETRY_DELAYS_S,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._urls = tuple(urls)
+        self._tls = tls
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._retry_delays_s = tuple(retry_delays_s)
         self._sleep = sleep
@@ -132,7 +137,21 @@ class PeerClient:
                 return self._idle[url].pop()
         parts = urlsplit(url)
         assert parts.hostname is not None  # checked by SandboxConfig
-        return HTTPConnection(parts.hostname, parts.port, timeout=TIMEOUT_S)
+        connection = HTTPConnection(parts.hostname, parts.port, timeout=TIMEOUT_S)
+        if self._tls is not None:
+            connection.sock = _open_tls(self._tls, (parts.hostname, connection.port))
+        return connection
+
+
+def _open_tls(peer: TlsPeer, address: tuple[str, int]) -> socket.socket:
+    """Connect to a peer by its certificate's name; raises OSError."""
+    plain = socket.create_connection(address, timeout=TIMEOUT_S)
+    try:
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return peer.context().wrap_socket(plain, server_hostname=peer.name)
+    except BaseException:
+        plain.close()
+        raise
 
 
 def _read_whole(response: HTTPResponse) -> bytes:

@@ -5,8 +5,9 @@
     GET /healthz
 
 `/v1` needs the bearer token. Connections and bytes per second are bounded; a connection too many is
-answered with 503. Each connection has a thread, which hands the file to the kernel (`sendfile`), so
-that bytes do not pass through Python. Clients verify what they get.
+answered with 503, or closed with TLS. Each connection has a thread, which hands the file to the
+kernel (`sendfile`), so that bytes do not pass through Python; with TLS they do. Clients verify what
+they get.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import os
 import re
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 from faasmoe_contracts.text import short_repr
+from faasmoe_contracts.tls import TlsFolder, is_named
 from faasmoe_expert.blocks.index import BlockIndex, FileRange
 from faasmoe_expert.blocks.rate_limit import ByteRateLimiter
 
@@ -51,6 +55,8 @@ class BlockServer(ThreadingHTTPServer):
         token: bearer token of clients; empty requires none.
         max_connections: maximum number of open connections.
         bytes_per_s: maximum rate of all connections together; None for no limit.
+        tls: the server's certificate; None serves without TLS.
+        peers: names of which certificates of clients over TLS must have one, for `/v1`.
     """
 
     daemon_threads = True
@@ -65,7 +71,11 @@ class BlockServer(ThreadingHTTPServer):
         token: str,
         max_connections: int,
         bytes_per_s: float | None = None,
+        tls: TlsFolder | None = None,
+        peers: Set[str] = frozenset(),
     ) -> None:
+        self._tls = tls
+        self._peers = peers
         self.index = index
         self.limiter: ByteRateLimiter | None = None
         self.send_bytes = SEND_BYTES
@@ -82,10 +92,15 @@ class BlockServer(ThreadingHTTPServer):
         got = authorization.encode("utf-8", "surrogateescape")
         return not self._expected or hmac.compare_digest(got, self._expected)
 
+    def is_peer(self, connection: socket.socket) -> bool:
+        """Return whether a client has shown a peer's certificate, if there is TLS."""
+        return not isinstance(connection, ssl.SSLSocket) or is_named(connection, self._peers)
+
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the thread of a connection, or refuse it."""
         if not self._slots.acquire(blocking=False):
-            _refuse(request)
+            if self._tls is None:
+                _refuse(request)
             self.shutdown_request(request)
             return
         try:
@@ -97,9 +112,22 @@ class BlockServer(ThreadingHTTPServer):
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve a connection until it is closed."""
         try:
-            super().process_request_thread(request, client_address)
+            if self._tls is not None:
+                request = self._shake_hands(request, self._tls)
+            if request is not None:
+                super().process_request_thread(request, client_address)
         finally:
             self._slots.release()
+
+    def _shake_hands(self, request: Any, tls: TlsFolder) -> ssl.SSLSocket | None:
+        """Return the connection with TLS; None if the client has ended or refuses it."""
+        request.settimeout(REQUEST_TIMEOUT_S)
+        try:
+            return tls.server_context().wrap_socket(request, server_side=True)
+        except OSError as error:  # a kubelet that only connects, or no TLS
+            logger.info("no TLS connection: %s", error)
+            self.shutdown_request(request)
+            return None
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log that a connection ended by an error, as when its client has left."""
@@ -137,6 +165,9 @@ class _BlockRequest(BaseHTTPRequestHandler):
         path = unquote(self.path)
         if path == "/healthz":
             self._send_json(HTTPStatus.OK, b'{"status": "ok"}')
+        elif not self.server.is_peer(self.connection):
+            message = "certificate: got none of a peer, expected one of a sandbox"
+            self._send_error(HTTPStatus.FORBIDDEN, "no_certificate", message, "certificate")
         elif not self.server.is_authorized(self.headers.get("Authorization", "")):
             message = "authorization: expected the bearer token"
             self._send_error(HTTPStatus.UNAUTHORIZED, "unauthorized", message, "authorization")
@@ -192,7 +223,7 @@ class _BlockRequest(BaseHTTPRequestHandler):
                 count = min(self.server.send_bytes, part.size_bytes - sent)
                 if limiter is not None:
                     time.sleep(limiter.reserve(count, time.monotonic()))
-                n_sent = self.connection.sendfile(file, part.offset + sent, count)
+                n_sent = _send_part(self.connection, file, part.offset + sent, count)
                 if n_sent == 0:
                     logger.error("%s: shorter than the manifest says", part.path)
                     return False
@@ -213,6 +244,15 @@ class _BlockRequest(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+
+def _send_part(connection: socket.socket, file: BinaryIO, offset: int, count: int) -> int:
+    """Send bytes of a file; return how many there were."""
+    if not isinstance(connection, ssl.SSLSocket):
+        return connection.sendfile(file, offset, count)
+    data = os.pread(file.fileno(), count, offset)  # `sendfile` would encrypt 8 KiB at a time
+    connection.sendall(data)
+    return len(data)
 
 
 def _part_of(file: FileRange, text: str) -> FileRange | None:

@@ -1,6 +1,7 @@
 """HTTP routes of a sandbox: maps requests to SandboxRuntime, and errors to statuses.
 
     GET    /v1/functions       the sandbox and its functions
+    PUT    /v1/functions       attach several functions
     PUT    /v1/functions/ID    attach a function
     POST   /v1/functions/ID    compute a frame
     DELETE /v1/functions/ID    detach a function
@@ -14,31 +15,33 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import math
 import time
 from asyncio import Future
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from faasmoe_contracts.routing_table import FunctionSpec, RoutingTableError
 from faasmoe_contracts.shared_region import MAILBOX_PATH
-from faasmoe_contracts.text import MAX_REPR_CHARS, short_repr
+from faasmoe_contracts.text import short_repr
 from faasmoe_contracts.wire import Buffer
 from faasmoe_expert import malloc
 from faasmoe_expert.device import device_lost_reason
 from faasmoe_expert.errors import (
-    BadAttachment,
     MailboxRefused,
     OutOfMemory,
     SandboxDeviceLost,
     SandboxDraining,
     SandboxError,
+)
+from faasmoe_expert.server.attachments import (
+    Attachment,
+    parse_attachment,
+    parse_attachments,
+    parse_object,
 )
 from faasmoe_expert.server.batcher import DynamicBatcher, SenderTracker
 from faasmoe_expert.server.http import FRAME_CONTENT_TYPE, HttpRequest, HttpResponse, RequestHandler
@@ -49,9 +52,7 @@ logger = logging.getLogger(__name__)
 FUNCTIONS_PATH = "/v1/functions"
 METRICS_PATH = "/metrics"
 WORK_METHODS = ("POST", "PUT")  # rejected while draining
-MAX_PATH_CHARS = 4096
 PendingResponse = Coroutine[Any, Any, HttpResponse]
-ATTACHMENT_FIELDS = frozenset({"id", "store", "model_digest", "layers", "experts"})
 TRIM_DELAY_S = 1.0
 
 
@@ -122,17 +123,21 @@ class SandboxRoutes:
 
     def _error_response(self, request: HttpRequest, error: Exception) -> HttpResponse:
         """Return the response for an exception, and count it in the metrics."""
+        refusal = self._refusal(request, error)
+        return HttpResponse.json_response(refusal.status, refusal.to_json())
+
+    def _refusal(self, request: HttpRequest, error: Exception) -> SandboxError:
+        """Return what the client is told of an exception, and count it in the metrics."""
         if _is_out_of_memory(error):
             error = OutOfMemory(f"memory: allocation failed ({short_repr(str(error))})")
         elif not isinstance(error, SandboxError):
             error = self._check_device_lost(error) or error
-        if isinstance(error, SandboxError):
-            self._runtime.metrics.refused.labels(error.code).inc()
-            return HttpResponse.json_response(error.status, error.to_json())
-        target = request.target.decode("latin-1")
-        logger.error("%s %s failed", request.method, target, exc_info=error)
-        self._runtime.metrics.refused.labels("internal").inc()
-        return HttpResponse.error_response(500, "internal", "internal error; see the sandbox's log")
+        if not isinstance(error, SandboxError):
+            target = request.target.decode("latin-1")
+            logger.error("%s %s failed", request.method, target, exc_info=error)
+            error = SandboxError("internal error; see the sandbox's log")
+        self._runtime.metrics.refused.labels(error.code).inc()
+        return error
 
     def _check_device_lost(self, error: Exception) -> SandboxDeviceLost | None:
         """Return SandboxDeviceLost if the device is unusable after an error; reports it once."""
@@ -181,6 +186,9 @@ class SandboxRoutes:
             return self._open_mailbox(request)
         if path == FUNCTIONS_PATH and request.method == "GET":
             return HttpResponse.json_response(200, self._runtime.list_functions())
+        if path == FUNCTIONS_PATH and request.method == "PUT":
+            self._check_draining(request)
+            return self._attach_all(request, parse_attachments(request.body))
         base, _, function_id = path.rpartition("/")
         if base != FUNCTIONS_PATH or not function_id:
             return _not_found(path)
@@ -198,7 +206,7 @@ class SandboxRoutes:
             raise MailboxRefused("mailbox: this sandbox has none, expected HTTP", field="mailbox")
         if connection is None or connection.peer_pid is None:
             raise MailboxRefused("mailbox: expected a Unix socket", field="mailbox")
-        value = _parse_object(bytes(request.body))
+        value = parse_object(request.body)
         descriptor, size_bytes = (_require_integer(value, n) for n in ("descriptor", "size_bytes"))
         mailbox = mailboxes.open(connection.peer_pid, descriptor, size_bytes)
         connection.hold(mailbox)
@@ -207,12 +215,12 @@ class SandboxRoutes:
     def _route_function(
         self, request: HttpRequest, function_id: str
     ) -> HttpResponse | PendingResponse:
-        if request.method in WORK_METHODS and (request.started_s or 0.0) > self._draining_since_s:
-            raise SandboxDraining("sandbox: draining, retry on another sandbox")
+        if request.method in WORK_METHODS:
+            self._check_draining(request)
         if request.method == "POST":
             return self._compute(function_id, request)
         if request.method == "PUT":
-            return self._attach(function_id, request.body)
+            return self._attach(parse_attachment(request.body, function_id))
         if request.method == "DELETE":
             self._runtime.detach(function_id)
             return HttpResponse(204, "application/json", [])
@@ -227,23 +235,33 @@ class SandboxRoutes:
             return _frame_response(self._batcher.submit(task))
         return HttpResponse(200, FRAME_CONTENT_TYPE, self._runtime.compute_batch([task])[0])
 
-    def _attach(self, function_id: str, body: Buffer) -> HttpResponse | PendingResponse:
-        value = _parse_object(bytes(body))
-        _reject_unknown_fields(value, function_id)
-        try:
-            spec = FunctionSpec.from_json({**value, "id": function_id})
-        except RoutingTableError as error:
-            raise BadAttachment(str(error), field=str(error).partition(":")[0]) from error
-        store, digest = (_require_text(value, name) for name in ("store", "model_digest"))
-        if len(store) > MAX_PATH_CHARS:
-            message = f"store: got {len(store)} characters, expected at most {MAX_PATH_CHARS}"
-            raise BadAttachment(message, field="store")
+    def _check_draining(self, request: HttpRequest) -> None:
+        """Raise SandboxDraining for work that arrives after `start_draining`."""
+        if (request.started_s or 0.0) > self._draining_since_s:
+            raise SandboxDraining("sandbox: draining, retry on another sandbox")
+
+    def _attach(self, attachment: Attachment) -> HttpResponse | PendingResponse:
         if self._loader is None:
-            return _attach_response(
-                self._runtime.attach(spec, store=Path(store), model_digest=digest)
-            )
-        attach = self._loader.attach(spec, store=Path(store), model_digest=digest)
-        return _await_attach_response(attach)
+            return _attach_response(self._runtime.attach(attachment.spec, **attachment.source))
+        return _await_attach_response(self._loader.attach(attachment.spec, **attachment.source))
+
+    async def _attach_all(
+        self, request: HttpRequest, attachments: Sequence[Attachment]
+    ) -> HttpResponse:
+        """Attach functions one after the other; one that is refused keeps none from the others."""
+        results = []
+        for attachment in attachments:
+            try:
+                results.append(await self._attached(attachment))
+            except Exception as error:
+                refusal = self._refusal(request, error)
+                results.append({"id": attachment.spec.id, **refusal.to_json()})
+        return HttpResponse.json_response(200, {"functions": results})
+
+    async def _attached(self, attachment: Attachment) -> dict[str, Any]:
+        if self._loader is None:
+            return self._runtime.attach(attachment.spec, **attachment.source)[0]
+        return (await self._loader.attach(attachment.spec, **attachment.source))[0]
 
 
 async def _frame_response(pending: Awaitable[list[Buffer]]) -> HttpResponse:
@@ -275,35 +293,6 @@ def _not_found(path: str) -> HttpResponse:
         f"expected {FUNCTIONS_PATH}[/ID], {MAILBOX_PATH}, /healthz, /readyz or /metrics"
     )
     return HttpResponse.error_response(404, "not_found", message, field="path")
-
-
-def _parse_object(body: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(body.decode("utf-8"))  # json would guess the encoding of bytes
-    except (ValueError, RecursionError) as error:
-        raise BadAttachment(f"body: not JSON ({error})", field="body") from error
-    if not isinstance(value, dict):
-        raise BadAttachment(f"body: got {type(value).__name__}, expected an object", field="body")
-    return value
-
-
-def _reject_unknown_fields(value: dict[str, Any], function_id: str) -> None:
-    for name in sorted(value.keys() - ATTACHMENT_FIELDS):
-        field = name[:MAX_REPR_CHARS]
-        message = f"{field}: got an unknown field, expected {', '.join(sorted(ATTACHMENT_FIELDS))}"
-        raise BadAttachment(message, field=field)
-    if value.get("id", function_id) != function_id:
-        message = f"id: got {short_repr(value['id'])}, expected {function_id} as in the path"
-        raise BadAttachment(message, field="id")
-
-
-def _require_text(value: dict[str, Any], name: str) -> str:
-    text = value.get(name)
-    if not isinstance(text, str) or not text or not text.isprintable():
-        raise BadAttachment(
-            f"{name}: got {short_repr(text)}, expected a printable string", field=name
-        )
-    return text
 
 
 def _require_integer(value: dict[str, Any], name: str) -> int:

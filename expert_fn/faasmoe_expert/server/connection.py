@@ -17,7 +17,7 @@ import functools
 import logging
 from asyncio import Future
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Set
 from dataclasses import replace
 from typing import cast
 
@@ -28,6 +28,7 @@ from faasmoe_contracts.shared_region import (
     SharedRegion,
 )
 from faasmoe_contracts.text import short_repr
+from faasmoe_contracts.tls import is_named
 from faasmoe_contracts.unix_socket import peer_pid
 from faasmoe_contracts.wire import MAX_FRAME_BYTES
 from faasmoe_expert.config import (
@@ -64,6 +65,9 @@ class HttpConnection(asyncio.Protocol):
         read_limits: limits shared by all connections.
         is_authorized: whether an `Authorization` header is that of a peer. Connections of others
             are closed, the oldest first, when there is no place for a new one.
+        peers: names of which certificates of clients over TLS must have one, for anything but
+            probes; clients without TLS need none, as they come over the Unix socket, or there is no
+            TLS.
 
     Attributes:
         closed: resolved when the connection is lost.
@@ -82,7 +86,9 @@ class HttpConnection(asyncio.Protocol):
         max_connections: int = MAX_CONNECTIONS,
         read_limits: ReadLimits | None = None,
         is_authorized: Callable[[bytes], bool] = lambda _: True,
+        peers: Set[str] = frozenset(),
     ) -> None:
+        self._peers = peers
         self._is_known = False  # has sent a peer's request
         self._handle = handle
         self._connections = connections
@@ -114,6 +120,8 @@ class HttpConnection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self.closed = self._loop.create_future()
         self._sender = sender_identity(self._transport)
+        if (tls := self._transport.get_extra_info("ssl_object")) is not None:
+            self._request_reader.is_trusted = is_named(tls, self._peers)
         self.peer_pid = peer_pid(self._transport.get_extra_info("socket"))
         self._last_used_s = self._loop.time()
         self._connections.add(self)

@@ -23,6 +23,7 @@ from faasmoe_expert.errors import SandboxOverloaded
 
 FRAME_CONTENT_TYPE = "application/vnd.faasmoe.frame"
 MAX_HEAD_BYTES = 16 << 10
+PROBE_PATHS = (b"/healthz", b"/readyz")
 _FRAME_HEADER, _REGION_HEADER = FRAME_HEADER.encode(), REGION_HEADER.encode()
 
 
@@ -149,6 +150,11 @@ class HttpRequestReader:
             request counts against `read_limits` until `release` is called with it.
         is_authorized: whether an `Authorization` header is that of a peer. Nothing is reserved for
             anyone else: a body without it is rejected.
+
+    Attributes:
+        is_peer: whether the last head had a peer's authorization.
+        is_trusted: whether the client has shown a certificate, where that is asked for; others are
+            answered on PROBE_PATHS alone.
     """
 
     def __init__(
@@ -159,7 +165,8 @@ class HttpRequestReader:
         on_request: Callable[[HttpRequest, bool], None],
         is_authorized: Callable[[bytes], bool] = lambda _: True,
     ) -> None:
-        self.is_peer = False  # of the last head
+        self.is_peer = False
+        self.is_trusted = True
         self._is_authorized = is_authorized
         self._read_limits = read_limits
         self._on_request_start = on_request_start
@@ -233,6 +240,12 @@ class HttpRequestReader:
 
     def on_headers_complete(self) -> None:
         """Find out who sends the request, before its body."""
+        if not self.is_trusted and self._request.target not in PROBE_PATHS:
+            message = "certificate: got none of a peer, expected one of the operator or a router"
+            self._rejection = HttpResponse.error_response(
+                403, "no_certificate", message, field="certificate", close=True
+            )
+            raise _LimitExceeded(message)
         self.is_peer = self._is_authorized(self._request.authorization)
 
     def on_body(self, body: bytes) -> None:

@@ -23,6 +23,7 @@ import torch
 from faasmoe_contracts.routing_table import FunctionSpec
 from faasmoe_contracts.store import MANIFEST_NAME, Store, StoreError
 from faasmoe_contracts.text import short_repr
+from faasmoe_contracts.tls import TlsFolder, TlsPeer, models_name
 from faasmoe_contracts.wire import Buffer, ExpertRequest, WireError, decode_request, encode_response
 from faasmoe_expert.blocks.cache import BlockCache
 from faasmoe_expert.blocks.client import PeerClient
@@ -84,6 +85,7 @@ class SandboxRuntime:
         device: device to compute on.
         memory_budget: limit on the functions' memory; by default from the settings and the device.
         uploader: copies functions to the device; by default whichever the device needs.
+        tls: certificate that store peers are shown; None for peers without TLS.
 
     Attributes:
         config: settings of the sandbox.
@@ -99,6 +101,7 @@ class SandboxRuntime:
         *,
         memory_budget: SandboxMemoryBudget | None = None,
         uploader: Uploader | None = None,
+        tls: TlsFolder | None = None,
     ) -> None:
         self.config = config
         self.device = device
@@ -109,7 +112,7 @@ class SandboxRuntime:
         ] = {}  # of attached functions, by path and digest
         self._memory_budget = memory_budget or memory_budget_for(device, config.memory_bytes)
         self._uploader = uploader or uploader_for(device)
-        self._cache = _block_cache(config)
+        self._cache = _block_cache(config, tls)
         self.mailboxes = MailboxServer.create(config, device.type)
         if self.mailboxes is not None:
             self.metrics.include_mailboxes(self.mailboxes.counters)
@@ -344,10 +347,11 @@ class SandboxRuntime:
             self.mailboxes.close()
 
 
-def _block_cache(config: SandboxConfig) -> BlockCache | None:
+def _block_cache(config: SandboxConfig, tls: TlsFolder | None) -> BlockCache | None:
     if config.cache_dir is None:
         return None
-    peers = PeerClient(config.store_peers, token=config.token)
+    peer = None if tls is None else TlsPeer(tls, models_name(config.tls_namespace))
+    peers = PeerClient(config.store_peers, token=config.token, tls=peer)
     return BlockCache(config.cache_dir, peers, limit_bytes=config.cache_bytes)
 
 

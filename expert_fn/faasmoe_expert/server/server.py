@@ -17,12 +17,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import uvloop
 
+from faasmoe_contracts.tls import OPERATOR_NAME, TlsFolder, models_name
 from faasmoe_contracts.unix_socket import unix_socket_path
-from faasmoe_expert.config import SandboxConfig
+from faasmoe_expert.config import SandboxConfig, open_tls_folder
 from faasmoe_expert.device import resolve_device
 from faasmoe_expert.errors import SandboxDeviceLost
 from faasmoe_expert.functions.native_kernel import describe_kernels
@@ -34,6 +36,7 @@ from faasmoe_expert.server.runtime import BackgroundLoader, SandboxRuntime
 logger = logging.getLogger(__name__)
 
 MAX_SCRAPERS = 16
+TLS_HANDSHAKE_TIMEOUT_S = 10.0
 SHUTDOWN_TIMEOUT_S = 2.0
 """Time for clients to read pending responses after the drain."""
 
@@ -52,22 +55,25 @@ def serve(config: SandboxConfig, listener: socket.socket | None = None) -> None:
         listener: bound socket to listen on instead of config.host and config.port.
 
     Raises:
-        SandboxConfigError: the device does not exist or is unusable.
+        SandboxConfigError: the device does not exist or is unusable, or the TLS folder is.
         SandboxDeviceLost: the device became unusable.
         OSError: the address cannot be listened on.
     """
     torch.set_num_threads(config.threads)
     torch.set_grad_enabled(False)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    runtime = SandboxRuntime(config, resolve_device(config.device))
+    tls = open_tls_folder(config.tls_folder)
+    runtime = SandboxRuntime(config, resolve_device(config.device), tls=tls)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve_until_stopped(runtime, listener))
+            runner.run(_serve_until_stopped(runtime, listener, tls))
     finally:
         runtime.close()
 
 
-async def _serve_until_stopped(runtime: SandboxRuntime, listener: socket.socket | None) -> None:
+async def _serve_until_stopped(
+    runtime: SandboxRuntime, listener: socket.socket | None, tls: TlsFolder | None
+) -> None:
     config, stop, connections = runtime.config, asyncio.Event(), set[HttpConnection]()
     scrapers = set[HttpConnection]()
     lost_reasons: list[str] = []
@@ -86,8 +92,9 @@ async def _serve_until_stopped(runtime: SandboxRuntime, listener: socket.socket 
         max_connections=config.max_connections,
         read_limits=ReadLimits(max_frames=config.max_frames, max_bytes=config.max_bodies_bytes),
         is_authorized=routes.is_authorized,
+        peers={OPERATOR_NAME, models_name(config.tls_namespace)},
     )
-    listeners = await Listeners.open(new_connection, config, listener)
+    listeners = await Listeners.open(new_connection, config, listener, tls)
     if config.metrics_port is not None:
         new_scraper = functools.partial(
             HttpConnection,
@@ -159,6 +166,7 @@ class Listeners:
         new_connection: ConnectionFactory,
         config: SandboxConfig,
         listener: socket.socket | None,
+        tls: TlsFolder | None = None,
     ) -> Listeners:
         """Listen on TCP, and on a Unix socket if configured.
 
@@ -166,12 +174,18 @@ class Listeners:
             new_connection: creates the protocol of a connection.
             config: host, port and socket_dir.
             listener: bound TCP socket; None binds the configured host and port.
+            tls: certificate of the TCP socket; None listens without TLS.
 
         Raises:
             OSError: the TCP address cannot be listened on.
         """
         loop = asyncio.get_running_loop()
-        endpoint = {"sock": listener} if listener else {"host": config.host, "port": config.port}
+        endpoint: dict[str, Any] = {"host": config.host, "port": config.port}
+        if listener is not None:
+            endpoint = {"sock": listener}
+        if tls is not None:
+            endpoint["ssl"] = tls.server_context()
+            endpoint["ssl_handshake_timeout"] = TLS_HANDSHAKE_TIMEOUT_S
         listeners = cls(await loop.create_server(new_connection, **endpoint))
         if config.socket_dir is not None:
             await listeners._listen_unix(new_connection, config.socket_dir)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import ssl
 import subprocess
 import sys
 import urllib.error
@@ -134,6 +135,12 @@ def render_usage(text: str) -> str:
     return format_table(("TENANT", *(field.upper() for field in USAGE_FIELDS)), rows)
 
 
+def port_scheme(service: Object, port: int) -> str:
+    """Return the scheme of URLs of a Service's port."""
+    found = [p for p in service["spec"]["ports"] if p["port"] == port]
+    return "https" if any(p.get("appProtocol") == "https" for p in found) else "http"
+
+
 class Kubectl:
     """Runs kubectl.
 
@@ -158,6 +165,7 @@ class Kubectl:
     @contextmanager
     def forward(self, service: str, port: int) -> Iterator[str]:
         """Forward a port of a Service to this machine; yields the URL, raises CommandError."""
+        scheme = port_scheme(self.get("service", service), port)
         target = [f"service/{service}", f":{port}"]
         command = ["kubectl", *self._options, "port-forward", "--address", "127.0.0.1", *target]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -166,7 +174,7 @@ class Kubectl:
             found = _FORWARDING.search(process.stdout.readline())
             if found is None:
                 raise CommandError(f"kubectl port-forward service/{service}: it ended")
-            yield f"http://127.0.0.1:{found[1]}"
+            yield f"{scheme}://127.0.0.1:{found[1]}"
         finally:
             process.terminate()
             process.wait()
@@ -226,6 +234,13 @@ def forwarded_api(kubectl: Kubectl, name: str, tenant: str) -> Iterator[tuple[st
         yield f"{url}{path}", served
 
 
+def _forwarded_tls() -> ssl.SSLContext:
+    """Return the context of a forwarded port: the API server has verified where it leads."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
 def _chat(kubectl: Kubectl, arguments: argparse.Namespace) -> str:
     message = {"role": "user", "content": arguments.message}
     headers = {"Content-Type": "application/json"}
@@ -237,7 +252,9 @@ def _chat(kubectl: Kubectl, arguments: argparse.Namespace) -> str:
             f"{url}/chat/completions", json.dumps(body).encode(), headers
         )
         try:
-            with urllib.request.urlopen(request, timeout=CHAT_TIMEOUT_S) as response:
+            with urllib.request.urlopen(
+                request, timeout=CHAT_TIMEOUT_S, context=_forwarded_tls()
+            ) as response:
                 answer = json.load(response)
         except urllib.error.HTTPError as error:
             raise CommandError(f"{error.code}: {error.read().decode(errors='replace')}") from error

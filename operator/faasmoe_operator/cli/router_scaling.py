@@ -34,7 +34,7 @@ class RouterSlot:
         index: its number among them; lower ones start first and end last.
         start: returns the context in which it runs.
         wait_until_healthy: returns once it answers.
-        size_bytes: about what it will take; later the most that it took when it ran last, or now.
+        size_bytes: about what it will take; later what it takes, or took when it ran last.
         may_run: whether it may run before a memory limit says so.
 
     Attributes:
@@ -63,8 +63,6 @@ class RouterSlot:
         self.is_leaving = False
         self.is_ending = False
         self.may_run = may_run
-        self._is_measured = False
-        self._measured_bytes = 0  # since it started
 
     @property
     def name(self) -> str:
@@ -77,18 +75,9 @@ class RouterSlot:
         return None if self.child is None else self.child.pid
 
     def measure(self) -> None:
-        """Measure the memory that it has now."""
-        if self.pid is None or not self.is_ready or not (measured := pss_bytes(self.pid)):
-            return
-        self._measured_bytes = max(self._measured_bytes, measured)
-        self.size_bytes = max(self.size_bytes, measured) if self._is_measured else measured
-        self._is_measured = True
-
-    def measure_last(self) -> None:
-        """Measure it before it ends, for the next start."""
-        self.measure()
-        self.size_bytes = self._measured_bytes or self.size_bytes
-        self._measured_bytes = 0
+        """Measure the memory that it has now, which is less the more routers share with it."""
+        if self.pid is not None and self.is_ready and (measured := pss_bytes(self.pid)):
+            self.size_bytes = measured
 
 
 RouterState = tuple[bool, int, tuple[tuple[SupervisedChild | None, bool], ...]]
@@ -221,7 +210,7 @@ class ScaledRouters:
                 tasks += [failure, asyncio.create_task(self._probe(slot, child))]
                 await self._until_ended(slot, tasks)
                 why = "no requests" if slot.may_run else "others need its memory"
-                slot.measure_last()
+                slot.measure()  # for the next start
                 slot.is_ending, ending_s = True, time.monotonic()
                 self._changed.notify()
             print_progress(f"{name} has ended in {time.monotonic() - ending_s:.2f} s: {why}")

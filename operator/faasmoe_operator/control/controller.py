@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from faasmoe_operator.control.activation_trace import ActivationTrace
 from faasmoe_operator.control.autoscalers import FunctionAutoscalers, ReplicaChange
 from faasmoe_operator.control.executor import ActionExecutor, ExecutorContext
 from faasmoe_operator.control.fleet import Fleet
+from faasmoe_operator.control.function_memory import FunctionMemory
 from faasmoe_operator.control.function_stats import FunctionStats
 from faasmoe_operator.control.live import ModelActivity, PrivacySettings
 from faasmoe_operator.control.load_reports import LoadReports
@@ -33,15 +34,7 @@ from faasmoe_operator.control.sandbox_client import SandboxClient
 from faasmoe_operator.control.sandbox_prober import SandboxProber
 from faasmoe_operator.control.ticker import Ticker, idle_until
 from faasmoe_operator.control.usage_ledger import UsageLedger
-from faasmoe_operator.plan.actions import ActionReason, Delete, Detach
-from faasmoe_operator.plan.fleet import (
-    AssignmentState,
-    FleetSettings,
-    FunctionDemand,
-    MemoryHolder,
-    SandboxState,
-)
-from faasmoe_operator.plan.memory_budget import function_holders
+from faasmoe_operator.plan.fleet import FleetSettings, FunctionDemand
 from faasmoe_operator.plan.sandboxes import plan_sandboxes
 from faasmoe_operator.platforms.base import Platform
 from faasmoe_tracing import NO_TRACER, Tracer
@@ -168,6 +161,16 @@ class Controller:
         self._prober = SandboxProber(
             model, client, fleet=self.fleet, executor=self._executor, clock=clock
         )
+        self.function_memory = FunctionMemory(
+            model,
+            self.fleet,
+            self.function_stats,
+            self._executor,
+            clock,
+            scale_to_zero=lambda names: self.autoscalers.release(names, now=clock()),
+            publish=self.publish,
+            request_reconcile=self._request_reconcile,
+        )
         self._fleet_settings = FleetSettings(
             model.template.digest,
             warm_pool=model.warm_pool,
@@ -243,10 +246,7 @@ class Controller:
 
     def warm_up(self) -> None:
         """Activate the functions that were used lately, as a router starts that will use them."""
-        self.activate(self._functions_to_warm())
-
-    def _functions_to_warm(self) -> Collection[str]:
-        return self.function_stats.recently_used(self.clock()) or self.model.functions
+        self.activate(self.function_memory.functions_to_warm())
 
     def add_load_report(self, report: LoadReport) -> None:
         """Record a router's load report."""
@@ -309,62 +309,6 @@ class Controller:
             too_large=plan.unschedulable,
         )
         self.publish()
-
-    def memory_holders(self) -> list[MemoryHolder]:
-        """Return what the model's functions hold of the machine's memory."""
-        if not self.fleet.sandboxes:
-            return []
-        pinned = (n for n, f in self.model.functions.items() if f.scaling.min_scale > 0)
-        snapshot = self.fleet.snapshot(last_used=self.function_stats.last_used())
-        return function_holders(snapshot, pinned=pinned)
-
-    def evict(self, holder: MemoryHolder) -> None:
-        """Detach a function to make room for another model or a router."""
-        sandbox, function = holder.key
-        record = self.fleet.get(sandbox)
-        if record is None or record.functions.get(function) is not AssignmentState.ATTACHED:
-            return
-        detach = Detach(sandbox, function, ActionReason.MEMORY)
-        self._executor.execute(detach, drain_s=0.0 if holder.is_idle else None)
-        self.publish()
-
-    def held_bytes(self) -> int:
-        """Return the memory of the model's functions in sandboxes."""
-        functions = self.model.functions
-        return sum(
-            functions[name].size_bytes
-            for record in self.fleet.sandboxes
-            for name in record.functions
-            if name in functions
-        )
-
-    def missing_bytes(self) -> int:
-        """Return the size of the functions that `warm_up` would activate and that are not there."""
-        present = {name for record in self.fleet.sandboxes for name in record.functions}
-        missing = set(self._functions_to_warm()) - present
-        return sum(self.model.functions[name].size_bytes for name in missing)
-
-    def release(self) -> None:
-        """Let all functions go that may be evicted, as the model's last router makes room.
-
-        Nobody calls them any more, so whole sandboxes end at once.
-        """
-        evictable = {n for n, f in self.model.functions.items() if f.scaling.min_scale == 0}
-        self.autoscalers.release(evictable, now=self.clock())
-        for record in list(self.fleet.sandboxes):
-            if record.state is not SandboxState.READY or not record.functions:
-                continue  # the plan deletes those without functions
-            if record.functions.keys() <= record.attached & evictable:
-                self._executor.execute(Delete(record.sandbox.id, ActionReason.MEMORY))
-                continue
-            for function in record.attached & evictable:
-                detach = Detach(record.sandbox.id, function, ActionReason.MEMORY)
-                self._executor.execute(detach, drain_s=0.0)
-        self.publish()
-
-    def request_reconcile(self) -> None:
-        """Plan anew soon, as memory may have become free."""
-        self._request_reconcile()
 
     def publish(self) -> None:
         """Publish the addresses of all attached functions in the routing table."""

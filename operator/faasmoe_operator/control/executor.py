@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -31,6 +32,7 @@ from faasmoe_operator.platforms.base import Platform, Sandbox
 CORRUPTED_CODE = "corrupted"  # a sandbox's error code for damaged weights in the store
 OUT_OF_MEMORY_CODE = "out_of_memory"  # its error code for a function that exceeds its memory limit
 
+MAX_ATTACHES = 16  # of one call; so that the first layers need not wait for the last
 CREATE_BACKOFF_DELAYS_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 CREATE_BACKOFF_RESET_S = 120.0
 CORRUPTED_INITIAL_BACKOFF_S = 1.0
@@ -87,6 +89,7 @@ class ActionExecutor:
         self._context = context
         self._tasks = TaskSet()
         self._pending_detaches: dict[AssignmentKey, asyncio.Event] = {}
+        self._attach_queues: dict[str, deque[str]] = {}
         self._n_attaching = 0
         self._create_backoff = Backoff(
             CREATE_BACKOFF_DELAYS_S, reset_after_s=CREATE_BACKOFF_RESET_S, coalesce=True
@@ -121,7 +124,7 @@ class ActionExecutor:
                 self._fleet.set_function_state(
                     action.sandbox, action.function, AssignmentState.ATTACHING
                 )
-                self._tasks.start(self._attach(action.sandbox, action.function))
+                self._attach(action.sandbox, action.function)
             case Detach():
                 self._fleet.set_function_state(
                     action.sandbox, action.function, AssignmentState.DETACHING
@@ -169,8 +172,10 @@ class ActionExecutor:
         """Replace the fleet's sandboxes by those that the platform lists; missing ones are lost."""
         for record in self._fleet.sync(sandboxes, now=self._context.clock()):
             if record.state not in (SandboxState.DRAINING, SandboxState.FAILED):
-                state = record.state.value
-                logger.warning("sandbox %s was lost while %s", record.sandbox.id, state)
+                how = "deleted by others" if record.sandbox.terminating else "lost"
+                level = logging.INFO if record.sandbox.terminating else logging.WARNING
+                sandbox, state = record.sandbox.id, record.state.value
+                logger.log(level, "sandbox %s was %s while %s", sandbox, how, state)
                 self._count_failure("lost", was_ready=record.was_ready)
         self._context.on_change()
 
@@ -225,31 +230,64 @@ class ActionExecutor:
         at_once = action.reason is ActionReason.MEMORY
         self._tasks.start(self._context.platform.delete(action.sandbox, at_once=at_once))
 
-    async def _attach(self, sandbox: str, function: str) -> None:
-        record = self._fleet.get(sandbox)
-        if record is None:
-            return
-        started, message, code = self._context.clock(), "attach was cancelled", ""
+    def _attach(self, sandbox: str, function: str) -> None:
+        """Attach a function, with those that are attached to the sandbox at the same time."""
         self._n_attaching += 1
-        self._context.activation_trace.record_attach(function, started)
+        if sandbox in self._attach_queues:
+            self._attach_queues[sandbox].append(function)
+            return
+        self._attach_queues[sandbox] = deque([function])
+        self._tasks.start(self._attach_queued(sandbox))
+
+    async def _attach_queued(self, sandbox: str) -> None:
+        """Attach what is queued for a sandbox, which loads one function at a time."""
+        queue = self._attach_queues[sandbox]
         try:
-            spec, store = self._context.model.functions[function].spec, self._context.model.store
-            await self._context.sandbox_client.attach(record.sandbox.address, spec, store=store)
-            message = ""
-        except SandboxClientError as error:
-            message, code = str(error), error.code
+            while queue:
+                await self._attach_some(
+                    sandbox, [queue.popleft() for _ in range(min(len(queue), MAX_ATTACHES))]
+                )
         finally:
-            self._n_attaching -= 1
-            if code == CORRUPTED_CODE:
-                self._on_corrupted(sandbox, function, message=message)
-            elif code == OUT_OF_MEMORY_CODE:
-                self._on_out_of_memory(sandbox, function, message=message)
-            elif message:
-                self.mark_sandbox_failed(sandbox, cause="attach", message=message)
-            else:
-                self._on_attached(sandbox, function, duration_s=self._context.clock() - started)
+            del self._attach_queues[sandbox]
+
+    async def _attach_some(self, sandbox: str, functions: Sequence[str]) -> None:
+        record, started = self._fleet.get(sandbox), self._context.clock()
+        try:
+            if record is None or record.state is not SandboxState.READY:
+                return  # it has failed meanwhile, or is being deleted
+            for function in functions:
+                self._context.activation_trace.record_attach(function, started)
+            errors = await self._call_attach(record.sandbox.address, functions)
+            duration_s = self._context.clock() - started
+            for function in functions:
+                self._on_attach_ended(sandbox, function, errors.get(function), duration_s)
+        finally:
+            self._n_attaching -= len(functions)
             if self._n_attaching == 0:
                 self._context.on_change()
+
+    async def _call_attach(
+        self, address: str, functions: Sequence[str]
+    ) -> Mapping[str, SandboxClientError]:
+        """Attach functions; return the errors of those that are not attached."""
+        model = self._context.model
+        specs = [model.functions[function].spec for function in functions]
+        try:
+            return await self._context.sandbox_client.attach_all(address, specs, store=model.store)
+        except SandboxClientError as error:
+            return dict.fromkeys(functions, error)
+
+    def _on_attach_ended(
+        self, sandbox: str, function: str, error: SandboxClientError | None, duration_s: float
+    ) -> None:
+        if error is None:
+            self._on_attached(sandbox, function, duration_s=duration_s)
+        elif error.code == CORRUPTED_CODE:
+            self._on_corrupted(sandbox, function, message=str(error))
+        elif error.code == OUT_OF_MEMORY_CODE:
+            self._on_out_of_memory(sandbox, function, message=str(error))
+        else:
+            self.mark_sandbox_failed(sandbox, cause="attach", message=str(error))
 
     def _on_attached(self, sandbox: str, function: str, *, duration_s: float) -> None:
         self.corrupted.record_success(function)

@@ -61,6 +61,9 @@ class Fleet:
     Args:
         functions: the model's functions by id.
         template: template of new sandboxes.
+
+    Attributes:
+        version: increases with everything that may have changed them.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Fleet:
         self._records: dict[str, SandboxRecord] = {}
         self._pending_creations: dict[str, float] = {}
         self._n_creations = 0
+        self.version = 0
 
     @property
     def sandboxes(self) -> Collection[SandboxRecord]:
@@ -85,6 +89,7 @@ class Fleet:
 
     def sync(self, sandboxes: Iterable[Sandbox], *, now: float) -> list[SandboxRecord]:
         """Replace the sandboxes by those that the platform lists; return the removed ones."""
+        self.version += 1
         observed = {sandbox.id: sandbox for sandbox in sandboxes}
         removed = [self._records.pop(name) for name in list(self._records) if name not in observed]
         for name, sandbox in observed.items():
@@ -98,6 +103,7 @@ class Fleet:
 
     def adopt(self, sandbox_id: str, functions: Iterable[str]) -> None:
         """Mark a starting sandbox as ready, with the functions that it lists."""
+        self.version += 1
         record = self._records.get(sandbox_id)
         if record is not None and record.state is SandboxState.STARTING:
             record.state, record.was_ready = SandboxState.READY, True
@@ -133,11 +139,13 @@ class Fleet:
 
     def set_function_state(self, sandbox_id: str, function: str, state: AssignmentState) -> None:
         """Record a function's state in a sandbox; does nothing if the sandbox does not exist."""
+        self.version += 1
         if record := self._records.get(sandbox_id):
             record.functions[function] = state
 
     def remove_function(self, sandbox_id: str, function: str) -> None:
         """Record that a function is no longer in a sandbox."""
+        self.version += 1
         if record := self._records.get(sandbox_id):
             record.functions.pop(function, None)
 
@@ -245,5 +253,6 @@ class Fleet:
         return [record for record in self.sandboxes if record.state is SandboxState.READY]
 
     def _set_state(self, sandbox_id: str, state: SandboxState) -> None:
+        self.version += 1
         if record := self._records.get(sandbox_id):
             record.state = state

@@ -34,6 +34,7 @@ class FunctionStats:
     Attributes:
         calls: total number of calls by function.
         rows: total number of rows by function.
+        version: increases with everything that may have changed when functions were used.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class FunctionStats:
         self._late_activations: set[str] = set()  # already returned by newly_late_activations
         self.calls: Counter[str] = Counter()
         self.rows: Counter[str] = Counter()
+        self.version = 0
 
     def add_load_report(self, report: LoadReport, *, now: float) -> None:
         """Add a router's load report."""
@@ -61,6 +63,7 @@ class FunctionStats:
             self.rows[name] += load.rows
             if load.calls > 0 or load.concurrency > 0:
                 self._last_used[name] = now
+                self.version += 1
         self._popularity.add(((n, f.rows) for n, f in report.functions.items()), now=now)
 
     def by_popularity(self) -> list[str]:
@@ -84,6 +87,7 @@ class FunctionStats:
     def record_request(self, function: str, *, now: float) -> None:
         """Record that a request waits for a function."""
         self._requested_at[function] = now
+        self.version += 1
 
     def last_used(self) -> dict[str, float]:
         """Return the time of each function's last use or of the last request that waited for it."""

@@ -21,11 +21,13 @@ class ManagedFunction:
         spec: its id, layers and experts.
         size_bytes: size of its weights.
         scaling: its autoscaler's settings.
+        content: name of what it maps, which other models may map too; empty if that is not known.
     """
 
     spec: FunctionSpec
     size_bytes: int
     scaling: ScalingSettings
+    content: str = ""
 
     @property
     def id(self) -> str:

@@ -69,10 +69,17 @@ class PlannedModel:
     store: Store
 
     @classmethod
-    def load(cls, served: ServedModel) -> PlannedModel:
-        """Open a model's store and plan its functions; raises FaasmoeError or StoreError."""
+    def load(cls, served: ServedModel, *, shares_memory: bool = False) -> PlannedModel:
+        """Open a model's store and plan its functions; raises FaasmoeError, StoreError, OSError.
+
+        Args:
+            served: where the model is.
+            shares_memory: whether other models share a memory limit with it.
+        """
         local = LocalModel.load(served.file)
-        model = ControlledModel.from_local_model(local, key=served.function_key)
+        model = ControlledModel.from_local_model(
+            local, key=served.function_key, shares_memory=shares_memory
+        )
         pooled = replace(model, warm_pool=0)
         return cls(served, pooled, model.warm_pool, local.template, local.open_store())
 
@@ -182,7 +189,7 @@ class Machine:
         )
         await controller.start()
         if self.memory is not None:
-            self.memory.join(model.name, controller)
+            self.memory.join(model.name, controller.function_memory)
         return controller
 
     async def _list_functions(self, address: str) -> Collection[str]:
@@ -205,10 +212,11 @@ async def run_machine(config: MachineConfig, phases: StartPhases) -> None:
     Raises:
         FaasmoeError: a model is invalid, or a zygote does not respond.
         StoreError: a store is missing or damaged.
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or a file of a store is gone.
     """
     file = ModelsFile.read(config.models_file)
-    models = [PlannedModel.load(served) for served in file.models]
+    shares_memory = file.memory_bytes is not None and len(file.models) > 1
+    models = [PlannedModel.load(served, shares_memory=shares_memory) for served in file.models]
     phases.end("plan")
     memory = None
     if file.memory_bytes is not None:

@@ -8,6 +8,8 @@ When a model's first router starts, memory is kept for the functions that it wil
 are there. When its last one is to make room, its functions do too, once that router has ended its
 last request. If functions of several models that are in use lack memory nevertheless, as they take
 more than was expected, those of the model that started first get it, from the others if need be.
+
+What functions of several models map at once counts once (`plan/shared_memory.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -27,24 +29,33 @@ from faasmoe_operator.plan.router_memory import (
     model_holders,
     plan_routers,
 )
+from faasmoe_operator.plan.shared_memory import SharedFunctions
 
 RESERVED_S = 30.0  # at most, for functions that a router will call
+IDLE_STEP_S = 0.25  # of when a model was used last, which reports tell within milliseconds
 SLOW_START_S = 10.0  # after which a start waits for disks, not for processors
 
 logger = logging.getLogger(__name__)
 
 
 class MemoryMember(Protocol):
-    """A model's controller, as the others' evictions need it."""
+    """A model's functions, as the others' evictions need them."""
 
-    def memory_holders(self) -> list[MemoryHolder]:
-        """Return what the model's functions hold."""
+    def memory_holders(self) -> Sequence[MemoryHolder]:
+        """Return what the model's functions hold; the same object if nothing has changed."""
 
     def held_bytes(self) -> int:
-        """Return how much that is."""
+        """Return how much that is, whether others map the same or not."""
 
-    def missing_bytes(self) -> int:
-        """Return the size of the functions that a router will call and that are not there."""
+    def missing_bytes(self, resident: Collection[str]) -> int:
+        """Return the memory that functions would take that a router will call.
+
+        Args:
+            resident: contents that are held already.
+        """
+
+    def resident_functions(self, contents: Collection[str]) -> frozenset[str]:
+        """Return the functions whose memory is held already, as these contents are."""
 
     def evict(self, holder: MemoryHolder) -> None:
         """Detach a function to make room for another model or a router."""
@@ -90,6 +101,34 @@ class _Reservation:
     until: float
 
 
+@dataclass(frozen=True, slots=True)
+class _SeenFunctions:
+    """A model's functions as others see them.
+
+    Attributes:
+        holders: what the model says.
+        state: when it was used last, if it is idle, and whether it makes room.
+        seen: what follows.
+    """
+
+    holders: Sequence[MemoryHolder]
+    state: tuple[float | None, bool]
+    seen: Sequence[MemoryHolder]
+
+
+def _as_seen(
+    holders: Sequence[MemoryHolder], idle_since: float | None, is_leaving: bool
+) -> Sequence[MemoryHolder]:
+    if idle_since is not None:
+        holders = [
+            replace(h, is_idle=True, last_used=min(h.last_used, idle_since)) for h in holders
+        ]
+    return [
+        replace(h, is_leaving=True, is_evictable=False) if is_leaving and not h.is_pinned else h
+        for h in holders
+    ]
+
+
 class MemoryPool:
     """The memory of a machine that all its models and routers share.
 
@@ -116,9 +155,11 @@ class MemoryPool:
         self._evicted_routers: set[str] = set()
         self._larger_routers: set[str] = set()
         self._held_bytes = 0
+        self._seen: dict[str, _SeenFunctions] = {}
+        self._shared = SharedFunctions({})
 
     def join(self, model: str, member: MemoryMember) -> None:
-        """Add a model's controller, or replace it by the one that was started after it."""
+        """Add a model's functions, or replace them by those of a controller that started later."""
         self._members[model] = member
 
     def shared_by(self, model: str) -> SharedMemory:
@@ -130,7 +171,8 @@ class MemoryPool:
 
         What it waits for while its router runs comes before any router that has not started.
         """
-        routers, models = self._router_holders(), self._models()
+        routers, shared = self._router_holders(), self._shared_functions()
+        models = self._models(shared)
         own = models.pop(model, ModelMemory())
         others = [*routers.get(model, ())]
         for name in dict.fromkeys((*routers, *models)):
@@ -142,7 +184,14 @@ class MemoryPool:
         claims = self._function_claims(of_others_than=model)
         if not own.reserved_bytes and not self._is_in_use(model):
             claims += self._router_claims
-        return MachineMemory(self.limit_bytes, tuple(others), tuple(claims))
+        member = self._members.get(model)
+        return MachineMemory(
+            self.limit_bytes,
+            tuple(others),
+            tuple(claims),
+            shared.extra_bytes(model),
+            frozenset() if member is None else member.resident_functions(shared.resident),
+        )
 
     def settle(
         self, model: str, claims: Sequence[MemoryClaim], evicted: Iterable[MemoryHolder]
@@ -167,7 +216,7 @@ class MemoryPool:
             self._warn_if_larger(router)
         self._release_functions()
         self._end_reservations(now)
-        models = self._models()
+        models = self._models(self._shared_functions())
         plan = plan_routers(
             self.limit_bytes,
             self._observed(now),
@@ -224,10 +273,13 @@ class MemoryPool:
             self._turns[router.model] = self._n_turns
         model = models.get(router.model)
         if model is not None and is_first and not router.is_pinned and model.missing_bytes:
-            held_bytes = sum(holder.size_bytes for holder in model.functions)
-            room_bytes = max(0, self.limit_bytes - router.size_bytes - held_bytes)
-            reserved_bytes = held_bytes + min(model.missing_bytes, room_bytes)
-            self._reservations[router.model] = _Reservation(reserved_bytes, now + RESERVED_S)
+            own_bytes = sum(holder.size_bytes for holder in model.functions)
+            room_bytes = max(0, self.limit_bytes - router.size_bytes - own_bytes)
+            reserved_bytes = min(model.missing_bytes, room_bytes)
+            held_bytes = self._members[router.model].held_bytes()
+            self._reservations[router.model] = _Reservation(
+                held_bytes + reserved_bytes, now + RESERVED_S
+            )
 
     def _release_functions(self) -> None:
         """Let functions go whose last router was evicted and calls them no more."""
@@ -259,12 +311,19 @@ class MemoryPool:
             if is_over or not self._reserved_bytes(model):
                 del self._reservations[model]
 
-    def _reserved_bytes(self, model: str) -> int:
-        """Return what is kept for functions of a model that are not there yet."""
+    def _reserved_bytes(self, model: str, resident: Collection[str] = ()) -> int:
+        """Return what is kept for functions of a model that are not there yet.
+
+        Args:
+            model: the model.
+            resident: contents that others hold, for which nothing need be kept.
+        """
         reservation = self._reservations.get(model)
         if reservation is None:
             return 0
-        return max(0, reservation.size_bytes - self._members[model].held_bytes())
+        member = self._members[model]
+        room_bytes = max(0, reservation.size_bytes - member.held_bytes())
+        return min(room_bytes, member.missing_bytes(resident))
 
     def _warn_if_larger(self, router: RouterMemory) -> None:
         if router.size_bytes > self.limit_bytes and router.name not in self._larger_routers:
@@ -277,13 +336,14 @@ class MemoryPool:
             )
 
     def _evict(self, holders: Iterable[MemoryHolder]) -> None:
-        for holder in holders:
-            if not holder.key[0]:
-                self._evicted_routers.add(holder.name)
-                continue
-            for member in self._members.values():
-                if any(own.key == holder.key for own in member.memory_holders()):
-                    member.evict(holder)
+        holders = list(holders)
+        self._evicted_routers.update(holder.name for holder in holders if not holder.key[0])
+        functions = [holder for holder in holders if holder.key[0]]
+        members = self._members.values() if functions else ()
+        owners = {own.key: member for member in members for own in member.memory_holders()}
+        for holder in functions:
+            if holder.key in owners:
+                owners[holder.key].evict(holder)
 
     def _notify_if_free(self, *, without: str = "") -> None:
         """Let models that wait plan anew once somebody has left."""
@@ -297,30 +357,34 @@ class MemoryPool:
             if claims and model != without:
                 self._members[model].request_reconcile()
 
-    def _models(self) -> dict[str, ModelMemory]:
+    def _models(self, shared: SharedFunctions) -> dict[str, ModelMemory]:
         """Return what models hold beside routers."""
         waiting = {r.model for r in self._routers.values() if r.is_wanted and not r.is_running}
         return {
             model: ModelMemory(
-                tuple(self._functions_of(model)),
-                member.missing_bytes() if model in waiting else 0,
-                self._reserved_bytes(model),
+                shared.parts[model],
+                member.missing_bytes(shared.resident) if model in waiting else 0,
+                self._reserved_bytes(model, shared.resident),
             )
             for model, member in self._members.items()
         }
 
-    def _functions_of(self, model: str) -> list[MemoryHolder]:
+    def _shared_functions(self) -> SharedFunctions:
+        """Return what functions hold, divided between those that map the same."""
+        held = {model: self._functions_of(model) for model in self._members}
+        before = self._shared.whole
+        if held.keys() != before.keys() or any(held[m] is not before[m] for m in held):
+            self._shared = SharedFunctions(held)
+        return self._shared
+
+    def _functions_of(self, model: str) -> Sequence[MemoryHolder]:
         """Return a model's functions; those of one whose routers are idle are idle as well."""
         holders, idle_since = self._members[model].memory_holders(), self._idle_since(model)
-        is_leaving = self._is_making_room(model)
-        if idle_since is not None:
-            holders = [
-                replace(h, is_idle=True, last_used=min(h.last_used, idle_since)) for h in holders
-            ]
-        return [
-            replace(h, is_leaving=True, is_evictable=False) if is_leaving and not h.is_pinned else h
-            for h in holders
-        ]
+        state = (idle_since, self._is_making_room(model))
+        seen = self._seen.get(model)
+        if seen is None or seen.holders is not holders or seen.state != state:
+            seen = self._seen[model] = _SeenFunctions(holders, state, _as_seen(holders, *state))
+        return seen.seen
 
     def _is_making_room(self, model: str) -> bool:
         """Return whether a model's last router was evicted, and its functions with it."""
@@ -360,7 +424,7 @@ class MemoryPool:
         routers = [r for r in self._routers.values() if r.model == model]
         if not routers or not all(router.is_idle(now) for router in routers):
             return None
-        return max(router.last_used for router in routers)
+        return math.floor(max(r.last_used for r in routers) / IDLE_STEP_S) * IDLE_STEP_S
 
     def _router_holders(self) -> dict[str, list[MemoryHolder]]:
         """Return the running routers by model."""

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from faasmoe_contracts.routing_table import FunctionSpec
 from faasmoe_operator.api.v1alpha1 import MoEModel
 from faasmoe_operator.api.v1alpha1.experts import ExpertsSpec
+from faasmoe_operator.control.function_contents import FunctionContents
 from faasmoe_operator.control.functions import ManagedFunction, managed_functions, partitioning_of
 from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.control.sandbox_client import ModelStore
 from faasmoe_operator.plan.functions import LayerShape, plan_functions
 from faasmoe_operator.platforms.base import SandboxTemplate
+
+SANDBOX_PROCESS_BYTES = 16_000_000
+"""What a sandbox of `faasmoe up` does not share with its zygote, beside its functions."""
 
 
 class PlannableStore(Protocol):
@@ -43,6 +47,7 @@ class ControlledModel:
         warm_pool: number of empty sandboxes to keep ready.
         memory_limit_bytes: memory limit of all attached functions together; None for no limit.
         rows_per_token: most rows that one token adds to the calls of all functions together.
+        sandbox_bytes: memory of a sandbox beside its functions, as a limit over models counts it.
     """
 
     name: str
@@ -52,29 +57,43 @@ class ControlledModel:
     warm_pool: int
     memory_limit_bytes: int | None = None
     rows_per_token: int = 1
+    sandbox_bytes: int = 0
 
     @classmethod
-    def from_local_model(cls, local_model: LocalModel, *, key: bytes) -> ControlledModel:
+    def from_local_model(
+        cls, local_model: LocalModel, *, key: bytes, shares_memory: bool = False
+    ) -> ControlledModel:
         """Return the model of a MoEModel file on this machine.
 
         Args:
             local_model: a MoEModel whose store is prepared.
             key: secret key that makes the function ids opaque.
+            shares_memory: whether it shares a memory limit with other models.
 
         Raises:
             MoEModelError: the model does not match its store or cannot be partitioned.
             StoreError: the store is damaged.
+            OSError: a file of the store is gone.
         """
-        manifest = local_model.open_store().manifest
+        store = local_model.open_store()
+        manifest = store.manifest
         specs = local_model.functions(manifest, key=key)
+        functions = _managed_functions_by_id(specs, manifest.layers, local_model.model.spec.experts)
+        if shares_memory:
+            contents = FunctionContents(store)
+            functions = {
+                name: replace(function, content=contents.content_of(function.spec))
+                for name, function in functions.items()
+            }
         return cls(
             local_model.model.metadata.name,
             ModelStore(local_model.store_path, manifest.digest),
-            _managed_functions_by_id(specs, manifest.layers, local_model.model.spec.experts),
+            functions,
             local_model.template,
             local_model.model.spec.experts.warm_pool,
             local_model.model.spec.experts.memory_bytes,
             _rows_per_token(specs, manifest.layers),
+            SANDBOX_PROCESS_BYTES if shares_memory else 0,
         )
 
     @classmethod

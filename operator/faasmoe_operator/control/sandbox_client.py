@@ -7,6 +7,7 @@ of `timeout`, `unreachable` and `protocol_error`.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +15,8 @@ from typing import Any, Self
 import aiohttp
 
 from faasmoe_contracts.routing_table import FunctionSpec, RoutingTableError
+from faasmoe_contracts.tls import TlsPeer
+from faasmoe_operator.aio import http_scheme
 from faasmoe_operator.errors import FaasmoeError
 
 MAX_RESPONSE_BYTES = 8 << 20
@@ -50,7 +53,8 @@ class SandboxClientTimeouts:
     Attributes:
         connect_timeout_s: timeout of a connection attempt.
         list_timeout_s: timeout of listing functions.
-        attach_timeout_s: timeout of an attach, which may have to read the weights from a disk.
+        attach_timeout_s: timeout of an attach, which may have to read the weights from a disk; of
+            several functions in one call as well.
         detach_timeout_s: timeout of a detach, which waits for calls in progress.
     """
 
@@ -109,9 +113,17 @@ class SandboxClient:
     Args:
         token: bearer token of the sandboxes; empty for none.
         timeouts: timeouts of the calls.
+        tls: how the sandboxes are known; None calls them without TLS.
     """
 
-    def __init__(self, *, token: str, timeouts: SandboxClientTimeouts | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        token: str,
+        timeouts: SandboxClientTimeouts | None = None,
+        tls: TlsPeer | None = None,
+    ) -> None:
+        self._tls = tls
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._timeouts = timeouts or SandboxClientTimeouts()
 
@@ -127,14 +139,32 @@ class SandboxClient:
 
     async def attach(self, address: str, function: FunctionSpec, *, store: ModelStore) -> None:
         """Attach a function; idempotent. Raises SandboxClientError."""
+        body = {"store": str(store.path), "model_digest": store.model_digest, **function.to_json()}
+        timeout_s = self._timeouts.attach_timeout_s
+        await self._call("PUT", address, f"/{function.id}", timeout_s=timeout_s, body=body)
+
+    async def attach_all(
+        self, address: str, functions: Sequence[FunctionSpec], *, store: ModelStore
+    ) -> dict[str, SandboxClientError]:
+        """Attach functions with one call, in order; idempotent.
+
+        Returns:
+            The errors of those that were refused, by id.
+
+        Raises:
+            SandboxClientError: the call failed, so that any of them may be attached.
+        """
+        if len(functions) == 1:
+            await self.attach(address, functions[0], store=store)
+            return {}
         body = {
             "store": str(store.path),
             "model_digest": store.model_digest,
-            "layers": list(function.layers),
-            "experts": list(function.experts),
+            "functions": [function.to_json() for function in functions],
         }
         timeout_s = self._timeouts.attach_timeout_s
-        await self._call("PUT", address, f"/{function.id}", timeout_s=timeout_s, body=body)
+        response = await self._call("PUT", address, "", timeout_s=timeout_s, body=body)
+        return _parse_refusals(address, response, {function.id for function in functions})
 
     async def detach(self, address: str, function_id: str) -> None:
         """Detach a function; does nothing if it is not attached. Raises SandboxClientError."""
@@ -163,9 +193,12 @@ class SandboxClient:
         timeout = aiohttp.ClientTimeout(
             total=timeout_s, sock_connect=self._timeouts.connect_timeout_s
         )
-        url = f"http://{address}/v1/functions{path}"
+        scheme, secured = http_scheme(self._tls)
+        url = f"{scheme}://{address}/v1/functions{path}"
         try:
-            async with self._http.request(method, url, json=body, timeout=timeout) as response:
+            async with self._http.request(
+                method, url, json=body, timeout=timeout, **secured
+            ) as response:
                 content = await response.content.read(MAX_RESPONSE_BYTES)
                 return _parse_response(address, response.status, content)
         except TimeoutError as error:
@@ -194,12 +227,32 @@ def _parse_response(address: str, status: int, content: bytes) -> dict[str, Any]
     error_body = body.get("error")
     if not isinstance(error_body, dict):
         raise _protocol_error(address, status, f"status {status} without an error object")
-    raise SandboxClientError(
-        str(error_body.get("message", f"status {status}")),
+    raise _reported_error(address, status, error_body)
+
+
+def _parse_refusals(
+    address: str, response: dict[str, Any], expected: set[str]
+) -> dict[str, SandboxClientError]:
+    """Return the errors in the response to several attachments, by function."""
+    results = response.get("functions")
+    if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
+        results = []
+    if {result.get("id") for result in results} != expected:
+        raise _protocol_error(address, 200, "functions: expected each of those to attach")
+    return {
+        str(result["id"]): _reported_error(address, 200, result["error"])
+        for result in results
+        if isinstance(result.get("error"), dict)
+    }
+
+
+def _reported_error(address: str, status: int, body: dict[str, Any]) -> SandboxClientError:
+    return SandboxClientError(
+        str(body.get("message", f"status {status}")),
         address=address,
-        code=str(error_body.get("code", "refused")),
+        code=str(body.get("code", "refused")),
         status=status,
-        field=error_body.get("field"),
+        field=body.get("field"),
     )
 
 

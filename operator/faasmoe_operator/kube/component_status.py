@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from faasmoe_operator.api.v1alpha1.tenants import TenantSpec
 from faasmoe_operator.kube.conditions import (
@@ -24,6 +25,8 @@ CONTAINER_START_REASONS = ("CreateContainerError", "RunContainerError", "StartEr
 _PULL_BACKOFF = re.compile(r"Back-off pulling image \"[^\"]*\"(: \w+: )?")
 _KEY_MISSING = re.compile(r"couldn't find key (?P<key>\S+) in Secret (?P<name>\S+)")
 _SECRET_MISSING = re.compile(r"secret \"(?P<name>[^\"]+)\" not found")
+PROVISIONING_GRACE_S = 30.0
+"""How long a pod may wait for its claim before that is a failure: volumes are made meanwhile."""
 PLANNING = "Planning"
 WAITING_FOR_ROUTER = "WaitingForRouter"
 
@@ -68,19 +71,33 @@ class PodFailure:
     missing_secret: str | None = None
 
 
-def first_pod_failure(pods: Iterable[Object]) -> PodFailure | None:
+def first_pod_failure(pods: Iterable[Object], *, wall_clock_s: float) -> PodFailure | None:
     """Return the failure of the first pod, by name, that has one."""
     for pod in sorted(pods, key=lambda pod: str(pod["metadata"]["name"])):
-        if (failure := find_pod_failure(pod)) is not None:
+        if (failure := find_pod_failure(pod, wall_clock_s=wall_clock_s)) is not None:
             return failure
     return None
 
 
-def find_pod_failure(pod: Object) -> PodFailure | None:
-    """Return why a pod does not run; None if it runs, starts or terminates."""
+def next_pod_failure_at(pods: Iterable[Object], *, wall_clock_s: float) -> float | None:
+    """Return when the next pod that waits for its claim counts as failed, in Unix time."""
+    ends = (_provisioning_ends_at(pod.get("status", {})) for pod in pods)
+    return min((end for end in ends if end is not None and end > wall_clock_s), default=None)
+
+
+def find_pod_failure(pod: Object, *, wall_clock_s: float) -> PodFailure | None:
+    """Return why a pod does not run; None if it runs, starts or terminates.
+
+    Args:
+        pod: the pod.
+        wall_clock_s: Unix time, in seconds.
+    """
     if "deletionTimestamp" in pod["metadata"]:
         return None
     name, status = pod["metadata"]["name"], pod.get("status", {})
+    ends_at = _provisioning_ends_at(status)
+    if ends_at is not None and wall_clock_s < ends_at:
+        return None
     if (failure := _scheduling_failure(name, status)) is not None:
         return failure
     containers = (*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ()))
@@ -92,15 +109,34 @@ def find_pod_failure(pod: Object) -> PodFailure | None:
     return None
 
 
-def _scheduling_failure(name: str, status: Object) -> PodFailure | None:
+def _unscheduled_condition(status: Object) -> Object | None:
     for condition in status.get("conditions", ()):
         if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
-            message = condition.get("message") or condition.get("reason") or "no node fits"
-            hint = "add nodes or free some, or ask for less: resources, nodeSelector, affinity"
-            if "persistentvolumeclaim" in message.lower():
-                hint = "see the claim: `kubectl describe pvc` says why it is not bound"
-            return PodFailure("Unschedulable", f"pod {name}: {message.rstrip('.')}; {hint}")
+            return dict(condition)
     return None
+
+
+def _waits_for_claim(unscheduled: Object) -> bool:
+    return "persistentvolumeclaim" in (unscheduled.get("message") or "").lower()
+
+
+def _provisioning_ends_at(status: Object) -> float | None:
+    """Return until when a pod's claim may be provisioned, in Unix time; None if it has no wait."""
+    unscheduled = _unscheduled_condition(status)
+    if unscheduled is None or not _waits_for_claim(unscheduled):
+        return None
+    since = unscheduled.get("lastTransitionTime")
+    return datetime.fromisoformat(since).timestamp() + PROVISIONING_GRACE_S if since else None
+
+
+def _scheduling_failure(name: str, status: Object) -> PodFailure | None:
+    if (unscheduled := _unscheduled_condition(status)) is None:
+        return None
+    message = unscheduled.get("message") or unscheduled.get("reason") or "no node fits"
+    hint = "add nodes or free some, or ask for less: resources, nodeSelector, affinity"
+    if _waits_for_claim(unscheduled):
+        hint = "see the claim: `kubectl describe pvc` says why it is not bound"
+    return PodFailure("Unschedulable", f"pod {name}: {message.rstrip('.')}; {hint}")
 
 
 def _container_failure(pod: str, container: Object) -> PodFailure | None:
@@ -167,7 +203,11 @@ class RouterComponentStatus:
 
 
 def router_status(
-    deployment: Object | None, pods: Sequence[Object], *, desired_replicas: int
+    deployment: Object | None,
+    pods: Sequence[Object],
+    *,
+    desired_replicas: int,
+    wall_clock_s: float,
 ) -> RouterComponentStatus:
     """Return the status of the routers.
 
@@ -175,6 +215,7 @@ def router_status(
         deployment: the router Deployment; None if it does not exist.
         pods: the router pods.
         desired_replicas: replicas in the spec.
+        wall_clock_s: Unix time, in seconds.
     """
     if deployment is None:
         return RouterComponentStatus(
@@ -182,7 +223,7 @@ def router_status(
         )
     status = deployment.get("status", {})
     replicas, ready = status.get("replicas", 0), status.get("readyReplicas", 0)
-    pod_failure = first_pod_failure(pods)
+    pod_failure = first_pod_failure(pods, wall_clock_s=wall_clock_s)
     condition = _rollout_condition(deployment, status, desired_replicas=desired_replicas)
     if condition.status != "True" and pod_failure is not None:
         condition = condition_false(pod_failure.reason, pod_failure.message)
@@ -229,6 +270,7 @@ def functions_condition(
     sandboxes: Sequence[Object],
     *,
     runtime_failure: ConditionState | None,
+    wall_clock_s: float,
 ) -> ConditionState:
     """Return the state of FunctionsReady: functions serve, or can be activated.
 
@@ -236,12 +278,13 @@ def functions_condition(
         counts: counters of the model's runtime; None before it has started.
         sandboxes: the sandbox pods.
         runtime_failure: why the runtime cannot be started; None if it can.
+        wall_clock_s: Unix time, in seconds.
     """
     if runtime_failure is not None:
         return runtime_failure
     if counts is None:
         return condition_unknown(PLANNING, "planning the expert functions")
-    if (pod_failure := first_pod_failure(sandboxes)) is not None:
+    if (pod_failure := first_pod_failure(sandboxes, wall_clock_s=wall_clock_s)) is not None:
         return condition_false(pod_failure.reason, pod_failure.message)
     if counts.failure:
         return condition_false("SandboxesUnavailable", counts.failure)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import socket
-from typing import Annotated, Any, ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from faasmoe_contracts.environment import integer_between, split_at_commas, true_or_false
 from faasmoe_operator.env_settings import EnvSettings
 from faasmoe_operator.kube.manifests import ControlEndpoint, Images
 from faasmoe_operator.kube.manifests.context import USER_ID, GatewayPods
+from faasmoe_operator.kube.manifests.names import MODELS_TLS_SECRET
 
 PREFIX = "FAASMOE_OPERATOR_"
 MAX_WORKERS = 64
@@ -34,6 +36,10 @@ def _check_dns_subdomain(name: str) -> str:
     if not all(_DNS_LABEL.fullmatch(part) for part in name.split(".")):
         raise ValueError("names of lower case letters, digits and dashes")
     return name
+
+
+def _check_optional_name(name: str) -> str:
+    return _check_dns_subdomain(name) if name else name
 
 
 def _sort_unique(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -86,6 +92,11 @@ class OperatorConfig(EnvSettings):
         root_key_secret: name of the Secret of the root key.
         leader_election: whether several operators may run, one of which is the leader.
         workers: models reconciled concurrently.
+        tls: whether the operator's pods and models' speak TLS with each other.
+        tls_folder: the operator's certificate, key and authorities of another issuer; None if the
+            operator issues all certificates itself.
+        tls_models_secret: with `tls_folder`, name of the Secrets of that issuer for models' pods,
+            one in each of their namespaces.
         log_format: format of log lines.
         log_level: lowest level that is logged.
     """
@@ -114,8 +125,38 @@ class OperatorConfig(EnvSettings):
     root_key_secret: str = "faasmoe-root-key"
     leader_election: Annotated[bool, BeforeValidator(true_or_false)] = False
     workers: Annotated[int, BeforeValidator(integer_between(1, MAX_WORKERS))] = 8
+    tls: Annotated[bool, BeforeValidator(true_or_false)] = False
+    tls_folder: Path | None = None
+    tls_models_secret: Annotated[str, AfterValidator(_check_optional_name)] = ""
     log_format: LogFormat = "text"
     log_level: Literal["INFO", "DEBUG", "WARNING", "ERROR"] = "INFO"
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if self.tls_folder is not None and not self.tls:
+            raise ValueError(
+                f"{PREFIX}TLS_FOLDER: got {self.tls_folder}, expected none without {PREFIX}TLS=true"
+            )
+        if (self.tls_folder is None) != (not self.tls_models_secret):
+            got = repr(self.tls_models_secret) if self.tls_models_secret else "none"
+            expected = f"the name of a Secret with {PREFIX}TLS_FOLDER, and none without"
+            raise ValueError(f"{PREFIX}TLS_MODELS_SECRET: got {got}, expected {expected}")
+        if self.tls and self.control_url and not self.control_url.startswith("https:"):
+            raise ValueError(
+                f"{PREFIX}CONTROL_URL: got {self.control_url}, expected https with {PREFIX}TLS=true"
+            )
+        return self
+
+    @property
+    def models_tls_secret(self) -> str | None:
+        """Name of the Secret with the certificates of models' pods; None without TLS."""
+        return (self.tls_models_secret or MODELS_TLS_SECRET) if self.tls else None
+
+    @property
+    def gateway_tls_secret(self) -> str | None:
+        """Name of the gateways' Secret that the operator writes; None if it need not."""
+        is_issuer = self.tls and self.tls_folder is None and self.gateway_port is not None
+        return f"{self.gateway_secret}-tls" if is_issuer else None
 
     @property
     def identity(self) -> str:
@@ -125,7 +166,8 @@ class OperatorConfig(EnvSettings):
     @property
     def control(self) -> ControlEndpoint:
         """The control API for models' pods."""
-        default_url = f"http://faasmoe-operator.{self.namespace}.svc:{self.port}"
+        scheme = "https" if self.tls else "http"
+        default_url = f"{scheme}://faasmoe-operator.{self.namespace}.svc:{self.port}"
         return ControlEndpoint(
             url=(self.control_url or default_url).rstrip("/"),
             namespace=self.namespace,

@@ -114,6 +114,8 @@ class OperatorContext:
         router_tenants: returns the Tenants that may use a model.
         scaled_routers: returns how many routers of a model should run by its requests; None for
             one whose requests are not counted.
+        tls_secret: name of the Secret, in each namespace, with the certificate of its models; None
+            for pods without TLS.
     """
 
     images: Images
@@ -125,6 +127,7 @@ class OperatorContext:
     gateways: GatewayPods | None = None
     router_tenants: Callable[[ModelKey], tuple[TenantSpec, ...]] = lambda _: ()
     scaled_routers: Callable[[ModelKey], int | None] = lambda _: None
+    tls_secret: str | None = None
 
     def model_context(self, model: MoEModel, obj: Object) -> ModelContext:
         """Return the context of one model.
@@ -151,4 +154,5 @@ class OperatorContext:
             gateways=self.gateways,
             tenants=self.router_tenants(key),
             scaled_routers=self.scaled_routers(key),
+            tls_secret=self.tls_secret,
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from faasmoe_contracts.backoff import Backoff
+from faasmoe_contracts.tls import TlsFolder, TlsPeer, models_name
 from faasmoe_operator.aio import gather_limited
 from faasmoe_operator.control.controller import Controller, ControllerTiming
 from faasmoe_operator.control.metrics import ControlPlaneMetrics
@@ -96,6 +97,7 @@ class RuntimeDependencies:
         port: port on which sandboxes listen.
         clock: Unix time, in seconds.
         tracer: traces activations.
+        tls: certificate that sandboxes are shown; None for sandboxes without TLS.
     """
 
     api: KubeApi
@@ -105,6 +107,7 @@ class RuntimeDependencies:
     port: int = SANDBOX_PORT
     clock: Callable[[], float] = time.time
     tracer: Tracer = NO_TRACER
+    tls: TlsFolder | None = None
 
 
 class ModelRuntime:
@@ -207,6 +210,7 @@ class ModelRuntime:
     async def _run_epoch(self, spec: RuntimeSpec) -> None:
         """Run a controller from one spec until cancelled."""
         deps = self._deps
+        tls = None if deps.tls is None else TlsPeer(deps.tls, models_name(spec.ctx.namespace))
         pods = OwnedPods(deps.cache, spec.uid)
         popularity_store = PopularityConfigMap(
             deps.api,
@@ -219,8 +223,10 @@ class ModelRuntime:
         saved_ledger = usage_store.read()
         self._ledger = saved_ledger if self._ledger is None else self._ledger
         async with (
-            KubernetesPlatform(deps.api, pods, timing=deps.pod_timing, port=deps.port) as platform,
-            SandboxClient(token=spec.token) as client,
+            KubernetesPlatform(
+                deps.api, pods, timing=deps.pod_timing, port=deps.port, tls=tls
+            ) as platform,
+            SandboxClient(token=spec.token, tls=tls) as client,
             asyncio.TaskGroup() as group,
         ):
             controller = Controller(

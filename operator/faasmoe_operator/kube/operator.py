@@ -21,12 +21,16 @@ from contextlib import (
     asynccontextmanager,
     nullcontext,
 )
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from aiohttp import web
 
+from faasmoe_contracts.tls import TlsError, TlsFolder
 from faasmoe_operator.control.api import LivePage, make_models_app, render_models_metrics
 from faasmoe_operator.control.gateway_links import GatewayLinks
 from faasmoe_operator.errors import FaasmoeError
@@ -48,10 +52,16 @@ from faasmoe_operator.kube.leader_election import LeaderElector, hold_leadership
 from faasmoe_operator.kube.metrics import OperatorMetrics
 from faasmoe_operator.kube.model_runtime import RuntimeDependencies, RuntimeManager
 from faasmoe_operator.kube.reconciler import Reconciler
-from faasmoe_operator.kube.server import HealthRoutes, Readiness, start_server
+from faasmoe_operator.kube.server import (
+    HealthRoutes,
+    Readiness,
+    require_models_certificate,
+    start_server,
+)
 from faasmoe_operator.kube.tenants.controller import GatewayTokens, TenantController
 from faasmoe_operator.kube.tenants.gateway_objects import GatewayObjects
 from faasmoe_operator.kube.tenants.router_demand import RouterDemandScaler
+from faasmoe_operator.kube.tls_secrets import TlsSecrets
 from faasmoe_operator.kube.transport import KubeTransport, load_client_configuration
 from faasmoe_operator.kube.types import MOEMODEL, POD_RESIZE, TENANT, WATCHED_KINDS, ModelKey
 from faasmoe_operator.kube.work_queue import WorkerPool
@@ -98,29 +108,27 @@ class Operator:
         kube_transport = KubeTransport(
             await load_client_configuration(), on_request=self._metrics.count_request
         )
-        async with KubeClient(kube_transport) as api:
+        async with KubeClient(kube_transport) as api, AsyncExitStack() as folders:
+            tls = await self._open_tls(api, folders)
             workers = WorkerPool(metrics=self._metrics, n_workers=self._config.workers)
             runtimes = RuntimeManager(
-                RuntimeDependencies(api, self._cache, tracer=self._tracer),
+                RuntimeDependencies(api, self._cache, tracer=self._tracer, tls=tls.folder),
                 on_change=lambda key: workers.add(key, delay_s=STATUS_DEBOUNCE_S),
             )
-            async with self._serve_http(runtimes), self._lead(api):
+            async with self._serve_http(runtimes, tls.folder), self._lead(api):
                 try:
-                    await self._reconcile_models(api, runtimes, workers)
+                    await self._reconcile_models(api, runtimes, workers, tls)
                 finally:
                     self._readiness.waiting_for = "nothing: shutting down"
                     await runtimes.stop()
                     await asyncio.to_thread(self._tracer.close)
 
     async def _reconcile_models(
-        self, api: KubeClient, runtimes: RuntimeManager, workers: WorkerPool
+        self, api: KubeClient, runtimes: RuntimeManager, workers: WorkerPool, tls: _OperatorTls
     ) -> None:
         """Start the informers and the workers, and run them until cancelled."""
         config = self._config
-        root = await self._retry_until_success(
-            lambda: load_root_key(api, namespace=config.namespace, name=config.root_key_secret),
-            description=f"the root key in Secret {config.namespace}/{config.root_key_secret}",
-        )
+        root = await self._load_root_key(api)
         await self._retry_until_success(
             lambda: check_crd(api), description=f"the CRD of {MOEMODEL}"
         )
@@ -129,7 +137,7 @@ class Operator:
         )
         apis = OptionalApis(api, self._cache, enqueue=workers.add)
         links = GatewayLinks()
-        tenants = self._make_tenant_controller(api, root, links, enqueue=workers.add)
+        tenants = self._make_tenant_controller(api, root, links, tls.folder, enqueue=workers.add)
         demand = RouterDemandScaler(
             self._cache, links, enqueue=lambda key: workers.add(key, urgent=True)
         )
@@ -144,6 +152,7 @@ class Operator:
             gateways=config.gateways,
             router_tenants=tenants.router_tenants,
             scaled_routers=demand.desired if has_gateways else lambda _: None,
+            tls_secret=config.models_tls_secret,
         )
         events = EventRecorder(api, instance=config.identity)
         reconciler = Reconciler(
@@ -159,9 +168,46 @@ class Operator:
             logger.info("cache synced: %d MoEModels", len(self._cache.list_all(MOEMODEL)))
             group.create_task(apis.run())
             group.create_task(tenants.run())
+            if tls.secrets is not None:
+                group.create_task(tls.secrets.run())
             if has_gateways:
                 group.create_task(demand.run())
             group.create_task(workers.run(reconciler.reconcile))
+
+    async def _load_root_key(self, api: KubeClient) -> bytes:
+        namespace, name = self._config.namespace, self._config.root_key_secret
+        return await self._retry_until_success(
+            lambda: load_root_key(api, namespace=namespace, name=name),
+            description=f"the root key in Secret {namespace}/{name}",
+        )
+
+    async def _open_tls(self, api: KubeClient, folders: AsyncExitStack) -> _OperatorTls:
+        """Return the operator's certificate, if it has one; raises TlsFolderError.
+
+        Args:
+            api: the API server, for the root key that certificates follow from.
+            folders: deletes the folder of a certificate that the operator has issued.
+        """
+        config = self._config
+        if not config.tls:
+            return _OperatorTls(None, None)
+        path, secrets = config.tls_folder, None
+        if path is None:
+            root_key = await self._load_root_key(api)
+            path = Path(folders.enter_context(TemporaryDirectory(prefix="faasmoe-tls-")))
+            secrets = TlsSecrets(
+                api,
+                self._cache,
+                root_key,
+                folder=path,
+                namespace=config.namespace,
+                gateway_secret=config.gateway_tls_secret,
+            )
+            secrets.write_folder()
+        try:
+            return _OperatorTls(TlsFolder(path), secrets)
+        except TlsError as error:
+            raise TlsFolderError(f"FAASMOE_OPERATOR_TLS_FOLDER: {error}") from error
 
     async def _start_informers(
         self, api: KubeClient, apis: OptionalApis, group: asyncio.TaskGroup
@@ -198,6 +244,7 @@ class Operator:
         api: KubeClient,
         root: bytes,
         links: GatewayLinks,
+        tls: TlsFolder | None,
         *,
         enqueue: Callable[[ModelKey], None],
     ) -> TenantController:
@@ -215,18 +262,26 @@ class Operator:
             links=links,
             events=EventRecorder(api, instance=config.identity),
             enqueue=enqueue,
+            tls=tls,
         )
 
     @asynccontextmanager
-    async def _serve_http(self, runtimes: RuntimeManager) -> AsyncIterator[None]:
-        """Serve control API, health checks, metrics and live page, before the cache has synced."""
+    async def _serve_http(
+        self, runtimes: RuntimeManager, tls: TlsFolder | None
+    ) -> AsyncIterator[None]:
+        """Serve control API, health checks, metrics and live page, before the cache has synced.
+
+        Only what routers call has TLS: metrics have a port of their own, the page is on loopback.
+        """
         config = self._config
         health = HealthRoutes(self._readiness, lambda: self._metrics_text(runtimes))
         routes = health.routes()
         async with AsyncExitStack() as servers:
 
-            async def serve(app: web.Application, host: str, port: int) -> None:
-                runner = await start_server(app, host=host, port=port)
+            async def serve(
+                app: web.Application, host: str, port: int, tls: TlsFolder | None = None
+            ) -> None:
+                runner = await start_server(app, host=host, port=port, tls=tls)
                 servers.push_async_callback(runner.cleanup)
 
             if config.metrics_port is None:
@@ -236,7 +291,9 @@ class Operator:
                 metrics_app.add_routes(health.metrics_routes())
                 await serve(metrics_app, config.host, config.metrics_port)
             app = make_models_app(runtimes.find_controller, extra_routes=routes)
-            await serve(app, config.host, config.control.port)
+            if tls is not None:
+                app.middlewares.insert(0, require_models_certificate)
+            await serve(app, config.host, config.control.port, tls)
             if config.page_port is not None:
                 page = LivePage(lambda: [(str(key), c) for key, c in runtimes.controllers()])
                 await serve(page.make_app(), LOOPBACK, config.page_port)
@@ -276,6 +333,23 @@ class Operator:
     def _metrics_text(self, runtimes: RuntimeManager) -> bytes:
         self._metrics.set_models(self._cache.list_all(MOEMODEL))
         return self._metrics.text() + render_models_metrics(runtimes.controllers())
+
+
+@dataclass(frozen=True, slots=True)
+class _OperatorTls:
+    """The operator's part in TLS.
+
+    Attributes:
+        folder: its own certificate; None without TLS.
+        secrets: writes those that it issues; None if it issues none.
+    """
+
+    folder: TlsFolder | None
+    secrets: TlsSecrets | None
+
+
+class TlsFolderError(FaasmoeError):
+    """The operator's TLS folder is not usable."""
 
 
 class CrdNotServed(FaasmoeError):

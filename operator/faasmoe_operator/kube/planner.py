@@ -12,6 +12,7 @@ from typing import Any
 
 from faasmoe_operator.kube.apply import Applier
 from faasmoe_operator.kube.cache import ObjectCache, controller_uid
+from faasmoe_operator.kube.component_status import next_pod_failure_at
 from faasmoe_operator.kube.diff import (
     ActionPlan,
     ObjectAction,
@@ -49,6 +50,8 @@ class ObservedState:
         deployment: the router Deployment; None if it does not exist.
         router_pods: the router pods.
         sandbox_pods: the sandbox pods.
+        pod_failure_at: when the next pod that waits for its claim counts as failed, in Unix time;
+            None if none waits.
     """
 
     job: Object | None
@@ -56,15 +59,19 @@ class ObservedState:
     deployment: Object | None
     router_pods: list[Object]
     sandbox_pods: list[Object]
+    pod_failure_at: float | None
 
 
-def observe_model(cache: ObjectCache, ctx: ModelContext, *, status_model: Any) -> ObservedState:
+def observe_model(
+    cache: ObjectCache, ctx: ModelContext, *, status_model: Any, wall_clock_s: float
+) -> ObservedState:
     """Return the observed state of a model.
 
     Args:
         cache: the object cache.
         ctx: the model.
         status_model: its current `status.model`.
+        wall_clock_s: Unix time, in seconds.
     """
     job = _if_owned(cache.get(JOB, ctx.namespace, store_name(ctx.name)), ctx)
     pods = cache.labelled_with_model(ctx.namespace, ctx.name, POD)
@@ -73,13 +80,18 @@ def observe_model(cache: ObjectCache, ctx: ModelContext, *, status_model: Any) -
     return ObservedState(
         job=job,
         store=store_status(
-            job, job_pods, status_model=status_model, names_by_path=store_names_by_path(ctx)
+            job,
+            job_pods,
+            status_model=status_model,
+            wall_clock_s=wall_clock_s,
+            names_by_path=store_names_by_path(ctx),
         ),
         deployment=_if_owned(cache.get(DEPLOYMENT, ctx.namespace, router_name(ctx.name)), ctx),
         router_pods=_with_component(pods, Component.ROUTER),
         sandbox_pods=[
             pod for pod in _with_component(pods, Component.SANDBOX) if _is_owned(pod, ctx)
         ],
+        pod_failure_at=next_pod_failure_at(pods, wall_clock_s=wall_clock_s),
     )
 
 

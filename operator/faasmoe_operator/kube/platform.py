@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 from faasmoe_contracts.backoff import Backoff
+from faasmoe_contracts.tls import TlsPeer
 from faasmoe_operator.aio import TaskSet
 from faasmoe_operator.errors import PlatformError, PlatformStopping
 from faasmoe_operator.kube.client import KubeApi
@@ -136,6 +137,7 @@ class KubernetesPlatform:
         pods: the model's pods.
         timing: periods and timeouts.
         port: port on which sandboxes listen.
+        tls: how sandboxes are known; None probes them without TLS.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class KubernetesPlatform:
         *,
         timing: PodPlatformTiming | None = None,
         port: int = SANDBOX_PORT,
+        tls: TlsPeer | None = None,
     ) -> None:
         self.last_start_failure = ""
         """Why a sandbox was lost before it was ready; empty once another one became ready."""
@@ -159,6 +162,7 @@ class KubernetesPlatform:
             interval_s=self._timing.probe_interval_s,
             timeout_s=self._timing.probe_timeout_s,
             on_ready=self._mark_ready,
+            tls=tls,
         )
         self._deletions = TaskSet()
 
@@ -274,6 +278,7 @@ class KubernetesPlatform:
             ready,
             template_hash,
             node=pod["spec"].get("nodeName", ""),
+            terminating=is_terminating(pod),
         )
 
     def _mark_lost(self, name: str, reason: str) -> None:

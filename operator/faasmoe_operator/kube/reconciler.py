@@ -173,15 +173,21 @@ class Reconciler:
         self, key: ModelKey, obj: Object, ctx: ModelContext, state: _ModelState, span: Span
     ) -> ReconcileResult:
         status_model = obj.get("status", {}).get("model")
-        observed = observe_model(self._cache, ctx, status_model=status_model)
+        wall_clock_s = self._wall_clock()
+        observed = observe_model(
+            self._cache, ctx, status_model=status_model, wall_clock_s=wall_clock_s
+        )
         ctx = replace(ctx, summary=observed.store.summary)
-        plan = state.planner.plan(ctx, observed, now=self._clock(), wall_clock_s=self._wall_clock())
+        plan = state.planner.plan(ctx, observed, now=self._clock(), wall_clock_s=wall_clock_s)
         with span.child("apply", attributes={"faasmoe.actions": len(plan.actions)}):
             failures = await self._apply_actions(plan.actions, state)
         runtime_failure = await self._ensure_runtime(key, ctx, observed)
         counts = self._runtimes.counts(key)
         router = router_status(
-            observed.deployment, observed.router_pods, desired_replicas=ctx.router_replicas
+            observed.deployment,
+            observed.router_pods,
+            desired_replicas=ctx.router_replicas,
+            wall_clock_s=wall_clock_s,
         )
         if {observed.store.missing_secret, router.missing_secret} - {None}:
             state.planner.invalidate()
@@ -194,6 +200,7 @@ class Reconciler:
             failures=failures,
             store_ids={object_id(desired) for desired in store_objects(ctx)} if failures else (),
             previous=_conditions_of(obj),
+            wall_clock_s=wall_clock_s,
         )
         status = model_status(
             ctx,
@@ -296,8 +303,9 @@ class Reconciler:
             RESYNC_PERIOD_S,
             *(at - now for at in (requeue_at, status_at) if at is not None),
         ]
-        if observed.store.retry_at is not None:
-            delays_s.append(observed.store.retry_at - self._wall_clock())
+        for at in (observed.store.retry_at, observed.pod_failure_at):
+            if at is not None:
+                delays_s.append(at - self._wall_clock())
         return ReconcileResult(max(0.0, min(delays_s)), has_failures)
 
     def _timestamp(self) -> str:

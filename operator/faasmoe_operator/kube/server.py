@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from aiohttp import web
+
+from faasmoe_contracts.tls import TlsFolder, is_named, models_name
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +69,40 @@ class HealthRoutes:
         )
 
 
-async def start_server(app: web.Application, *, host: str, port: int) -> web.AppRunner:
-    """Start to serve an application until its runner is cleaned up; raises OSError."""
+@web.middleware
+async def require_models_certificate(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Refuse requests about a namespace's models from whoever has no certificate of its models."""
+    _, part, namespace, *_ = (*request.path.split("/"), "", "")
+    if part == "models":
+        expected = models_name(namespace)
+        connection = None if request.transport is None else request.transport
+        if connection is None or not is_named(connection.get_extra_info("ssl_object"), {expected}):
+            error = {
+                "code": "no_certificate",
+                "message": f"certificate: expected one of {expected}",
+                "field": "certificate",
+            }
+            return web.json_response({"error": error}, status=403)
+    return await handler(request)
+
+
+async def start_server(
+    app: web.Application, *, host: str, port: int, tls: TlsFolder | None = None
+) -> web.AppRunner:
+    """Start to serve an application until its runner is cleaned up; raises OSError.
+
+    Args:
+        app: the application.
+        host: address to listen on.
+        port: port to listen on.
+        tls: the server's certificate; None serves without TLS.
+    """
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S)
     await runner.setup()
-    site = web.TCPSite(runner, host, port, reuse_address=True, backlog=BACKLOG)
+    context = None if tls is None else tls.server_context()
+    site = web.TCPSite(runner, host, port, reuse_address=True, backlog=BACKLOG, ssl_context=context)
     await site.start()
     logger.info("listening on %s:%d", host, port)
     return runner

@@ -57,6 +57,7 @@ def evaluate_conditions(
     failures: Sequence[ApplyFailure],
     store_ids: Collection[ObjectId],
     previous: Sequence[Object],
+    wall_clock_s: float,
 ) -> dict[str, ConditionState]:
     """Return the state of each condition, Ready first.
 
@@ -69,6 +70,7 @@ def evaluate_conditions(
         failures: objects that could not be brought to their desired state.
         store_ids: objects of the store; failures of all others count for RouterReady.
         previous: the MoEModel's current conditions.
+        wall_clock_s: Unix time, in seconds.
     """
     store_failures = [failure for failure in failures if failure.object_id in store_ids]
     router_failures = [failure for failure in failures if failure.object_id not in store_ids]
@@ -92,7 +94,10 @@ def evaluate_conditions(
             if router_failures
             else _router_condition(ctx, router),
             functions=functions_condition(
-                counts, observed.sandbox_pods, runtime_failure=runtime_failure
+                counts,
+                observed.sandbox_pods,
+                runtime_failure=runtime_failure,
+                wall_clock_s=wall_clock_s,
             ),
             tenants=tenants_condition(ctx.spec.tenants, counts, n_gateway_tenants=len(ctx.tenants)),
             active=active_condition(counts),

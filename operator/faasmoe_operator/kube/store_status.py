@@ -12,7 +12,7 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Any
 
-from faasmoe_operator.kube.component_status import first_pod_failure
+from faasmoe_operator.kube.component_status import PodFailure, first_pod_failure
 from faasmoe_operator.kube.conditions import (
     ConditionState,
     condition_false,
@@ -72,6 +72,7 @@ def store_status(
     pods: Sequence[Object],
     *,
     status_model: Any,
+    wall_clock_s: float,
     names_by_path: Mapping[str, str] = MappingProxyType({}),
 ) -> StoreStatus:
     """Return the status of the store.
@@ -80,30 +81,38 @@ def store_status(
         job: the store Job; None if it does not exist.
         pods: the Job's pods.
         status_model: the MoEModel's current `status.model`; None if it has none.
+        wall_clock_s: Unix time, in seconds.
         names_by_path: for paths in the Job's pod, what the spec calls them; messages name these.
     """
-    state = _store_status(job, pods, status_model)
+    pod_failure = first_pod_failure(pods, wall_clock_s=wall_clock_s)
+    state = _store_status(job, pods, status_model, pod_failure)
     message = state.condition.message
     for path, name in names_by_path.items():
         message = message.replace(path, name)
     return replace(state, condition=replace(state.condition, message=message))
 
 
-def _store_status(job: Object | None, pods: Sequence[Object], status_model: Any) -> StoreStatus:
+def _store_status(
+    job: Object | None,
+    pods: Sequence[Object],
+    status_model: Any,
+    pod_failure: PodFailure | None,
+) -> StoreStatus:
     if job is None or "deletionTimestamp" in job["metadata"]:
         condition = condition_unknown("Preparing", "creating the store Job")
         return StoreStatus(condition, is_retry=True)
     if has_job_condition(job, "Complete"):
         return _completed_status(job, _termination_message(pods), status_model)
     if has_job_condition(job, "Failed"):
-        return _failed_status(job, pods)
+        return _failed_status(job, pods, pod_failure)
     if job.get("spec", {}).get("suspend"):
         return StoreStatus(
             condition_unknown("Suspended", "spec.suspend is true: the store is not prepared")
         )
-    if (failure := first_pod_failure(pods)) is not None:
+    if pod_failure is not None:
         return StoreStatus(
-            condition_false(failure.reason, failure.message), missing_secret=failure.missing_secret
+            condition_false(pod_failure.reason, pod_failure.message),
+            missing_secret=pod_failure.missing_secret,
         )
     if (message := _termination_message(pods)) is not None:
         return StoreStatus(_failed_attempt(job, message))
@@ -147,10 +156,11 @@ def _completed_status(job: Object, message: str | None, status_model: Any) -> St
     return StoreStatus(condition, retry_at=_finished_at(job) + _retry_delay_s(failed_attempts(job)))
 
 
-def _failed_status(job: Object, pods: Sequence[Object]) -> StoreStatus:
+def _failed_status(
+    job: Object, pods: Sequence[Object], pod_failure: PodFailure | None
+) -> StoreStatus:
     attempt, message = failed_attempts(job), _termination_message(pods)
     failure = StoreSummary.from_termination_message(message) if message is not None else None
-    pod_failure = first_pod_failure(pods)
     delay_s = _retry_delay_s(attempt)
     if isinstance(failure, StoreFailure) and pod_failure is None:
         reason, text = failure.reason.value, failure.message

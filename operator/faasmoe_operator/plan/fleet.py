@@ -56,6 +56,9 @@ class MemoryHolder:
         is_leaving: whether it is being evicted already.
         is_idle: whether it is known not to be in use, however short ago it was.
         is_pinned: whether it is never evicted.
+        content: name of what it maps: all that map the same hold it once; empty if nobody else
+            maps it.
+        private_bytes: of its memory, what it maps with nobody else in any case.
     """
 
     key: tuple[str, str]
@@ -65,6 +68,8 @@ class MemoryHolder:
     is_leaving: bool = False
     is_idle: bool = False
     is_pinned: bool = False
+    content: str = ""
+    private_bytes: int = 0
 
     @property
     def name(self) -> str:
@@ -108,11 +113,16 @@ class MachineMemory:
         limit_bytes: limit of all functions and routers together.
         others: what is not the model's functions: those of other models, and routers.
         claims: what other models and routers wait for.
+        own_extra_bytes: what the model's functions that stay hold beyond their sizes, for their
+            sandboxes; below 0 if they share memory.
+        resident: functions of the model whose memory is held already, by others that map the same.
     """
 
     limit_bytes: int
     others: tuple[MemoryHolder, ...] = ()
     claims: tuple[MemoryClaim, ...] = ()
+    own_extra_bytes: int = 0
+    resident: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         """Validate the limit."""

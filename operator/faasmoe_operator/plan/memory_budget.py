@@ -36,12 +36,18 @@ class MemoryLimit:
         used_bytes: memory in use, what is leaving included.
         planned_bytes: memory in use once what is leaving has left.
         claims: what others wait for; what was used less recently leaves room for it.
+        resident: what takes no memory more, as others hold the same.
     """
 
     limit_bytes: int
     used_bytes: int
     planned_bytes: int
     claims: tuple[MemoryClaim, ...] = ()
+    resident: frozenset[str] = frozenset()
+
+    def size_of(self, claim: MemoryClaim) -> int:
+        """Return the memory that something would take."""
+        return 0 if claim.name in self.resident else claim.size_bytes
 
     def claimed_bytes(self, claim: MemoryClaim) -> int:
         """Return what others wait for that was used more recently."""
@@ -100,22 +106,22 @@ class MemoryAdmission:
             for limit in candidate.limits:
                 limit.planned_bytes -= candidate.holder.size_bytes
         for limit in self.limits:
-            limit.planned_bytes += claim.size_bytes
+            limit.planned_bytes += limit.size_of(claim)
         if any(
-            limit.used_bytes + claim.size_bytes + limit.claimed_bytes(claim) > limit.limit_bytes
+            limit.used_bytes + limit.size_of(claim) + limit.claimed_bytes(claim) > limit.limit_bytes
             for limit in self.limits
         ):
             self.claims.append(claim)  # what is evicted has not left yet
             return False
         for limit in self.limits:
-            limit.used_bytes += claim.size_bytes
+            limit.used_bytes += limit.size_of(claim)
         return True
 
     def _find_room(self, claim: MemoryClaim) -> list[Candidate] | None:
         """Return what to evict; None if too little may be evicted."""
         evicted: list[Candidate] = []
         for limit in self.limits:
-            missing_bytes = limit.planned_bytes + claim.size_bytes + limit.claimed_bytes(claim)
+            missing_bytes = limit.planned_bytes + limit.size_of(claim) + limit.claimed_bytes(claim)
             missing_bytes -= limit.limit_bytes
             missing_bytes -= sum(c.holder.size_bytes for c in evicted if limit in c.limits)
             for candidate in self.candidates:
@@ -211,11 +217,16 @@ def machine_limit(
 ) -> MemoryLimit:
     """Return the limit of a machine, of which a model's functions use some already."""
     others = machine.others
+
+    def own_bytes(size_bytes: int) -> int:
+        return max(0, size_bytes + machine.own_extra_bytes)
+
     return MemoryLimit(
         machine.limit_bytes,
-        used_bytes + sum(holder.size_bytes for holder in others),
-        planned_bytes + sum(holder.size_bytes for holder in others if not holder.is_leaving),
+        own_bytes(used_bytes) + sum(holder.size_bytes for holder in others),
+        own_bytes(planned_bytes) + sum(h.size_bytes for h in others if not h.is_leaving),
         machine.claims,
+        machine.resident,
     )
 
 

@@ -55,6 +55,7 @@ class Sandbox:
         template_hash: digest of the template that it was created from.
         pid: its process id, where the platform knows it.
         node: name of its machine; empty for this one.
+        terminating: whether it is being deleted, by this controller or by others.
     """
 
     id: str
@@ -63,6 +64,7 @@ class Sandbox:
     template_hash: str
     pid: int | None = None
     node: str = ""
+    terminating: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 import aiohttp
 
+from faasmoe_contracts.tls import TlsPeer
+from faasmoe_operator.aio import http_scheme
+
 
 class ReadinessProber:
     """Runs one probe task for each starting sandbox.
@@ -15,11 +18,18 @@ class ReadinessProber:
         interval_s: seconds between two probes of a sandbox.
         timeout_s: timeout of one probe.
         on_ready: called once with a sandbox's id when it responds with status 200.
+        tls: how sandboxes are known; None probes them without TLS.
     """
 
     def __init__(
-        self, *, interval_s: float, timeout_s: float, on_ready: Callable[[str], None]
+        self,
+        *,
+        interval_s: float,
+        timeout_s: float,
+        on_ready: Callable[[str], None],
+        tls: TlsPeer | None = None,
     ) -> None:
+        self._tls = tls
         self._interval_s = interval_s
         self._timeout_s = timeout_s
         self._on_ready = on_ready
@@ -62,7 +72,8 @@ class ReadinessProber:
 
     async def _is_ready(self, address: str) -> bool:
         try:
-            async with self._http.get(f"http://{address}/readyz") as response:
+            scheme, secured = http_scheme(self._tls)
+            async with self._http.get(f"{scheme}://{address}/readyz", **secured) as response:
                 return response.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False

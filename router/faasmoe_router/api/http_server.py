@@ -9,7 +9,7 @@ from starlette.types import ASGIApp
 
 from faasmoe_gateway.connections import ConnectionLimits, descriptor_limited
 from faasmoe_gateway.server import Server, inherited_listeners
-from faasmoe_router.config import RouterConfig
+from faasmoe_router.config import RouterConfig, open_tls_folder
 from faasmoe_router.errors import RouterConfigError
 
 
@@ -29,7 +29,7 @@ def create_http_server(
         on_drain_timeout: called when requests have not ended within the drain time.
 
     Raises:
-        RouterConfigError: an inherited socket is none.
+        RouterConfigError: an inherited socket is none, or the TLS folder is not usable.
     """
     server = Server(
         app,
@@ -44,6 +44,7 @@ def create_http_server(
             max_per_address=config.max_connections_per_address,
             keep_alive_s=config.keep_alive_s,
         ),
+        tls=open_tls_folder(config) if config.listen_path is None else None,
     )
     try:
         return server, inherited_listeners(config.listen_fd)

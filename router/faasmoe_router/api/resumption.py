@@ -30,7 +30,8 @@ from faasmoe_contracts.stream_records import (
     parse_journal_header,
     parse_origin_header,
 )
-from faasmoe_gateway.http_protocol import PREPARED_EXTENSION
+from faasmoe_contracts.tls import GATEWAY_NAME
+from faasmoe_gateway.http_protocol import PEER_NAMES_EXTENSION, PREPARED_EXTENSION
 from faasmoe_router.api.errors import ApiError
 from faasmoe_router.api.origin import Origin
 from faasmoe_router.engine.generation import CompletionOutput
@@ -160,7 +161,8 @@ class ResumptionMiddleware:
             await self._app(scope, receive, send)
             return
         shown = headers.get(FRONT_HEADER, "").encode()
-        if not self._front_token or not hmac.compare_digest(shown, self._front_token):
+        is_front = bool(self._front_token) and hmac.compare_digest(shown, self._front_token)
+        if not is_front or not _has_front_certificate(scope):
             await _not_a_front().response()(scope, receive, send)
             return
         state: dict[str, Any] = {**scope.get("state", {}), "has_front": True}
@@ -183,6 +185,12 @@ class ResumptionMiddleware:
         state |= {"resumption": resumption, "origin": resumption.origin}
         _subtract_length(inner, n_bytes)
         await self._app(inner, _MessageThenReceive(rest, receive), send)
+
+
+def _has_front_certificate(scope: Scope) -> bool:
+    """Return whether a client has shown a gateway's certificate, if there is TLS."""
+    names = scope.get("extensions", {}).get(PEER_NAMES_EXTENSION)
+    return names is None or GATEWAY_NAME in names
 
 
 def invalid_journal(error: Exception) -> ApiError:

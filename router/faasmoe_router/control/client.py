@@ -24,6 +24,7 @@ from faasmoe_contracts.control_messages import (
 )
 from faasmoe_contracts.json_reader import ContractError, parse_json
 from faasmoe_contracts.routing_table import RoutingTableError
+from faasmoe_contracts.tls import TlsPeer
 from faasmoe_contracts.usage import ClusterTotals, UsageReport
 from faasmoe_router.errors import ControlProtocolError, ControlRejected, ControlUnreachable
 from faasmoe_tracing import TRACEPARENT
@@ -54,11 +55,18 @@ class ControlClient:
         url: base URL of the API.
         token: bearer token; empty sends none.
         timeouts: timeouts of the calls.
+        tls: how the control plane is known at an https URL; None trusts the system's authorities.
     """
 
     def __init__(
-        self, url: str, *, token: str = "", timeouts: ControlTimeouts | None = None
+        self,
+        url: str,
+        *,
+        token: str = "",
+        timeouts: ControlTimeouts | None = None,
+        tls: TlsPeer | None = None,
     ) -> None:
+        self._tls = tls
         self._timeouts = timeouts or ControlTimeouts()
         self._url = url
         self._headers = {"authorization": f"Bearer {token}"} if token else {}
@@ -133,6 +141,8 @@ class ControlClient:
     async def _request(
         self, method: str, path: str, **kwargs: Any
     ) -> AsyncIterator[aiohttp.ClientResponse]:
+        if self._tls is not None:
+            kwargs |= {"ssl": self._tls.context(), "server_hostname": self._tls.name}
         try:
             async with self._open_session().request(
                 method, f"{self._url}{path}", allow_redirects=False, **kwargs

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from faasmoe_contracts.routing_table import FunctionSpec, RoutingTable
 from faasmoe_contracts.store import Store
+from faasmoe_contracts.tls import TlsPeer
 from faasmoe_contracts.wire import OutputMode, max_rows_per_frame
 from faasmoe_kernels import KernelsUnavailable, load
 from faasmoe_router.dispatch.cold_start import ActivationSettings
@@ -84,6 +85,7 @@ class Dispatcher:
             as `placement` does, and where the kernel library is present.
         computes_overflow: whether functions without an address are computed in this process at
             once, because memory is limited, rather than waited for.
+        tls: how sandboxes are known that are called over TCP; None calls them without TLS.
 
     Attributes:
         native: the native path of layers; None if there is none.
@@ -105,12 +107,13 @@ class Dispatcher:
         placement: Literal["auto", "functions"] = "functions",
         mailbox: bool = True,
         computes_overflow: bool = False,
+        tls: TlsPeer | None = None,
     ) -> None:
         self._store = store
         self._store_dtype: torch.dtype = getattr(torch, store.manifest.model.dtype)
         self._device_transfer = device_transfer
         self._mode = mode
-        self._fanout = Fanout(token=token, timeouts=timeouts, socket_dir=socket_dir)
+        self._fanout = Fanout(token=token, timeouts=timeouts, socket_dir=socket_dir, tls=tls)
         self._metrics = metrics or DispatchMetrics()
         if table is None:
             routing = RoutingIndex.empty(store)
@@ -133,6 +136,7 @@ class Dispatcher:
             resilience=resilience,
             colocated=colocated,
             overflow=overflow,
+            tls=tls,
         )
         self.native: NativeDispatch | None = None
         is_reduced_on_host = mode is OutputMode.REDUCED and device_transfer is None
@@ -268,7 +272,7 @@ class Dispatcher:
                 layer, hidden, top_k_index, top_k_weight, while_waiting
             )
         if self.native is not None:
-            self.native.avoid_ejected()
+            self.native.avoid_ejected(layer)
         return output
 
     def _compute_generally(
@@ -387,7 +391,9 @@ class Dispatcher:
     def release_memory(self) -> None:
         """Free memory that is kept for the next calls, when idle; safe from any thread."""
         self._fanout.release_memory()
+        self._executor.release_memory()
         if self.native is not None:
+            self.native.release_unmapped()
             self.native.release_memory()
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Collection, Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from enum import Enum
 
+from faasmoe_contracts.tls import TlsPeer
 from faasmoe_router.dispatch.latency_tracker import LatencyTracker
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.transport import (
@@ -193,10 +194,16 @@ class OutlierDetector:
 
 
 class HealthChecker:
-    """Probes the readiness of addresses in threads that run from the first probes to `close`."""
+    """Probes the readiness of addresses in threads that run from the first probes to `close`.
 
-    def __init__(self, timeout_s: float = PROBE_TIMEOUT_S) -> None:
+    Args:
+        timeout_s: time of each step of a probe.
+        tls: how sandboxes are known; None probes them without TLS.
+    """
+
+    def __init__(self, timeout_s: float = PROBE_TIMEOUT_S, *, tls: TlsPeer | None = None) -> None:
         self._timeout_s = timeout_s
+        self._tls = tls
         self._requests: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[tuple[str, bool]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -229,14 +236,19 @@ class HealthChecker:
 
     def _run(self) -> None:
         while (address := self._requests.get()) is not None:
-            self._results.put((address, is_ready(address, timeout_s=self._timeout_s)))
+            self._results.put(
+                (address, is_ready(address, timeout_s=self._timeout_s, tls=self._tls))
+            )
 
 
-def is_ready(address: str, *, timeout_s: float) -> bool:
+def is_ready(address: str, *, timeout_s: float, tls: TlsPeer | None = None) -> bool:
     """Return whether a sandbox reports that it is ready."""
     host, _, port = address.rpartition(":")
     connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=timeout_s)
     try:
+        if tls is not None:
+            connection.connect()
+            connection.sock = tls.context().wrap_socket(connection.sock, server_hostname=tls.name)
         connection.request("GET", READY_PATH)
         return connection.getresponse().status == 200
     except (OSError, http.client.HTTPException):
@@ -286,6 +298,7 @@ class EndpointHealth:
         metrics: the dispatcher's metrics.
         may_be_starting: whether an address that was never reachable may belong to a starting
             sandbox.
+        tls: how sandboxes are known; None probes them without TLS.
 
     Attributes:
         settings: how faults are handled.
@@ -298,6 +311,7 @@ class EndpointHealth:
         metrics: DispatchMetrics,
         *,
         may_be_starting: bool = True,
+        tls: TlsPeer | None = None,
     ) -> None:
         self.settings = settings
         self._reachable: set[str] = set()  # addresses that have accepted a connection
@@ -306,7 +320,7 @@ class EndpointHealth:
         )
         self._latency = LatencyTracker(settings.hedge_quantile)
         self._outlier_detector = OutlierDetector(settings.outlier_detection)
-        self._health_checker = HealthChecker()
+        self._health_checker = HealthChecker(tls=tls)
         self._known: Collection[str] = ()
         self._suspects: set[str] = set()  # being probed because a call took too long
         self._metrics = metrics

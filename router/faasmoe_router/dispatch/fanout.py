@@ -18,6 +18,7 @@ from typing import Protocol
 
 import torch
 
+from faasmoe_contracts.tls import TlsPeer
 from faasmoe_router.dispatch.transport import (
     MIN_SHARED_FRAME_BYTES,
     Call,
@@ -99,6 +100,7 @@ class Fanout:
         timeouts: bounds of each call.
         socket_dir: folder of the Unix sockets of sandboxes on this machine; None for TCP only.
         min_shared_bytes: minimum size of frames that are passed in shared memory.
+        tls: how sandboxes are known over TCP; None calls them without TLS.
     """
 
     def __init__(
@@ -108,9 +110,10 @@ class Fanout:
         timeouts: DispatchTimeouts | None = None,
         socket_dir: Path | None = None,
         min_shared_bytes: int = MIN_SHARED_FRAME_BYTES,
+        tls: TlsPeer | None = None,
     ) -> None:
         self._pool = ConnectionPool(
-            token=token, socket_dir=socket_dir, min_shared_bytes=min_shared_bytes
+            token=token, socket_dir=socket_dir, min_shared_bytes=min_shared_bytes, tls=tls
         )
         self._timeouts = timeouts or DispatchTimeouts()
 
@@ -234,7 +237,7 @@ class FanoutRun:
 
     def _send_remaining(self) -> None:
         """Send what the sockets did not accept immediately, as long as the sandboxes read."""
-        while any(pending.connection.events & select.POLLOUT for pending in self._pending.values()):
+        while any(pending.connection.has_unsent for pending in self._pending.values()):
             if not self._poll_once(SEND_STALL_S):
                 return
 
@@ -253,7 +256,8 @@ class FanoutRun:
             # Read first: an early response explains why the request cannot be sent.
             is_complete = bool(events & ~select.POLLOUT) and connection.receive()
             if not is_complete:
-                if events & select.POLLOUT:
+                # What was received may be the rest of a handshake, which the request waits for.
+                if (events | connection.events) & select.POLLOUT:
                     connection.send_pending()
                     self._poll.modify(fd, connection.events)
                 return

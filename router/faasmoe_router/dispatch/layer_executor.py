@@ -19,6 +19,7 @@ from typing import Self
 
 from faasmoe_contracts.routing_table import FunctionEndpoints
 from faasmoe_contracts.store import Store
+from faasmoe_contracts.tls import TlsPeer
 from faasmoe_router.dispatch.cold_start import (
     AbsenceTracker,
     ActivationSettings,
@@ -53,6 +54,7 @@ class LayerExecutor:
         colocated: functions that may be computed in this process; None for none.
         overflow: computes the functions without an address, so that no call waits for one; None
             where calls wait.
+        tls: how sandboxes are known; None probes them without TLS.
 
     Attributes:
         routing: the current routing; one read of it is consistent.
@@ -73,6 +75,7 @@ class LayerExecutor:
         resilience: ResilienceSettings | None = None,
         colocated: ColocatedFunctions | None = None,
         overflow: OverflowFunctions | None = None,
+        tls: TlsPeer | None = None,
     ) -> None:
         self.routing = routing
         self.load = LoadMeter()
@@ -83,7 +86,10 @@ class LayerExecutor:
         self._overflow = overflow
         self._round_robin_indices: dict[int, int] = defaultdict(int)  # by layer
         self.health = EndpointHealth(
-            resilience or ResilienceSettings(), metrics, may_be_starting=activation is not None
+            resilience or ResilienceSettings(),
+            metrics,
+            may_be_starting=activation is not None,
+            tls=tls,
         )
         self._activation_waiter: ActivationWaiter | None = None
         if activation is not None:
@@ -297,6 +303,10 @@ class LayerExecutor:
             self._overflow.release(routing)
         if self._activation_waiter is not None:
             self._activation_waiter.routing_changed.set()
+
+    def release_memory(self) -> None:
+        """Unmap what was computed in place of sandboxes, when idle; safe from any thread."""
+        self._local_functions.release()
 
     def _forget_removed(self) -> None:
         """Drop the state of addresses and functions that left the routing."""

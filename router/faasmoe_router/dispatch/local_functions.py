@@ -25,7 +25,7 @@ MAX_MAPPED_FUNCTIONS = 128  # mapped, not copied: an entry costs address space a
 class LocalFunctions:
     """LRU cache of functions that are mapped from the store on first use.
 
-    Belongs to the engine's thread, except for `mapped`.
+    Belongs to the engine's thread, except for `mapped` and `release`.
     """
 
     def __init__(self, store: Store) -> None:
@@ -38,6 +38,11 @@ class LocalFunctions:
         with self._lock:
             return dict(self._functions)
 
+    def release(self) -> None:
+        """Unmap all; the next call of one maps it again. Safe from any thread."""
+        with self._lock:
+            self._functions.clear()
+
     def compute(self, spec: FunctionSpec, request: ExpertRequest) -> Tensor:
         """Return the output of function `spec`: float32 [R, H], or [P, H] unreduced.
 
@@ -46,13 +51,14 @@ class LocalFunctions:
             StoreCorrupted: the store's bytes of the function fail verification.
         """
         try:
-            return compute_function(self._get_or_map(spec), request)
+            return compute_function(self.map(spec), request)
         except StoreCorrupted:
             with self._lock:  # its file may have been replaced: mapped anew next time
                 self._functions.pop(spec, None)
             raise
 
-    def _get_or_map(self, spec: FunctionSpec) -> ExpertFunction:
+    def map(self, spec: FunctionSpec) -> ExpertFunction:
+        """Return a function, mapped if it is not yet; raises as `map_function`."""
         function = self._functions.get(spec)
         if function is None:
             function = map_function(spec, self._store)

@@ -182,17 +182,24 @@ class NativeDispatch:
         self._settle()  # what layers left that took the general path after `begin`
         self._suspensions.expire(time.monotonic())
         self._pass_layers = self._totals.layers
-        taken_over = self._taken_over.selection(self._routing, time.monotonic())
-        self._locals.update(self._select_local(taken_over))
-        self._watch_taken_over(taken_over)
+        self._select_taken_over(self._routing, time.monotonic())
         self._publish_routes(self._routing)
         self._configure()
 
-    def avoid_ejected(self) -> None:
-        """Let the next layers of a pass avoid what was ejected in this one."""
+    def avoid_ejected(self, layer: int) -> None:
+        """Let the layers after this one avoid what was ejected in it, and have what that served."""
         routing = self._published_routing
-        if routing is not None and frozenset(self._health.ejected) != self._published_ejected:
-            self._publish_routes(routing)
+        if routing is None or frozenset(self._health.ejected) == self._published_ejected:
+            return
+        now_s = time.monotonic()
+        self._taken_over.map_lost(routing, now_s, first_layer=layer + 1)
+        self._select_taken_over(routing, now_s)
+        self._publish_routes(routing)
+
+    def _select_taken_over(self, routing: RoutingIndex, now_s: float) -> None:
+        taken_over = self._taken_over.selection(routing, now_s)
+        self._locals.update(self._select_local(taken_over))
+        self._watch_taken_over(taken_over)
 
     def begin(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weight: Tensor) -> bool:
         """Send a layer's calls; return False if it takes the general path.

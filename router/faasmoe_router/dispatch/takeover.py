@@ -5,18 +5,30 @@ with them every layer that needs one would take that path as a whole. What it ha
 native path here, for as long as it would compute it at once: while every address of the function is
 ejected, or for a while after it has lost the last one. Whoever needs a function later than that
 waits for its activation, which only the general path does.
+
+A sandbox that is lost has functions of many layers, and each would send its layer to the general
+path once. So the first of these layers maps what the others need, too, as far as that is quick.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 
 from faasmoe_contracts.routing_table import FunctionEndpoints, FunctionSpec
 from faasmoe_expert.functions import ExpertFunction
 from faasmoe_router.dispatch.endpoint_health import EndpointHealth
-from faasmoe_router.dispatch.local_functions import LocalFunctions
+from faasmoe_router.dispatch.local_functions import MAX_MAPPED_FUNCTIONS, LocalFunctions
 from faasmoe_router.dispatch.overflow import Selection
 from faasmoe_router.dispatch.routing import RoutingIndex
+from faasmoe_router.errors import StoreCorrupted, StoreUnreadable
+
+logger = logging.getLogger(__name__)
+
+MAP_BUDGET_S = 0.03
+"""How long one layer may map for others: a function takes a millisecond, if its bytes need not be
+verified."""
 
 WasLost = Callable[[str, float], bool]
 """Whether a function without an address has lost the last one, shortly before a monotonic time."""
@@ -41,6 +53,31 @@ class TakenOverFunctions:
         self._was_lost = was_lost
         self._taken: dict[FunctionSpec, ExpertFunction] = {}
         self._selection: Selection = {}
+
+    def map_lost(self, routing: RoutingIndex, now_s: float, *, first_layer: int = 0) -> None:
+        """Map the functions that were lost, for no longer than MAP_BUDGET_S; the rest as needed.
+
+        Args:
+            routing: the current routing.
+            now_s: monotonic time.
+            first_layer: the layer that will need them first.
+        """
+        mapped, end_s = set(self._functions.mapped()), time.monotonic() + MAP_BUDGET_S
+        for layer in (*routing.layers[first_layer:], *routing.layers[:first_layer]):
+            for entry in layer.functions:
+                if entry.spec in mapped or not self._is_lost(entry, entry.spec, now_s):
+                    continue
+                if len(mapped) >= MAX_MAPPED_FUNCTIONS or time.monotonic() > end_s:
+                    return
+                try:
+                    self._functions.map(entry.spec)
+                except (
+                    StoreCorrupted,
+                    StoreUnreadable,
+                ) as error:  # no request's, until one needs it
+                    logger.warning("A lost function cannot be mapped: %s", error)
+                    return
+                mapped.add(entry.spec)
 
     @property
     def mapped(self) -> frozenset[FunctionSpec]:

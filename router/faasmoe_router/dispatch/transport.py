@@ -10,6 +10,9 @@ Over a Unix socket, large frames are passed in shared memory. The client offers 
 the first large frame, which it still sends, and uses the region once the sandbox has confirmed the
 mapping. A sandbox that does not confirm (another version, user or PID namespace) gets all frames
 over its socket. See docs/wire.md, "Frames in shared memory".
+
+TCP connections may have TLS (tls_socket.py); Unix sockets, which only the machine's own processes
+reach, never do.
 """
 
 from __future__ import annotations
@@ -29,8 +32,10 @@ from faasmoe_contracts.shared_region import (
     REGION_HEADER,
     SharedRegion,
 )
+from faasmoe_contracts.tls import TlsPeer
 from faasmoe_contracts.unix_socket import connect_unix
 from faasmoe_contracts.wire import Buffer
+from faasmoe_router.dispatch.tls_socket import TlsSocket
 
 MAX_IDLE_PER_ADDRESS = 8
 MAX_HEAD_BYTES = 16 << 10
@@ -105,6 +110,7 @@ class ConnectionPool:
         token: bearer token of the sandboxes.
         socket_dir: folder of the Unix sockets of sandboxes on this machine; None for TCP only.
         min_shared_bytes: minimum size of frames that are passed in shared memory.
+        tls: how sandboxes are known over TCP; None calls them without TLS.
     """
 
     def __init__(
@@ -113,7 +119,9 @@ class ConnectionPool:
         token: str = "",
         socket_dir: Path | None = None,
         min_shared_bytes: int = MIN_SHARED_FRAME_BYTES,
+        tls: TlsPeer | None = None,
     ) -> None:
+        self._tls = tls
         self._authorization = f"authorization: Bearer {token}\r\n" if token else ""
         self._socket_dir = socket_dir
         self._min_shared_bytes = min_shared_bytes
@@ -128,7 +136,10 @@ class ConnectionPool:
                 if idle := self._idle.get(address):
                     return idle.pop()
         return Connection(
-            address, socket_dir=self._socket_dir, min_shared_bytes=self._min_shared_bytes
+            address,
+            socket_dir=self._socket_dir,
+            min_shared_bytes=self._min_shared_bytes,
+            tls=self._tls,
         )
 
     def request_head(self, call: Call) -> bytes:
@@ -180,6 +191,7 @@ class Connection:
         address: host:port.
         socket_dir: folder of the Unix sockets of sandboxes on this machine; None for TCP only.
         min_shared_bytes: minimum size of frames that are passed in shared memory.
+        tls: how the sandbox is known over TCP; None connects without TLS.
 
     Attributes:
         address: host:port.
@@ -193,11 +205,15 @@ class Connection:
         *,
         socket_dir: Path | None = None,
         min_shared_bytes: int = MIN_SHARED_FRAME_BYTES,
+        tls: TlsPeer | None = None,
     ) -> None:
         self.address = address
         self.is_connected = False
         unix_socket = None if socket_dir is None else connect_unix(socket_dir, address)
-        self._socket = unix_socket or _start_connecting(address)
+        self._socket: socket.socket | TlsSocket = unix_socket or _start_connecting(address)
+        self._tls: TlsSocket | None = None
+        if unix_socket is None and tls is not None:
+            self._socket = self._tls = TlsSocket(self._socket, tls)
         self._shared_memory = None if unix_socket is None else SharedMemoryClient(min_shared_bytes)
         self._shared_location: bytes | None = None  # of a response in shared memory
         self._was_used = False
@@ -216,8 +232,16 @@ class Connection:
 
     @property
     def events(self) -> int:
-        """Events to poll for: reading, and writing while part of the request is unsent."""
-        return select.POLLIN | (select.POLLOUT if self._unsent else 0)
+        """Events to poll for: reading, and writing while part of the request can be sent."""
+        can_send = bool(self._unsent)
+        if self._tls is not None:  # during a handshake the request waits for the sandbox
+            can_send = self._tls.has_unsent or (can_send and self._tls.is_secure)
+        return select.POLLIN | (select.POLLOUT if can_send else 0)
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether part of the request is unsent."""
+        return bool(self._unsent) or (self._tls is not None and self._tls.has_unsent)
 
     @property
     def is_unix_socket(self) -> bool:
@@ -232,7 +256,7 @@ class Connection:
     @property
     def is_reusable(self) -> bool:
         """Whether the connection can carry another call after a complete response."""
-        return not self._is_closing and not self._unsent
+        return not self._is_closing and not self.has_unsent
 
     def send_request(self, head: bytes, body: Sequence[Buffer]) -> None:
         """Start a call: send as much as the socket accepts; raises CallError.
@@ -263,6 +287,16 @@ class Connection:
                 raise self._call_error("send", error) from error
             self.is_connected = True
             self._discard_sent(n_sent)
+        if self._tls is not None and self._tls.has_unsent:
+            self._flush(self._tls)
+
+    def _flush(self, tls: TlsSocket) -> None:
+        try:
+            tls.flush()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise self._call_error("send", error) from error
 
     def receive(self) -> bool:
         """Read the available bytes; return whether the response is complete; raises CallError."""
@@ -276,6 +310,7 @@ class Connection:
             if n_read == 0:
                 raise CallError(
                     f"{self.address}: closed after {self._n_received} bytes of a response"
+                    f"{self._hint_of_refusal()}"
                 )
             self._n_received += n_read
             if self._is_complete():
@@ -316,6 +351,13 @@ class Connection:
         if not self.is_connected:
             return ConnectError(f"{self.address}: cannot connect: {error}")
         return CallError(f"{self.address}: cannot {verb}: {error}")
+
+    def _hint_of_refusal(self) -> str:
+        # A TLS 1.3 client learns only after its request whether its own certificate was accepted,
+        # and uvloop's servers close without an alert.
+        if self._tls is None or self._is_reused or self._n_received:
+            return ""
+        return "; with TLS, perhaps as it does not accept this router's certificate"
 
     def _discard_sent(self, n_sent: int) -> None:
         while n_sent:

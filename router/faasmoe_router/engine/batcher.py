@@ -54,6 +54,7 @@ from faasmoe_transformers.error_isolation import ErrorPolicy
 from faasmoe_transformers.errors import CacheAllocationFailed, CacheTooSmall, UnsupportedModel
 from faasmoe_transformers.native_step import ComputeMode
 from faasmoe_transformers.prefix_cache import HASHED_TOKEN_BITS
+from faasmoe_transformers.scheduler import ComputedTokens
 
 TOKENS_PER_PAGE = 32
 DEFAULT_KV_CACHE_BYTES = 2 << 30
@@ -180,20 +181,23 @@ class ComputedTokenCounter:
     """Counts computed tokens per tenant; one thread writes, any thread drains.
 
     Args:
-        on_batch: called with the number of tokens of each batch.
+        on_batch: called with the number of tokens that each batch computes, and of the prompts
+            that end in it.
     """
 
-    def __init__(self, on_batch: Callable[[int], None] = lambda n_tokens: None) -> None:
+    def __init__(
+        self, on_batch: Callable[[int, int], None] = lambda n_tokens, n_prompts: None
+    ) -> None:
         self._on_batch = on_batch
         self._lock = threading.Lock()
         self._tokens: Counter[str] = Counter()
 
-    def add_batch(self, batch: Sequence[tuple[str, int]]) -> None:
-        """Add a batch: request ids and the number of tokens computed for each."""
-        self._on_batch(sum(n_tokens for _, n_tokens in batch))
+    def add_batch(self, batch: Sequence[ComputedTokens]) -> None:
+        """Add what a batch computes of its requests."""
+        self._on_batch(sum(c.n_tokens for c in batch), sum(c.ends_prompt for c in batch))
         with self._lock:
-            for request_id, n_tokens in batch:
-                self._tokens[request_tenant(request_id)] += n_tokens
+            for computed in batch:
+                self._tokens[request_tenant(computed.request_id)] += computed.n_tokens
 
     def drain(self) -> Mapping[str, int]:
         """Return the tokens per tenant since the last call."""

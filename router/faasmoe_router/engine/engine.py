@@ -197,6 +197,7 @@ class Engine:
                 requests, tenant, usage_recorder, journal, span, is_streamed=is_streamed
             )
         except QueueFull as error:
+            self.metrics.admission_rejections.inc(len(requests))
             error.retry_after_s = self._tracker.seconds_until_place(len(requests))
             raise
 
@@ -261,5 +262,9 @@ class Engine:
             compute=self._compute,
         )
         self._n_pages = self.limits.n_pages(KVCacheGeometry.from_model(self._model))
-        self.metrics.set_cache_config(n_pages=self._n_pages, page_tokens=TOKENS_PER_PAGE)
+        self.metrics.set_cache_config(
+            n_pages=self._n_pages,
+            page_tokens=TOKENS_PER_PAGE,
+            max_model_len=self.limits.max_model_len,
+        )
         return batcher

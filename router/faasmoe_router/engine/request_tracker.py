@@ -186,6 +186,7 @@ class RequestTracker:
             if preempted_id is None:
                 return
             self._metrics.preemptions.inc()
+            self._tracked[preempted_id].n_preemptions += 1
             batcher.preempt_request(preempted_id)
 
     def _submit_or_resume(self, sequence_id: str, batcher: ContinuousBatcher) -> None:

@@ -4,6 +4,7 @@ Wraps a transformers tokenizer with a `tokenizer.json`. Everything that engine a
 goes through `ModelTokenizer`; nothing here knows the model or its scores.
 """
 
+import contextlib
 import json
 import threading
 from collections.abc import Mapping, Sequence
@@ -187,6 +188,16 @@ class ModelTokenizer:
                 return self.encode(text, add_special_tokens=options.add_special_tokens)
         except _TEMPLATE_ERRORS as error:
             raise ChatTemplateError(f"the chat template rejected the messages: {error}") from error
+
+    def compile_template(self) -> None:
+        """Compile the chat template ahead of the first conversation; starts no thread.
+
+        Any error is met again by a conversation, and reported to its sender.
+        """
+        if not self.has_chat_template:
+            return
+        with contextlib.suppress(*_TEMPLATE_ERRORS):
+            self._tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
 
     def decode(self, ids: Sequence[int], *, include_special_tokens: bool = False) -> str:
         """Return the text of tokens, by default without special tokens."""

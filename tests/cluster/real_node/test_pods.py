@@ -10,6 +10,7 @@ from apiserver import ApiServer, Object, eventually
 from moemodels import (
     function_by_pod,
     make_secret,
+    make_tenant,
     model_objects,
     router_pods,
     sandbox_pods,
@@ -116,23 +117,35 @@ def test_no_request_fails_while_operator_and_pods_are_replaced(
 def test_no_request_fails_while_helm_upgrades_everything(
     api: ApiServer, release: Release, programs: PodRunner, tiny_model: Callable[..., Object]
 ) -> None:
-    """Operator, routers and sandboxes are replaced by one `helm upgrade`, under load from warm."""
+    """Operator, gateways, routers and sandboxes are replaced by one, under load from warm."""
     namespace = programs.namespace
+    release.upgrade({"gateway": {"enabled": True, "replicas": 2}})
+    api.create("secrets", make_secret("acme-keys", namespace, {"first": KEY}))
     api.create("moemodels", tiny_model("tiny", experts={"scaling": {"windowSeconds": 600}}))
+    api.create("tenants", make_tenant("acme", namespace, models=[{"name": "tiny"}]))
+    wait_for_condition(api, namespace, "acme", "Ready", plural="tenants", timeout_s=READY_S)
     wait_for_condition(api, namespace, "tiny", "Ready", timeout_s=READY_S)
-    url = f"http://tiny.{namespace}.svc/v1"
-    text = pod_chat(programs, url)
+    url = release.gateway_url()
+    text = pod_chat(programs, url, key=KEY)
     held = eventually(
         lambda: function_by_pod(api, namespace, "tiny"),
         lambda found: found and all(found.values()),
     )
     (old_router,) = router_pods(api, namespace, "tiny")
     (old_operator,) = release.operators()
-    programs.start("traffic", CHAT, url, "tiny", "none", PROMPT, "stop")
+    old_gateways = {pod["metadata"]["uid"] for pod in release.gateways()}
+    programs.start("traffic", CHAT, url, "tiny", KEY, PROMPT, "stop")
 
     # Another pull policy is another template of each pod, as another image would be.
-    changed = {"models": {"imagePullPolicy": "Never"}, "podAnnotations": {"upgraded": "yes"}}
+    annotations = {"podAnnotations": {"upgraded": "yes"}}
+    changed = {"models": {"imagePullPolicy": "Never"}, "gateway": annotations, **annotations}
     release.upgrade(changed)
+    assert old_gateways
+    eventually(
+        release.gateways,
+        lambda pods: len(pods) == 2 and not {p["metadata"]["uid"] for p in pods} & old_gateways,
+        timeout_s=READY_S,
+    )
     assert release.operators()[0]["metadata"]["uid"] != old_operator["metadata"]["uid"]
     eventually(
         lambda: router_pods(api, namespace, "tiny"),
@@ -148,7 +161,10 @@ def test_no_request_fails_while_helm_upgrades_everything(
     result = json.loads(programs.wait_for_termination_message("traffic"))
     assert result["errors"] == []
     assert set(result["texts"]) == {text}
+    assert result["texts"][text] > 5
     print(f"helm upgrade under load: {result['texts'][text]} requests, 0 failed")
+    api.delete("tenants", namespace, "acme")
+    eventually(lambda: api.find("tenants", namespace, "acme"), lambda found: found is None)
 
 
 def _make_known(api: ApiServer, namespace: str, host: str) -> None:

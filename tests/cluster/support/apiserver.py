@@ -243,7 +243,7 @@ def _namespace(obj: Object) -> str:
 
 
 def eventually(
-    read: Callable[[], T], accept: Callable[[T], object], *, timeout_s: float = 60.0
+    read: Callable[[], T], accept: Callable[[T], object], *, timeout_s: float = 180.0
 ) -> T:
     """Poll until a value is accepted and return it; fails with the last value at the deadline."""
     deadline_s = time.monotonic() + timeout_s

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from apiserver import ApiServer, Object, eventually
+from apiserver import ApiRequestError, ApiServer, Object, eventually
 from helm import Helm
 from operator_process import NAMESPACE
 
@@ -26,7 +26,10 @@ CRDS = ("moemodels.faasmoe.dev", "tenants.faasmoe.dev")
 
 @contextmanager
 def installed_chart(api: ApiServer, helm: Helm) -> Iterator[str]:
-    """Install the chart without its Deployments; yield the operator's ServiceAccount name."""
+    """Install the chart without its Deployments; yield the operator's ServiceAccount name.
+
+    Its admission policy is in effect then, which takes the API server some seconds.
+    """
     values = {"replicas": 2, "gateway": {"enabled": True}}
     objects = [o for o in helm.template(values) if o["kind"] in PLURAL_BY_KIND]
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
@@ -36,6 +39,10 @@ def installed_chart(api: ApiServer, helm: Helm) -> Iterator[str]:
     for crd in CRDS:
         eventually(partial(api.get, "customresourcedefinitions", "", crd), _is_established)
     (account,) = (o for o in objects if o["kind"] == "ServiceAccount" and "operator" in _name(o))
+    token = api.create_token(NAMESPACE, _name(account))
+    operator = ApiServer(api.credentials.with_token(token))
+    eventually(partial(_is_denied_by_policy, operator), bool)
+    operator.close()
     try:
         yield _name(account)
     finally:
@@ -44,6 +51,18 @@ def installed_chart(api: ApiServer, helm: Helm) -> Iterator[str]:
                 PLURAL_BY_KIND[obj["kind"]], obj["metadata"].get("namespace", ""), _name(obj)
             )
         api.delete("namespaces", "", NAMESPACE)
+
+
+def _is_denied_by_policy(operator: ApiServer) -> bool:
+    """Return whether the policy denies the operator an object without its label."""
+    meta = {"name": "not-the-operators", "namespace": NAMESPACE}
+    try:
+        operator.apply(
+            "configmaps", {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta}, dry_run=True
+        )
+    except ApiRequestError as error:
+        return "the FaaSMoE operator may change only" in str(error)
+    return False
 
 
 def _name(obj: Object) -> str:

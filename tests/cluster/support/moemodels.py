@@ -65,7 +65,7 @@ def wait_for_condition(
     *,
     status: str = "True",
     reason: str = "",
-    timeout_s: float = 120.0,
+    timeout_s: float = 240.0,
     plural: str = "moemodels",
 ) -> Object:
     """Wait for a condition with this status, and reason if given; return it."""

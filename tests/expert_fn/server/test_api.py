@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,89 @@ def test_rejects_attachments_that_are_not_json_objects(
     assert (response.status_code, error_object(response)["field"]) == (422, "body")
 
 
+def attachments(store: Store, specs: Sequence[FunctionSpec], /, **changes: Any) -> dict[str, Any]:
+    value = {
+        "store": str(store.path),
+        "model_digest": store.manifest.digest,
+        "functions": [spec.to_json() for spec in specs],
+        **changes,
+    }
+    return {name: v for name, v in value.items() if v is not ...}
+
+
+def test_attaches_several_functions_with_one_call(
+    empty_sandbox: SandboxProcess, store: Store
+) -> None:
+    specs = [make_function_spec(store, [1], [expert]) for expert in range(2)]
+    for _ in range(2):  # idempotent
+        response = empty_sandbox.http.put("/v1/functions", json=attachments(store, specs))
+        listed = empty_sandbox.http.get("/v1/functions").json()["functions"]
+        assert (response.status_code, response.json()) == (200, {"functions": listed})
+    assert [function["id"] for function in listed] == [spec.id for spec in specs]
+    for expert, spec in enumerate(specs):
+        frame = request_frame(layer=1, expert=expert)
+        answer = empty_sandbox.http.post(f"/v1/functions/{spec.id}", content=frame)
+        assert answer.status_code == 200
+
+
+def test_a_refused_function_keeps_none_of_the_others_from_being_attached(
+    empty_sandbox: SandboxProcess, store: Store
+) -> None:
+    bad = make_function_spec(store, [9], [0])
+    good = [make_function_spec(store, [1], [expert]) for expert in range(3)]
+    specs = (good[0], bad, good[1], good[2])
+    response = empty_sandbox.http.put("/v1/functions", json=attachments(store, specs))
+    results = response.json()["functions"]
+    assert response.status_code == 200
+    assert [result["id"] for result in results] == [spec.id for spec in specs]
+    errors = [result.get("error", {}) for result in results]
+    assert [(e.get("code"), e.get("field")) for e in errors] == [
+        (None, None),
+        ("bad_attachment", "layers"),
+        (None, None),
+        ("attach_refused", "capacity"),
+    ]
+    listed = empty_sandbox.http.get("/v1/functions").json()["functions"]
+    assert [function["id"] for function in listed] == [good[0].id, good[1].id]
+    metrics = empty_sandbox.http.get("/metrics").text
+    assert 'faasmoe_expert_refused_total{code="attach_refused"} 1.0' in metrics
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        pytest.param({"store": ...}, "store", id="store missing"),
+        pytest.param({"model_digest": 7}, "model_digest", id="digest of another type"),
+        pytest.param({"functions": ...}, "functions", id="functions missing"),
+        pytest.param({"functions": []}, "functions", id="no functions"),
+        pytest.param({"functions": {"id": "f"}}, "functions", id="functions no list"),
+        pytest.param({"functions": ["f"]}, "functions", id="function no object"),
+        pytest.param({"functions": [{}] * 257}, "functions", id="too many functions"),
+        pytest.param({"functions": [{"id": "f", "layers": [0]}]}, "experts", id="no experts"),
+        pytest.param(
+            {"functions": [{"id": "a-b", "layers": [0], "experts": [0]}]}, "id", id="invalid id"
+        ),
+        pytest.param(
+            {"functions": [{"id": "f", "layers": [0], "experts": [0], "store": "/x"}]},
+            "store",
+            id="a store for one function",
+        ),
+        pytest.param({"layers": [0]}, "layers", id="unknown field"),
+    ],
+)
+def test_rejects_invalid_attachments_of_several_functions_by_field(
+    sandbox_server: SandboxProcess, store: Store, change: dict[str, Any], field: str
+) -> None:
+    good = make_function_spec(store, [1], [0])
+    body = attachments(store, [good], **change)
+    if isinstance(change.get("functions"), list) and 0 < len(change["functions"]) < 200:
+        body["functions"] = [good.to_json(), *change["functions"]]
+    response = sandbox_server.http.put("/v1/functions", json=body)
+    assert (response.status_code, error_object(response)["field"]) == (422, field)
+    assert error_object(response)["message"].startswith(f"{field}: ")
+    assert len(sandbox_server.http.get("/v1/functions").json()["functions"]) == 1  # as before
+
+
 @pytest.mark.parametrize("function_id", ["a-b", "a" * 65, "a%2Fb", "%00", "\N{SUPERSCRIPT TWO}"])
 def test_rejects_invalid_ids(
     sandbox_server: SandboxProcess, store: Store, spec: FunctionSpec, function_id: str
@@ -325,6 +408,7 @@ def test_unknown_function_returns_404(sandbox_server: SandboxProcess, method: st
     [
         ("GET", "/v1/functions"),
         ("PUT", "/v1/functions/f1"),
+        ("PUT", "/v1/functions"),
         ("DELETE", "/v1/functions/f1"),
         ("POST", "/v1/functions/f1"),
         ("GET", "/v1/anything"),

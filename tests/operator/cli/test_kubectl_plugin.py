@@ -10,6 +10,7 @@ import pytest
 from faasmoe_contracts.usage import USAGE_FIELDS, UsageRecord
 from faasmoe_operator.cli.kubectl_plugin import (
     main,
+    port_scheme,
     render_explanation,
     render_top,
     render_usage,
@@ -125,3 +126,9 @@ def test_runs_kubectl_with_the_users_options(
 def test_errors_of_kubectl_are_told(kubectl: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["usage", "qwen"]) == 1
     assert "kubectl get configmap: no configmap found" in capsys.readouterr().err
+
+
+def test_a_forwarded_port_speaks_what_its_service_says() -> None:
+    ports: list[dict[str, Any]] = [{"port": 80, "appProtocol": "https"}, {"port": 8001}]
+    assert port_scheme({"spec": {"ports": ports}}, 80) == "https"
+    assert port_scheme({"spec": {"ports": ports}}, 8001) == "http"

@@ -1,14 +1,17 @@
 """The control loop over sandboxes that are real HTTP servers, with an accelerated clock."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 from weakref import WeakSet
 
 import pytest
 from aiohttp import web
 from fake_platform import (
+    DIGEST,
     FAST_SCALING,
     TIMING,
     FakePlatform,
@@ -25,6 +28,7 @@ from fake_platform import (
 from faasmoe_contracts.control_messages import FunctionLoad, LoadReport
 from faasmoe_operator.control.api.status import controller_status
 from faasmoe_operator.control.controller import Controller
+from faasmoe_operator.control.executor import MAX_ATTACHES
 from faasmoe_operator.control.routing_table import RoutingTablePublisher
 from faasmoe_operator.control.sandbox_client import SandboxClient
 
@@ -277,6 +281,31 @@ def test_lost_sandbox_is_replaced() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("by_others", [True, False])
+def test_a_sandbox_that_others_delete_is_no_warning(
+    caplog: pytest.LogCaptureFixture, by_others: bool
+) -> None:
+    async def scenario() -> str:
+        async with controller_and_platform(make_model(1, warm_pool=1)) as (controller, platform):
+            await eventually(lambda: controller.fleet.n_generic() == 1)
+            (name,) = platform.servers
+            if by_others:
+                platform.terminate(name)
+                await eventually(
+                    lambda: any(r.sandbox.terminating for r in controller.fleet.sandboxes)
+                )
+            await platform.kill(name)
+            await eventually(lambda: controller.fleet.n_generic() == 1 and platform.n_created == 2)
+            return name
+
+    with caplog.at_level(logging.INFO, logger="faasmoe_operator.control.executor"):
+        name = asyncio.run(scenario())
+    how, level = ("deleted by others", logging.INFO) if by_others else ("lost", logging.WARNING)
+    told = [(r.levelno, r.getMessage()) for r in caplog.records if name in r.getMessage()]
+    assert (level, f"sandbox {name} was {how} while Ready") in told
+    assert by_others is (logging.WARNING not in {number for number, _ in told})
+
+
 def test_creation_backs_off_while_the_platform_fails() -> None:
     async def scenario() -> None:
         async with controller_and_platform(make_model(1, warm_pool=1)) as (controller, platform):
@@ -303,6 +332,62 @@ def test_popular_functions_are_attached_first() -> None:
             controller.activate(["f0", "f1", "f2"])
             await eventually(lambda: len(routable_functions(controller)) == 3)
             assert server.calls == ["PUT f2", "PUT f1", "PUT f0"]
+
+    asyncio.run(scenario())
+
+
+def test_functions_of_a_sandbox_are_attached_in_few_calls() -> None:
+    n_functions, calls = 2 * MAX_ATTACHES + 1, []
+
+    async def count(request: web.Request) -> web.Response | None:
+        if request.method == "PUT":
+            calls.append(request.path)
+        return None
+
+    async def scenario() -> None:
+        model = make_model(n_functions, capacity=n_functions, warm_pool=0)
+        async with controller_and_platform(model) as (controller, platform):
+            platform.fault_handlers = [count]
+            controller.activate([f"f{index}" for index in range(n_functions)])
+            await eventually(lambda: len(routable_functions(controller)) == n_functions)
+            (server,) = platform.servers.values()
+            assert sorted(server.calls) == sorted(f"PUT f{index}" for index in range(n_functions))
+            last = server.calls[-1].removeprefix("PUT ")
+            assert calls == ["/v1/functions", "/v1/functions", f"/v1/functions/{last}"]
+
+    asyncio.run(scenario())
+
+
+def test_refused_function_of_a_call_is_placed_elsewhere_and_the_others_stay() -> None:
+    async def has_no_room_for_f1(request: web.Request) -> web.Response | None:
+        if request.method != "PUT" or not request.path.endswith("/functions"):
+            return None
+        body = await request.json()
+        (server,) = platforms[0].servers.values()
+        results: list[dict[str, Any]] = []
+        for function in body["functions"]:
+            name = function["id"]
+            if name == "f1":
+                error = {"code": "out_of_memory", "message": "memory: none", "field": "memory"}
+                results.append({"id": name, "error": error})
+            else:
+                server.functions[name] = {"model_digest": DIGEST, **function}
+                results.append({"id": name})
+        return web.json_response({"functions": results})
+
+    platforms: list[FakePlatform] = []
+
+    async def scenario() -> None:
+        model = make_model(3, capacity=8, warm_pool=0)
+        async with controller_and_platform(model) as (controller, platform):
+            platforms.append(platform)
+            platform.fault_handlers = [has_no_room_for_f1]
+            controller.activate(["f0", "f1", "f2"])
+            await eventually(lambda: routable_functions(controller) == {"f0", "f1", "f2"})
+            (first,) = platform.sandboxes_with("f0")
+            assert platform.sandboxes_with("f2") == [first]
+            (second,) = platform.sandboxes_with("f1")
+            assert second != first
 
     asyncio.run(scenario())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -55,8 +55,8 @@ async def running_machine(limit: int) -> AsyncIterator[Machine]:
             running_controller(models["a"], pool.platform_of("a"), memory=shared["a"]) as a,
             running_controller(models["b"], pool.platform_of("b"), memory=shared["b"]) as b,
         ):
-            memory.join("a", a)
-            memory.join("b", b)
+            memory.join("a", a.function_memory)
+            memory.join("b", b.function_memory)
             yield Machine(memory, a, b)
     await platform.close()
 
@@ -132,6 +132,7 @@ class Member:
     Attributes:
         holders: what it holds.
         missing: size of what a router will call beside that.
+        content: what function f maps.
         n_releases: how often it was told to let all go.
         evicted: what it was told to detach.
         n_reconciles: how often it was told to plan anew.
@@ -140,6 +141,7 @@ class Member:
     def __init__(self, *holders: MemoryHolder) -> None:
         self.holders = list(holders)
         self.missing = 0
+        self.content = ""
         self.n_releases = 0
         self.evicted: list[MemoryHolder] = []
         self.n_reconciles = 0
@@ -150,8 +152,11 @@ class Member:
     def held_bytes(self) -> int:
         return sum(holder.size_bytes for holder in self.holders)
 
-    def missing_bytes(self) -> int:
-        return self.missing
+    def missing_bytes(self, resident: Collection[str]) -> int:
+        return 0 if self.content in resident else self.missing
+
+    def resident_functions(self, contents: Collection[str]) -> frozenset[str]:
+        return frozenset({"f"} if self.content in contents else ())
 
     def release(self) -> None:
         self.n_releases += 1
@@ -201,6 +206,25 @@ def test_memory_is_kept_for_functions_of_a_router_that_starts_until_they_are_the
     memory.update_routers([running])
     member.holders = []  # they went to zero afterwards
     assert memory.update_routers([running, starting("b/0", size=4)]) == {"a/0", "b/0"}
+
+
+def test_models_that_map_the_same_hold_it_once() -> None:
+    now = 100.0
+    memory = MemoryPool(12, clock=lambda: now)
+    first, second = Member(), Member()
+    first.holders = [MemoryHolder(("s", "f"), 8, now, content="c")]
+    second.missing = 8
+    for name, member in {"a": first, "b": second}.items():
+        memory.join(name, member)
+    router = RouterMemory("a/0", 2, now, is_running=True, is_wanted=True)
+    new = starting("b/0", size=2, last_used=now)
+    assert memory.update_routers([router, new]) == {"a/0"}  # it would take 10 more
+    first.content = second.content = "c"
+    assert memory.update_routers([router, new]) == {"a/0", "b/0"}
+    second.holders, second.missing = [MemoryHolder(("t", "f"), 8, now, content="c")], 0
+    view = memory.view("b")
+    assert [(h.key, h.size_bytes) for h in view.others if h.name == "f"] == [(("s", "f"), 4)]
+    assert (view.own_extra_bytes, set(view.resident)) == (-4, {"f"})
 
 
 def test_memory_is_kept_for_functions_for_a_while_only() -> None:

@@ -17,11 +17,16 @@ from faasmoe_operator.control.sandbox_client import (
 
 STORE = ModelStore(Path("/store"), "sha256:0")
 FUNCTION = FunctionSpec("f1", (0,), (0, 1))
+OTHER = FunctionSpec("f2", (1,), (0, 1))
 Call = Callable[[SandboxClient, str], Awaitable[object]]
 
 
 async def attach(client: SandboxClient, address: str) -> None:
     await client.attach(address, FUNCTION, store=STORE)
+
+
+async def attach_all(client: SandboxClient, address: str) -> object:
+    return await client.attach_all(address, [FUNCTION, OTHER], store=STORE)
 
 
 async def detach(client: SandboxClient, address: str) -> None:
@@ -75,6 +80,18 @@ def test_sends_the_bearer_token() -> None:
     assert b"Authorization: Bearer secret" in requests[0]
 
 
+def test_attaches_several_functions_and_returns_the_errors_of_those_that_were_refused() -> None:
+    requests: list[bytes] = []
+    error = {"code": "corrupted", "message": "store: no", "field": "store"}
+    reply = http_response(200, {"functions": [{"id": "f1"}, {"id": "f2", "error": error}]})
+    refused = call_with(attach_all, reply, requests)
+    assert requests[0].startswith(b"PUT /v1/functions HTTP/1.1")
+    assert isinstance(refused, dict)
+    assert {n: (e.code, e.field, str(e).endswith("store: no")) for n, e in refused.items()} == {
+        "f2": ("corrupted", "store", True)
+    }
+
+
 def test_detach_of_an_unknown_function_succeeds() -> None:
     error = {"error": {"code": "unknown_function", "message": "id: got 'f1'"}}
     call_with(detach, http_response(404, error))
@@ -105,6 +122,23 @@ def test_detach_of_an_unknown_function_succeeds() -> None:
             "full",
             "capacity: got 2",
             id="refused",
+        ),
+        pytest.param(
+            attach_all, http_response(200, {}), "protocol_error", "functions", id="no-results"
+        ),
+        pytest.param(
+            attach_all,
+            http_response(200, {"functions": [{"id": "f1"}]}),
+            "protocol_error",
+            "functions: expected each",
+            id="one-result-of-two",
+        ),
+        pytest.param(
+            attach_all,
+            http_response(200, {"functions": ["f1", "f2"]}),
+            "protocol_error",
+            "functions: expected each",
+            id="results-no-objects",
         ),
         pytest.param(
             list_functions, http_response(200, {}), "protocol_error", "functions", id="no-functions"

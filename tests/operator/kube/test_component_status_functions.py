@@ -47,7 +47,9 @@ def test_functions_condition_by_counts_and_failures(
     runtime_failure: ConditionState | None,
     expected: tuple[str, str],
 ) -> None:
-    state = functions_condition(counts, pods, runtime_failure=runtime_failure)
+    state = functions_condition(
+        counts, pods, runtime_failure=runtime_failure, wall_clock_s=1_788_000_000.0
+    )
     assert (state.status, state.reason) == expected
 
 

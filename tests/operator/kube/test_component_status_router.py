@@ -6,6 +6,8 @@ from kube_objects import make_object
 from faasmoe_operator.kube.component_status import router_status
 from faasmoe_operator.kube.types import DEPLOYMENT, POD, Object
 
+NOW = 1_788_000_000.0
+
 
 def make_deployment(**status: Any) -> Object:
     deployment = make_object(DEPLOYMENT, "moe-router", status=status)
@@ -58,19 +60,23 @@ def condition(kind: str, status: str) -> list[Object]:
 def test_router_condition_by_deployment_status(
     deployment: Object | None, expected: tuple[str, str]
 ) -> None:
-    condition_state = router_status(deployment, [], desired_replicas=2).condition
+    condition_state = router_status(deployment, [], desired_replicas=2, wall_clock_s=NOW).condition
     assert (condition_state.status, condition_state.reason) == expected
 
 
 def test_router_status_has_replica_counts() -> None:
-    status = router_status(make_deployment(**counts(3, 2, 1)), [], desired_replicas=2)
+    status = router_status(
+        make_deployment(**counts(3, 2, 1)), [], desired_replicas=2, wall_clock_s=NOW
+    )
     assert (status.replicas, status.ready_replicas) == (3, 1)
 
 
 def test_a_pod_failure_overrides_an_incomplete_rollout() -> None:
     waiting = {"reason": "CreateContainerConfigError", "message": 'secret "s" not found'}
     pod = make_object(POD, "p", status={"containerStatuses": [{"state": {"waiting": waiting}}]})
-    status = router_status(make_deployment(**counts(2, 2, 1)), [pod], desired_replicas=2)
+    status = router_status(
+        make_deployment(**counts(2, 2, 1)), [pod], desired_replicas=2, wall_clock_s=NOW
+    )
     assert (status.condition.status, status.condition.reason) == ("False", "SecretNotFound")
     assert status.missing_secret == "s"
 
@@ -83,7 +89,7 @@ def test_a_failing_surplus_pod_does_not_affect_availability() -> None:
     )
     assert (
         router_status(
-            make_deployment(**counts(2, 2, 2)), [pod], desired_replicas=2
+            make_deployment(**counts(2, 2, 2)), [pod], desired_replicas=2, wall_clock_s=NOW
         ).condition.status
         == "True"
     )

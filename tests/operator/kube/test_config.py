@@ -70,3 +70,40 @@ def test_an_invalid_value_is_reported_with_its_variable(
 ) -> None:
     with pytest.raises(OperatorConfigError, match=re.escape(f"FAASMOE_OPERATOR_{name}: {message}")):
         OperatorConfig.from_env({**ENV, f"FAASMOE_OPERATOR_{name}": value})
+
+
+TLS = {**ENV, "FAASMOE_OPERATOR_TLS": "true"}
+
+
+def test_with_tls_the_operator_issues_certificates_unless_another_issuer_does() -> None:
+    own = OperatorConfig.from_env(TLS)
+    assert own.control.url == "https://faasmoe-operator.faasmoe-system.svc:8090"
+    assert (own.models_tls_secret, own.gateway_tls_secret) == ("faasmoe-models-tls", None)
+    with_gateways = OperatorConfig.from_env({**TLS, "FAASMOE_OPERATOR_GATEWAY_PORT": "8092"})
+    assert with_gateways.gateway_tls_secret == "faasmoe-gateway-tls"
+    other = OperatorConfig.from_env(
+        {
+            **TLS,
+            "FAASMOE_OPERATOR_TLS_FOLDER": "/etc/faasmoe/tls",
+            "FAASMOE_OPERATOR_TLS_MODELS_SECRET": "issued",
+            "FAASMOE_OPERATOR_GATEWAY_PORT": "8092",
+        }
+    )
+    assert (other.models_tls_secret, other.gateway_tls_secret) == ("issued", None)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"TLS": "", "TLS_FOLDER": "/x"}, "TLS_FOLDER: got /x, expected none without"),
+        ({"TLS_FOLDER": "/x"}, "TLS_MODELS_SECRET: got none, expected the name of a Secret"),
+        ({"TLS_MODELS_SECRET": "x"}, "TLS_MODELS_SECRET: got 'x', expected"),
+        ({"CONTROL_URL": "http://c"}, "CONTROL_URL: got http://c, expected https"),
+    ],
+)
+def test_settings_of_tls_that_do_not_fit_are_refused(
+    variables: dict[str, str], message: str
+) -> None:
+    env = {f"FAASMOE_OPERATOR_{name}": value for name, value in variables.items()}
+    with pytest.raises(OperatorConfigError, match=re.escape(f"FAASMOE_OPERATOR_{message}")):
+        OperatorConfig.from_env({**TLS, **env})

@@ -158,7 +158,7 @@ def test_a_pod_deleted_by_others_is_unready_while_it_terminates() -> None:
             metadata = {**pod["metadata"], "deletionTimestamp": "2026-09-01T12:00:00Z"}
             made.api.write({**pod, "metadata": metadata})
             found = await next_state(platform, lambda found: not is_ready(found))
-            assert [sandbox.id for sandbox in found] == [name]
+            assert [(sandbox.id, sandbox.terminating) for sandbox in found] == [(name, True)]
             made.api.remove(POD, NAMESPACE, name)
             await all_gone(platform)
             assert ("delete", "Pod", name) not in made.api.requests

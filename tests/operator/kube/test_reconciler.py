@@ -3,12 +3,14 @@
 import asyncio
 import json
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 from kube_objects import make_object
 from reconciler_scenario import COUNTS, ENDED_AT, KEY, SUMMARY, ReconcilerScenario
 
 from faasmoe_operator.errors import PlanError
+from faasmoe_operator.kube.component_status import PROVISIONING_GRACE_S
 from faasmoe_operator.kube.errors import Forbidden, Invalid, NamespaceTerminating, Unavailable
 from faasmoe_operator.kube.manifests.names import MODEL_LABEL
 from faasmoe_operator.kube.reconciler import PARALLEL_REQUESTS, RESYNC_PERIOD_S, ReconcileResult
@@ -230,6 +232,31 @@ def test_a_failed_store_job_is_retried_with_back_off(scenario: ReconcilerScenari
     scenario.end_job("Failed", json.dumps(failure))
     scenario.now = ENDED_AT + 11
     assert scenario.reconcile().requeue_after_s == pytest.approx(19)
+
+
+def test_a_claim_that_is_provisioned_soon_causes_no_warning(scenario: ReconcilerScenario) -> None:
+    scenario.reconcile()
+    job = scenario.live(JOB, "moe-store")
+    labels = job["spec"]["template"]["metadata"]["labels"]
+    pod = make_object(POD, "moe-store-x", owner=job["metadata"]["uid"], labels=labels)
+    del pod["metadata"]["resourceVersion"]
+    unbound = {
+        "type": "PodScheduled",
+        "status": "False",
+        "message": "pod has unbound immediate PersistentVolumeClaims",
+        "lastTransitionTime": datetime.fromtimestamp(scenario.now, UTC).isoformat(),
+    }
+    pod["status"] = {"phase": "Pending", "conditions": [unbound]}
+    scenario.api.write(pod)
+    scenario.reconcile()
+    scenario.now += 10
+    assert scenario.reconcile().requeue_after_s == pytest.approx(PROVISIONING_GRACE_S - 10)
+    assert scenario.condition_state("StoreReady") == ("Unknown", "Preparing")
+    assert ("Warning", "Unschedulable") not in scenario.events()
+    scenario.now += PROVISIONING_GRACE_S - 10
+    scenario.reconcile()
+    assert scenario.condition_state("StoreReady") == ("False", "Unschedulable")
+    assert ("Warning", "Unschedulable") in scenario.events()
 
 
 def test_a_store_mismatch_is_retried_rarely(scenario: ReconcilerScenario) -> None:

@@ -106,7 +106,7 @@ PULLING = make_object(
 def test_store_status_by_job_and_pods(
     job: Object | None, pods: list[Object], known: Any, expected: tuple[str, str]
 ) -> None:
-    state = store_status(job, pods, status_model=known)
+    state = store_status(job, pods, status_model=known, wall_clock_s=ENDED_AT)
     assert (state.condition.status, state.condition.reason) == expected
     assert (state.summary is not None) is (expected[0] == "True")
 
@@ -114,7 +114,10 @@ def test_store_status_by_job_and_pods(
 def test_a_terminating_job_counts_as_missing() -> None:
     job = make_job("Complete")
     job["metadata"]["deletionTimestamp"] = ENDED
-    assert store_status(job, [PREPARED], status_model=None).condition.reason == "Preparing"
+    assert (
+        store_status(job, [PREPARED], status_model=None, wall_clock_s=ENDED_AT).condition.reason
+        == "Preparing"
+    )
 
 
 def test_uses_the_last_termination_message() -> None:
@@ -123,7 +126,9 @@ def test_uses_the_last_termination_message() -> None:
         json.dumps({"ok": False, "reason": "NoSpace", "message": "full"}),
         finished_at="2026-08-29T11:00:00Z",
     )
-    condition = store_status(make_job("Failed"), [newer, older], status_model=None).condition
+    condition = store_status(
+        make_job("Failed"), [newer, older], status_model=None, wall_clock_s=ENDED_AT
+    ).condition
     assert condition.reason == "NoSpace"
     assert "full; raise spec.store.size" in condition.message
 
@@ -131,7 +136,10 @@ def test_uses_the_last_termination_message() -> None:
 @pytest.mark.parametrize("attempt", [0, 1, 6, 50])
 def test_retry_delay_grows_with_each_attempt(attempt: int) -> None:
     state = store_status(
-        make_job("Failed", attempt=attempt), [failure("HubUnavailable")], status_model=None
+        make_job("Failed", attempt=attempt),
+        [failure("HubUnavailable")],
+        status_model=None,
+        wall_clock_s=ENDED_AT,
     )
     delay_s = RETRY_DELAYS_S[min(attempt, len(RETRY_DELAYS_S) - 1)]
     assert state.retry_at == ENDED_AT + delay_s
@@ -139,17 +147,24 @@ def test_retry_delay_grows_with_each_attempt(attempt: int) -> None:
 
 @pytest.mark.parametrize("reason", ["SourceUnsupported", "StoreMismatch"])
 def test_permanent_failures_are_retried_rarely(reason: str) -> None:
-    state = store_status(make_job("Failed"), [failure(reason)], status_model=None)
+    state = store_status(
+        make_job("Failed"), [failure(reason)], status_model=None, wall_clock_s=ENDED_AT
+    )
     assert state.retry_at == ENDED_AT + FINAL_RETRY_DELAY_S
     assert "60 min after the failure, or when Job moe-store is deleted" in state.condition.message
 
 
 def test_a_job_without_a_summary_is_run_again() -> None:
-    assert store_status(make_job("Complete"), [], status_model=None).retry_at is not None
+    assert (
+        store_status(make_job("Complete"), [], status_model=None, wall_clock_s=ENDED_AT).retry_at
+        is not None
+    )
 
 
 def test_reports_a_failed_attempt_while_the_job_continues() -> None:
-    state = store_status(make_job(), [failure("HubUnavailable")], status_model=None)
+    state = store_status(
+        make_job(), [failure("HubUnavailable")], status_model=None, wall_clock_s=ENDED_AT
+    )
     assert (state.condition.status, state.condition.reason) == ("False", "HubUnavailable")
     assert state.condition.message == (
         "why; check that the cluster's pods reach the hub; Job moe-store tries again"
@@ -158,7 +173,12 @@ def test_reports_a_failed_attempt_while_the_job_continues() -> None:
 
 
 def test_a_job_whose_attempt_succeeded_is_no_failure() -> None:
-    assert store_status(make_job(), [PREPARED], status_model=None).condition.status == "Unknown"
+    assert (
+        store_status(
+            make_job(), [PREPARED], status_model=None, wall_clock_s=ENDED_AT
+        ).condition.status
+        == "Unknown"
+    )
 
 
 def test_messages_name_what_the_spec_names() -> None:
@@ -166,7 +186,9 @@ def test_messages_name_what_the_spec_names() -> None:
     ended = make_pod(json.dumps({"ok": False, "reason": "SourceNotFound", "message": message}))
     names = {"/source/claim/qwen": "pvc://claim/qwen", "/store/qwen": "qwen-store/qwen"}
     for job in (make_job(), make_job("Failed")):
-        state = store_status(job, [ended], status_model=None, names_by_path=names)
+        state = store_status(
+            job, [ended], status_model=None, wall_clock_s=ENDED_AT, names_by_path=names
+        )
         assert "got 'pvc://claim/qwen', expected a folder" in state.condition.message
         assert "store: qwen-store/qwen is locked" in state.condition.message
         assert "/source" not in state.condition.message

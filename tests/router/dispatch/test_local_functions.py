@@ -34,6 +34,27 @@ def test_computes_quantised_experts(prepared_store: PreparedStore, name: str, sc
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+def _mapped_parts(file: Path) -> int:
+    """Return how many parts of a file this process maps."""
+    return Path("/proc/self/maps").read_text().count(f"{file}\n")
+
+
+def test_idle_router_maps_nothing_that_it_has_computed(prepared_store: PreparedStore) -> None:
+    store = prepared_store("mixtral")
+    layer = store.manifest.layers[0]
+    entries = tuple(FunctionEndpoints(spec) for spec in block_specs(store, 3))
+    dispatcher = Dispatcher(store, RoutingTable(store.manifest.digest, 0, entries))
+    hidden = torch.randn(2, layer.hidden_size)  # [T, H]
+    index = torch.zeros(2, layer.top_k, dtype=torch.long)  # [T, k]
+    weight = torch.ones(2, layer.top_k)  # [T, k]
+    before = _mapped_parts(store.path / layer.file)
+    output = dispatcher.compute(0, hidden, index, weight)
+    assert _mapped_parts(store.path / layer.file) > before
+    dispatcher.release_memory()
+    assert _mapped_parts(store.path / layer.file) == before
+    assert torch.equal(dispatcher.compute(0, hidden, index, weight), output)
+
+
 @pytest.mark.parametrize("lost", ["file", "store"])
 def test_error_names_a_store_that_disappeared(
     prepared_store: PreparedStore, tmp_path: Path, lost: str

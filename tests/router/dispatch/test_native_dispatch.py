@@ -30,7 +30,7 @@ from faasmoe_contracts.routing_table import FunctionEndpoints, RoutingTable
 from faasmoe_contracts.store import Store
 from faasmoe_contracts.unix_socket import unix_socket_path
 from faasmoe_kernels import KernelsUnavailable, load
-from faasmoe_router.dispatch import Dispatcher
+from faasmoe_router.dispatch import Dispatcher, takeover
 from faasmoe_router.dispatch.fanout import DispatchTimeouts
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.native_dispatch import MAX_NATIVE_ROWS
@@ -326,6 +326,26 @@ def test_functions_of_a_lost_sandbox_go_on_natively_beside_the_others(
             assert one.count("colocated") == 0
         finally:
             os.kill(other.process.pid, signal.SIGCONT)
+
+
+def test_layers_after_the_one_that_lost_a_sandbox_stay_native(
+    sandbox_server: SandboxProcess, router: MakeRouter, sandbox: StartSandbox, store: Store,
+    folder: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(takeover, "MAP_BUDGET_S", DEADLINE_S)
+    with sandbox(capacity=64, token=TOKEN, socket_dir=folder) as other:
+        kept, lost = sandbox_server.attach_blocks(store, 3), other.attach_blocks(store, 3)
+        entries = tuple((kept, lost)[i % 2].functions[i] for i in range(len(kept.functions)))
+        one = router(replace(kept, functions=entries))
+        one.wait_for_mailboxes(sandbox_server.address, other.address)
+        one.check(16)
+        os.kill(other.process.pid, signal.SIGKILL)
+        wait_until(lambda: process_state(other.process.pid) == "Z")
+        one.check(16)  # finds out; the pass goes on with the other layers
+        n_mailbox = one.count("mailbox_calls")
+        for number, layer in enumerate(range(LAYER + 1, len(store.manifest.layers)), start=1):
+            one.check(16, layer)
+            assert one.count("mailbox_calls") == n_mailbox + number
 
 
 def test_calls_are_unanswered_until_their_sandbox_has_computed(

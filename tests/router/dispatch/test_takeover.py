@@ -10,6 +10,7 @@ import pytest
 
 from faasmoe_contracts.routing_table import FunctionEndpoints, FunctionSpec
 from faasmoe_expert.functions import ExpertFunction
+from faasmoe_router.dispatch import takeover
 from faasmoe_router.dispatch.cold_start import LOST_S, ActivationSettings, ActivationWaiter
 from faasmoe_router.dispatch.endpoint_health import EndpointHealth, ResilienceSettings
 from faasmoe_router.dispatch.load import LoadMeter
@@ -18,6 +19,7 @@ from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.routing import LayerRouting, RoutingIndex
 from faasmoe_router.dispatch.takeover import TakenOverFunctions
 from faasmoe_router.dispatch.transport import ConnectError
+from faasmoe_router.errors import StoreCorrupted
 
 NEAR, FAR = "127.0.0.1:1", "127.0.0.1:2"
 COMPUTED, OTHER = FunctionSpec("a", (0, 1), (0, 1)), FunctionSpec("b", (0, 1), (2, 3))
@@ -29,9 +31,15 @@ class Computed:
 
     def __init__(self, *specs: FunctionSpec) -> None:
         self.functions = {spec: cast("ExpertFunction", object()) for spec in specs}
+        self.damaged: set[FunctionSpec] = set()
 
     def mapped(self) -> MappingProxyType[FunctionSpec, ExpertFunction]:
         return MappingProxyType(self.functions)
+
+    def map(self, spec: FunctionSpec) -> ExpertFunction:
+        if spec in self.damaged:
+            raise StoreCorrupted("damaged")
+        return self.functions.setdefault(spec, cast("ExpertFunction", object()))
 
 
 def routing(*addresses: str) -> RoutingIndex:
@@ -100,3 +108,30 @@ def test_function_without_address_is_taken_over_for_a_while_after_its_loss(
     waiter.record_routing(routing(NEAR), routing(), 100.0)
     assert functions.selection(routing(), 100.0 + LOST_S / 2).keys() == KEYS
     assert functions.selection(routing(), 100.0 + LOST_S) == {}
+
+
+def test_functions_of_a_lost_sandbox_are_mapped_together(health: EndpointHealth) -> None:
+    computed = Computed()
+    functions = taken_over(health, computed)
+    functions.map_lost(routing(NEAR), 0.0)
+    assert functions.mapped == set()
+    health.record_failure(NEAR, ConnectError("refused"), 0.0)
+    functions.map_lost(routing(NEAR, FAR), 0.0)
+    assert functions.mapped == set()  # another sandbox has them
+    functions.map_lost(routing(NEAR), 0.0)
+    assert functions.mapped == {COMPUTED, OTHER}
+
+
+def test_mapping_ends_with_its_budget_and_with_what_cannot_be_mapped(
+    health: EndpointHealth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    health.record_failure(NEAR, ConnectError("refused"), 0.0)
+    computed = Computed()
+    functions = taken_over(health, computed)
+    computed.damaged.add(COMPUTED)
+    functions.map_lost(routing(NEAR), 0.0)
+    assert functions.mapped == set()
+    computed.damaged.clear()
+    monkeypatch.setattr(takeover, "MAP_BUDGET_S", -1.0)
+    functions.map_lost(routing(NEAR), 0.0)
+    assert functions.mapped == set()

@@ -573,3 +573,7 @@ def test_metrics_count_requests_and_tokens(make_engine: Maker, prompt_ids: Promp
     metrics = engine.metrics
     assert metrics.prompt_tokens._value.get() == len(prompt_ids)
     assert metrics.generation_tokens._value.get() == 6
+    [family] = metrics._step_tokens.collect()
+    steps = {sample.name: sample.value for sample in family.samples}
+    assert steps["vllm:iteration_tokens_total_sum"] == len(prompt_ids) + 6
+    assert steps["vllm:iteration_tokens_total_count"] == 6

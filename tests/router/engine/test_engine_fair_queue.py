@@ -19,6 +19,7 @@ from faasmoe_router.engine.generation import Generation, GenerationRequest, Samp
 from faasmoe_router.engine.sampler import DrawParams, Penalties
 from faasmoe_router.engine.tokenizer import ModelTokenizer
 from faasmoe_router.errors import TenantQueueFull
+from faasmoe_transformers.scheduler import ComputedTokens
 
 DEADLINE_S = 120.0
 Maker = Callable[..., Engine]
@@ -113,6 +114,11 @@ def test_preempted_request_continues_to_the_same_text(
         assert await asyncio.gather(*floods) == [expected] * 3
 
     _run(engine, work)
+    metrics = engine.metrics
+    [family] = metrics._request_preemptions.collect()
+    samples = {sample.name: sample.value for sample in family.samples}
+    assert samples["vllm:request_num_preemptions_count"] == 7  # requests
+    assert samples["vllm:request_num_preemptions_sum"] == metrics.preemptions._value.get() > 0
 
 
 def test_preempted_request_can_be_cancelled(make_engine: Maker, prompt_ids: Prompt) -> None:
@@ -175,6 +181,7 @@ def test_full_tenant_queue_rejects_only_that_tenant(make_engine: Maker, prompt_i
             generation.cancel()
 
     _run(engine, work)
+    assert engine.metrics.admission_rejections._value.get() == 1
 
 
 def test_computed_tokens_are_counted_per_tenant(make_engine: Maker, prompt_ids: Prompt) -> None:
@@ -207,10 +214,10 @@ def test_long_prompts_of_one_tenant_do_not_delay_a_short_one_of_another(
     batches: list[Counter[str]] = []
     are_all_there = threading.Event()
 
-    def count(batch: Sequence[tuple[str, int]]) -> None:
+    def count(batch: Sequence[ComputedTokens]) -> None:
         batches.append(Counter())
-        for request_id, n_tokens in batch:
-            batches[-1][request_tenant(request_id)] += n_tokens
+        for computed in batch:
+            batches[-1][request_tenant(computed.request_id)] += computed.n_tokens
 
     async def work() -> None:
         processor = manager_of(engine).batch_processor

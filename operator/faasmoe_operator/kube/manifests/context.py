@@ -108,6 +108,8 @@ class ModelContext:
         tenants: Tenants that may use the model, by the gateways alone.
         scaled_routers: routers that should run by the model's requests; None if they are not
             counted.
+        tls_secret: name of the Secret with the certificate of the namespace's models; None for pods
+            without TLS.
     """
 
     model: MoEModel
@@ -124,6 +126,7 @@ class ModelContext:
     gateways: GatewayPods | None = None
     tenants: tuple[TenantSpec, ...] = ()
     scaled_routers: int | None = None
+    tls_secret: str | None = None
 
     @property
     def router_replicas(self) -> int:

@@ -22,6 +22,9 @@ FUNCTIONS_ANNOTATION = "faasmoe.dev/functions"
 COMPONENT_LABEL = "app.kubernetes.io/component"
 MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 
+MODELS_TLS_SECRET = "faasmoe-models-tls"
+"""Name of the Secret with the certificate of a namespace's models that the operator issues."""
+
 
 class Component(StrEnum):
     """The component of a model that an object belongs to."""

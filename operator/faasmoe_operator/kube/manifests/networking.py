@@ -111,6 +111,8 @@ def _service(
         {"name": name, "port": number, "targetPort": target, "protocol": "TCP"}
         for name, (number, target) in targets.items()
     ]
+    if ctx.tls_secret is not None:
+        ports[0]["appProtocol"] = "https"  # for ingress controllers and gateways in front of it
     return new_object(
         ctx,
         SERVICE,
@@ -134,7 +136,8 @@ def _public_origin(ctx: ModelContext, service: str) -> str:
     if networking.http_route is not None and networking.http_route.hostnames:
         # The Gateway's listener terminates TLS. It is not known here; nearly all do.
         return f"https://{networking.http_route.hostnames[0]}"
-    return f"http://{service}.{ctx.namespace}.svc"
+    scheme = "http" if ctx.tls_secret is None else "https"
+    return f"{scheme}://{service}.{ctx.namespace}.svc"
 
 
 def ingress_objects(ctx: ModelContext) -> list[Object]:

@@ -43,6 +43,8 @@ TMP_MOUNT_PATH = "/tmp"
 TMP_SIZE_LIMIT = "2Gi"
 STATE_MOUNT_PATH = "/var/lib/faasmoe"
 STATE_SIZE_LIMIT = "64Mi"
+TLS_MOUNT_PATH = "/etc/faasmoe/tls"
+TLS_FILE_MODE = 0o440
 TOKEN_KEY = "token"
 FRONT_TOKEN_KEY = "front-token"
 METRICS_PORT_NAME = "metrics"
@@ -284,6 +286,31 @@ def state_mount() -> Object:
     return {"name": "state", "mountPath": STATE_MOUNT_PATH}
 
 
+def tls_volumes(ctx: ModelContext) -> list[Object]:
+    """Return the volume of the certificate; none without TLS.
+
+    A new certificate reaches running pods: its Secret's name stays the same.
+    """
+    if ctx.tls_secret is None:
+        return []
+    source = {"secretName": ctx.tls_secret, "defaultMode": TLS_FILE_MODE}
+    return [{"name": "tls", "secret": source}]
+
+
+def tls_mounts(ctx: ModelContext) -> list[Object]:
+    """Return the mount of the certificate; none without TLS."""
+    if ctx.tls_secret is None:
+        return []
+    return [{"name": "tls", "mountPath": TLS_MOUNT_PATH, "readOnly": True}]
+
+
+def tls_settings(ctx: ModelContext) -> dict[str, str]:
+    """Return the settings of TLS; none without."""
+    if ctx.tls_secret is None:
+        return {}
+    return {"TLS_FOLDER": TLS_MOUNT_PATH, "TLS_NAMESPACE": ctx.namespace}
+
+
 def control_secret_name(ctx: ModelContext) -> str:
     """Return the name of the control Secret."""
     return control_name(ctx.name, ctx.secrets.digest)
@@ -376,9 +403,12 @@ def container_ports(http_port: int, *, metrics_port: int) -> list[Object]:
     return [{"name": n, "containerPort": port, "protocol": "TCP"} for n, port in numbers.items()]
 
 
-def http_probe(path: str, *, period_s: int, failure_threshold: int, timeout_s: int = 2) -> Object:
-    """Return an HTTP probe of a container's port `http`."""
-    target = {"httpGet": {"path": path, "port": "http", "scheme": "HTTP"}}
+def http_probe(
+    ctx: ModelContext, path: str, *, period_s: int, failure_threshold: int, timeout_s: int = 2
+) -> Object:
+    """Return an HTTP probe of a container's port `http`; kubelets verify no certificate."""
+    scheme = "HTTP" if ctx.tls_secret is None else "HTTPS"
+    target = {"httpGet": {"path": path, "port": "http", "scheme": scheme}}
     return target | _probe_times(period_s, failure_threshold, timeout_s)
 
 

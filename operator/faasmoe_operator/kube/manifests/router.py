@@ -41,6 +41,9 @@ from faasmoe_operator.kube.manifests.pods import (
     store_path,
     store_volume,
     template_mounts,
+    tls_mounts,
+    tls_settings,
+    tls_volumes,
     tmp_mount,
     tmp_volume,
     token_env_var,
@@ -158,7 +161,7 @@ def _template(ctx: ModelContext) -> Object:
         Component.ROUTER,
         service_account_name=router_name(ctx.name),
         container=_container(ctx),
-        volumes=[store_volume(ctx), tmp_volume(), *tenants],
+        volumes=[store_volume(ctx), tmp_volume(), *tls_volumes(ctx), *tenants],
         termination_grace_s=ctx.spec.router.termination_grace_period_seconds,
     )
 
@@ -174,13 +177,16 @@ def _container(ctx: ModelContext) -> Object:
         "resources": router_resources(ctx),
         "securityContext": container_security_context(),
         # The router listens only once the model is loaded.
-        "startupProbe": http_probe("/ping", period_s=2, failure_threshold=STARTUP_TIMEOUT_S // 2),
-        "livenessProbe": http_probe("/ping", period_s=10, failure_threshold=6, timeout_s=5),
-        "readinessProbe": http_probe("/health", period_s=2, failure_threshold=2),
+        "startupProbe": http_probe(
+            ctx, "/ping", period_s=2, failure_threshold=STARTUP_TIMEOUT_S // 2
+        ),
+        "livenessProbe": http_probe(ctx, "/ping", period_s=10, failure_threshold=6, timeout_s=5),
+        "readinessProbe": http_probe(ctx, "/health", period_s=2, failure_threshold=2),
         "lifecycle": {"preStop": {"sleep": {"seconds": PRE_STOP_SLEEP_S}}},
         "volumeMounts": [
             store_mount(read_only=True),
             tmp_mount(),
+            *tls_mounts(ctx),
             *tenants,
             *template_mounts(ctx.spec.router.template),
         ],
@@ -234,5 +240,6 @@ def _settings(ctx: ModelContext) -> list[Object]:
             if ctx.has_tenants
             else None,
             "STATE_DIR": STATE_MOUNT_PATH if ctx.has_tenants else None,
+            **tls_settings(ctx),
         }
     )

@@ -28,6 +28,9 @@ from faasmoe_operator.kube.manifests.pods import (
     store_mount,
     store_volume,
     template_mounts,
+    tls_mounts,
+    tls_settings,
+    tls_volumes,
     tmp_mount,
     tmp_volume,
     token_env_var,
@@ -68,7 +71,7 @@ def _pod(ctx: ModelContext, *, name: str, template_hash: str) -> Object:
         Component.SANDBOX,
         service_account_name=sandbox_name(ctx.name),
         container=_container(ctx),
-        volumes=[_weights_volume(ctx), tmp_volume()],
+        volumes=[_weights_volume(ctx), tmp_volume(), *tls_volumes(ctx)],
         termination_grace_s=TERMINATION_GRACE_S,
     )
     # A restarted container would hold no functions: the pod is replaced instead.
@@ -98,10 +101,17 @@ def _container(ctx: ModelContext) -> Object:
         "ports": container_ports(SANDBOX_PORT, metrics_port=SANDBOX_METRICS_PORT),
         "resources": sandbox_resources(ctx),
         "securityContext": container_security_context(),
-        "startupProbe": http_probe("/healthz", period_s=1, failure_threshold=STARTUP_TIMEOUT_S),
-        "livenessProbe": http_probe("/healthz", period_s=10, failure_threshold=6, timeout_s=5),
-        "readinessProbe": http_probe("/readyz", period_s=5, failure_threshold=2),
-        "volumeMounts": [_weights_mount(ctx), tmp_mount(), *template_mounts(template)],
+        "startupProbe": http_probe(
+            ctx, "/healthz", period_s=1, failure_threshold=STARTUP_TIMEOUT_S
+        ),
+        "livenessProbe": http_probe(ctx, "/healthz", period_s=10, failure_threshold=6, timeout_s=5),
+        "readinessProbe": http_probe(ctx, "/readyz", period_s=5, failure_threshold=2),
+        "volumeMounts": [
+            _weights_mount(ctx),
+            tmp_mount(),
+            *tls_mounts(ctx),
+            *template_mounts(template),
+        ],
     }
 
 
@@ -130,6 +140,7 @@ def _environment(ctx: ModelContext) -> list[Object]:
             "DEVICE": experts.device,
             "THREADS": experts.threads,
             **_cache_settings(ctx),
+            **tls_settings(ctx),
         }
     )
     name = {"name": "FAASMOE_SANDBOX_ID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}

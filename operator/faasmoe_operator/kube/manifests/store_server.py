@@ -21,6 +21,9 @@ from faasmoe_operator.kube.manifests.pods import (
     store_path,
     store_volume,
     tcp_probe,
+    tls_mounts,
+    tls_settings,
+    tls_volumes,
     tmp_mount,
     tmp_volume,
     token_env_var,
@@ -40,7 +43,8 @@ RESOURCES = {
 
 def store_server_url(ctx: ModelContext) -> str:
     """Return the URL of the store server for sandboxes."""
-    return f"http://{store_server_name(ctx.name)}.{ctx.namespace}.svc:{STORE_SERVER_PORT}"
+    scheme = "http" if ctx.tls_secret is None else "https"
+    return f"{scheme}://{store_server_name(ctx.name)}.{ctx.namespace}.svc:{STORE_SERVER_PORT}"
 
 
 def store_server_objects(ctx: ModelContext) -> list[Object]:
@@ -72,7 +76,7 @@ def _deployment(ctx: ModelContext) -> Object:
         Component.STORE_SERVER,
         service_account_name=store_server_name(ctx.name),
         container=_container(ctx),
-        volumes=[store_volume(ctx), tmp_volume()],
+        volumes=[store_volume(ctx), tmp_volume(), *tls_volumes(ctx)],
         termination_grace_s=TERMINATION_GRACE_S,
     )
     return new_object(
@@ -103,6 +107,7 @@ def _container(ctx: ModelContext) -> Object:
         "PORT": STORE_SERVER_PORT,
         "MAX_CONNECTIONS": cache.max_connections,
         "BYTES_PER_SECOND": None if rate is None else quantity_to_bytes(rate),
+        **tls_settings(ctx),
     }
     return {
         "name": CONTAINER,
@@ -118,5 +123,5 @@ def _container(ctx: ModelContext) -> Object:
         "startupProbe": tcp_probe(period_s=1, failure_threshold=300),
         "livenessProbe": tcp_probe(period_s=10, failure_threshold=6, timeout_s=5),
         "readinessProbe": tcp_probe(period_s=5, failure_threshold=2),
-        "volumeMounts": [store_mount(read_only=True), tmp_mount()],
+        "volumeMounts": [store_mount(read_only=True), tmp_mount(), *tls_mounts(ctx)],
     }

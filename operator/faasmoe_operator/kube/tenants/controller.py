@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from faasmoe_contracts.json_reader import ContractError
+from faasmoe_contracts.tls import TlsFolder
 from faasmoe_operator.api.v1alpha1.tenants import TenantSpec
 from faasmoe_operator.control.gateway_links import GatewayLinks
 from faasmoe_operator.control.lease_book import LeaseBook
@@ -85,6 +86,8 @@ class TenantController:
         links: what gateways report of requests.
         events: records Kubernetes events.
         enqueue: called with each model whose routers must be told of other tenants.
+        tls: the operator's certificate for gateways, with which routers have some, too; None for
+            no TLS.
         clock: monotonic clock, in seconds.
         wall_clock: Unix time, in seconds.
     """
@@ -99,9 +102,11 @@ class TenantController:
         links: GatewayLinks,
         events: EventRecorder,
         enqueue: Callable[[ModelKey], None],
+        tls: TlsFolder | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
+        self._tls = tls
         self._api, self._cache = api, cache
         self._objects, self._tokens = objects, tokens
         self._links, self._events, self._enqueue = links, events, enqueue
@@ -137,7 +142,7 @@ class TenantController:
             ledger=self._ledger,
         )
         leases = LeaseServer(self._book, self._objects.write_shares)
-        self._server = GatewayLinkServer(self._tokens.operator, leases, self._links)
+        self._server = GatewayLinkServer(self._tokens.operator, leases, self._links, tls=self._tls)
         self._server.publish(plan.file.dumps(indent=None))
 
     @asynccontextmanager
@@ -198,6 +203,7 @@ class TenantController:
             observe_models(self._cache),
             self._keys.states,
             front_token=tokens.router,
+            has_tls=self._tls is not None,
             time_s=self._wall_clock(),
         )
 

@@ -10,11 +10,13 @@ import hmac
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from faasmoe_contracts.gateway_hello import MAX_HELLO_BYTES, GatewayHello
 from faasmoe_contracts.json_reader import ContractError
 from faasmoe_contracts.lease_messages import MAX_LINE_BYTES
 from faasmoe_contracts.socket_address import probe_peer
+from faasmoe_contracts.tls import GATEWAY_NAME, TlsFolder, is_named
 from faasmoe_operator.aio import ChangeNotifier, LineReader
 from faasmoe_operator.control.gateway_links import GatewayLinks
 from faasmoe_operator.control.lease_server import LeaseServer
@@ -32,9 +34,18 @@ class GatewayLinkServer:
         token: what they show.
         leases: leases tokens of limits.
         links: takes what they report of requests.
+        tls: the operator's certificate, with which gateways need one; None listens without TLS.
     """
 
-    def __init__(self, token: str, leases: LeaseServer, links: GatewayLinks) -> None:
+    def __init__(
+        self,
+        token: str,
+        leases: LeaseServer,
+        links: GatewayLinks,
+        *,
+        tls: TlsFolder | None = None,
+    ) -> None:
+        self._tls = tls
         self._token = token.encode()
         self._leases = leases
         self._links = links
@@ -50,7 +61,15 @@ class GatewayLinkServer:
     @asynccontextmanager
     async def listening(self, host: str, port: int) -> AsyncIterator[None]:
         """Listen for the lifetime of the context; raises OSError."""
-        server = await asyncio.start_server(self._serve, host, port, limit=MAX_HELLO_BYTES)
+        secured: dict[str, Any] = {}
+        if self._tls is not None:
+            secured = {
+                "ssl": self._tls.server_context(),
+                "ssl_handshake_timeout": HELLO_TIMEOUT_S,
+            }
+        server = await asyncio.start_server(
+            self._serve, host, port, limit=MAX_HELLO_BYTES, **secured
+        )
         try:
             yield
         finally:
@@ -62,6 +81,9 @@ class GatewayLinkServer:
         self._connections.add(writer)
         lines = LineReader(reader, max_bytes=MAX_HELLO_BYTES)
         try:
+            if not self._is_gateway(writer):
+                logger.warning("gateway link: got no certificate of %s", GATEWAY_NAME)
+                return
             probe_peer(writer)
             hello = await self._read_hello(lines)
             if hello is None:
@@ -77,6 +99,10 @@ class GatewayLinkServer:
         finally:
             self._connections.discard(writer)
             writer.close()
+
+    def _is_gateway(self, writer: asyncio.StreamWriter) -> bool:
+        """Return whether a client has shown a gateway's certificate, if there is TLS."""
+        return self._tls is None or is_named(writer.get_extra_info("ssl_object"), {GATEWAY_NAME})
 
     async def _read_hello(self, lines: LineReader) -> GatewayHello | None:
         """Return who connects; None for nobody who may."""

@@ -19,6 +19,7 @@ from faasmoe_contracts.gateway_file import (
     ModelEntry,
     TenantEntry,
 )
+from faasmoe_contracts.tls import models_name
 from faasmoe_operator.api.v1alpha1.tenant import MAX_MODELS, Tenant, TenantModelSpec
 from faasmoe_operator.api.v1alpha1.tenants import TenantSpec
 from faasmoe_operator.control.tenant_entries import tenant_entry
@@ -106,6 +107,7 @@ def plan_tenants(
     secrets: Mapping[SecretRef, SecretState],
     *,
     front_token: Callable[[str], str],
+    has_tls: bool = False,
     time_s: float,
 ) -> TenantPlan:
     """Return the plan.
@@ -115,6 +117,7 @@ def plan_tenants(
         models: all models.
         secrets: what is known of the Secrets that Tenants name.
         front_token: returns what the gateways show the routers of the model with a uid.
+        has_tls: whether routers have certificates.
         time_s: current time in seconds since the epoch.
     """
     outcomes: dict[ModelKey, TenantOutcome] = {}
@@ -141,7 +144,7 @@ def plan_tenants(
         entries.append(_entry(candidate, digests))
     file = GatewayFile(
         tuple(
-            _model_entry(model, front_token)
+            _model_entry(model, front_token, has_tls=has_tls)
             for model in models
             if model.key in used and model.max_model_len is not None
         ),
@@ -318,7 +321,9 @@ def _entry(candidate: _Candidate, digests: Mapping[str, str]) -> TenantEntry:
     return replace(entry, key_expiry={n: s for n, s in entry.key_expiry.items() if n in digests})
 
 
-def _model_entry(model: ObservedModel, front_token: Callable[[str], str]) -> ModelEntry:
+def _model_entry(
+    model: ObservedModel, front_token: Callable[[str], str], *, has_tls: bool
+) -> ModelEntry:
     assert model.max_model_len is not None
     return ModelEntry(
         model.name,
@@ -326,6 +331,7 @@ def _model_entry(model: ObservedModel, front_token: Callable[[str], str]) -> Mod
         model.max_model_len,
         model.routers,
         front_token(model.uid),
+        models_name(model.key.namespace) if has_tls else None,
     )
 
 
