@@ -6,9 +6,11 @@ See layer_call.h. Addresses of memory are plain integers, as in `library`.
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from faasmoe_kernels.function_layers import (
     CallsError,
@@ -68,16 +70,8 @@ class _Settings(ctypes.Structure):
     )
 
 
-class _Event(ctypes.Structure):
-    _fields_ = (
-        ("mailbox", ctypes.c_int64),
-        ("elapsed_s", ctypes.c_double),
-        ("layer", ctypes.c_int32),
-        ("rows", ctypes.c_int32),
-        ("end", ctypes.c_int32),
-        ("status", ctypes.c_int32),
-        ("detail", ctypes.c_char * 32),
-    )
+_EVENT_FIELDS = struct.Struct("qdiiii32s")
+"""Of a fk_call_event, in the order of CallEvent's; every call has one, so they are read at once."""
 
 
 class _FunctionTotals(ctypes.Structure):
@@ -156,8 +150,7 @@ class CallSettings:
     abandon_s: tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class CallEvent:
+class CallEvent(NamedTuple):
     """One call that ended.
 
     Attributes:
@@ -247,7 +240,7 @@ class LayerCalls:
         self.begin_address = _address(self._lib.fk_calls_begin)
         self.finish_address = _address(self._lib.fk_calls_finish)
         self.n_unanswered_address = _address(self._lib.fk_calls_n_unanswered)
-        self._events = (_Event * MAX_EVENTS)()
+        self._events = ctypes.create_string_buffer(MAX_EVENTS * _EVENT_FIELDS.size)
         self._seconds = (ctypes.c_double * MAX_EVENTS)()
 
     def begin(
@@ -363,12 +356,8 @@ class LayerCalls:
         """Return the calls that ended since the last time."""
         n = self._quick.fk_calls_take_events(self.context, self._events, MAX_EVENTS)
         return [
-            CallEvent(
-                *(e.mailbox, e.elapsed_s, e.layer, e.rows, CallEnd(e.end)),
-                SlotStatus(e.status) if e.status in _STATUSES else SlotStatus.FAILED,
-                e.detail.decode("utf-8", "replace"),
-            )
-            for e in self._events[:n]
+            _to_event(*_EVENT_FIELDS.unpack_from(self._events, i * _EVENT_FIELDS.size))
+            for i in range(n)
         ]
 
     def take_layer_seconds(self) -> list[float]:
@@ -409,7 +398,18 @@ class LayerCalls:
             raise CallsError(self._lib.fk_calls_error().decode())
 
 
-_STATUSES = frozenset(SlotStatus)
+_ENDS = {int(end): end for end in CallEnd}
+_STATUSES = {int(status): status for status in SlotStatus}
+
+
+def _to_event(
+    mailbox: int, elapsed_s: float, layer: int, rows: int, end: int, status: int, detail: bytes
+) -> CallEvent:
+    return CallEvent(
+        *(mailbox, elapsed_s, layer, rows, _ENDS[end]),
+        _STATUSES.get(status, SlotStatus.FAILED),
+        detail.partition(b"\0")[0].decode("utf-8", "replace"),
+    )
 
 
 def mailbox_bytes(

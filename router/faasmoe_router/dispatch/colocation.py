@@ -269,7 +269,10 @@ class ColocationPolicy:
             self._trials_for(n_rows).record_pass(elapsed_s)
 
     def _trials_for(self, n_rows: int) -> PairedTrials:
-        return self._trials.setdefault(n_rows.bit_length(), PairedTrials(len(self.choices)))
+        trials = self._trials.get(n_rows.bit_length())
+        if trials is None:
+            trials = self._trials[n_rows.bit_length()] = PairedTrials(len(self.choices))
+        return trials
 
 
 def colocation_choices(n_functions: int) -> tuple[int, ...]:
