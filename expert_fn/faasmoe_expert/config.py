@@ -39,7 +39,8 @@ class SandboxConfig:
         memory_bytes: limit on the parameters of all functions together; None for no limit on the
             CPU, and for the device's free memory on CUDA.
         token: bearer token required by /v1; empty requires none.
-        request_timeout_s: time for a client to send a complete request, and to read its response.
+        request_timeout_s: time for a client to send a complete request, to read its response, and
+            for the handshake of TLS.
         idle_timeout_s: time after which a connection without requests is closed.
         max_connections: maximum number of open connections, 1 or more.
         max_frames: maximum number of request bodies read concurrently, 1 or more.

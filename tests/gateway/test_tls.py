@@ -29,6 +29,7 @@ from tls_folders import (
 from faasmoe_contracts.gateway_file import GatewayFile, ModelEntry, RouterEntry
 from faasmoe_contracts.json_reader import ContractError
 from faasmoe_contracts.tls import GATEWAY_NAME, TlsFolder, TlsPeer, models_name
+from faasmoe_gateway import upstream
 from faasmoe_gateway.app import GatewayApp
 from faasmoe_gateway.demand_reporter import DemandReporter
 from faasmoe_gateway.model_routes import ModelRoute
@@ -111,8 +112,12 @@ def test_the_token_without_the_certificate_is_refused(router: str, tmp_path: Pat
 
 
 def test_a_router_that_is_another_gets_no_request(
-    router: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    router: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(upstream, "TLS_CONNECT_TIMEOUT_S", DEADLINE_S)
     strange = tls_peer(tmp_path / "strange", GATEWAY_NAME, root_key=OTHER_ROOT_KEY)
     assert relay(router, strange, hold_s=0.0).status == 503
     assert "certificate verify failed" in caplog.text

@@ -36,7 +36,6 @@ from faasmoe_expert.server.runtime import BackgroundLoader, SandboxRuntime
 logger = logging.getLogger(__name__)
 
 MAX_SCRAPERS = 16
-TLS_HANDSHAKE_TIMEOUT_S = 10.0
 SHUTDOWN_TIMEOUT_S = 2.0
 """Time for clients to read pending responses after the drain."""
 
@@ -185,7 +184,7 @@ class Listeners:
             endpoint = {"sock": listener}
         if tls is not None:
             endpoint["ssl"] = tls.server_context()
-            endpoint["ssl_handshake_timeout"] = TLS_HANDSHAKE_TIMEOUT_S
+            endpoint["ssl_handshake_timeout"] = config.request_timeout_s
         listeners = cls(await loop.create_server(new_connection, **endpoint))
         if config.socket_dir is not None:
             await listeners._listen_unix(new_connection, config.socket_dir)

@@ -350,7 +350,7 @@ class Connection:
     def _call_error(self, verb: str, error: OSError) -> CallError:
         if not self.is_connected:
             return ConnectError(f"{self.address}: cannot connect: {error}")
-        return CallError(f"{self.address}: cannot {verb}: {error}")
+        return CallError(f"{self.address}: cannot {verb}: {error}{self._hint_of_refusal()}")
 
     def _hint_of_refusal(self) -> str:
         # A TLS 1.3 client learns only after its request whether its own certificate was accepted,

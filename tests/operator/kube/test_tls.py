@@ -17,6 +17,7 @@ from aiohttp import web
 from faasmoe_up import free_port
 from fake_kube_api import FakeKubeApi
 from kube_objects import make_object
+from kubernetes_schemas import check_schema
 from tls_folders import NAMESPACE, ROOT_KEY, tls_peer, write_tls_folder
 
 from faasmoe_contracts.gateway_hello import GatewayHello
@@ -45,13 +46,15 @@ from faasmoe_operator.kube.server import (
     require_models_certificate,
     start_server,
 )
+from faasmoe_operator.kube.tenants import link_server
 from faasmoe_operator.kube.tenants.link_server import GatewayLinkServer
 from faasmoe_operator.kube.tls_secrets import REWRITE_S, SECRET_TYPE, TlsSecrets
 from faasmoe_operator.kube.types import MOEMODEL, SECRET, Object
-from faasmoe_router.control.client import ControlClient
+from faasmoe_router.control.client import ControlClient, ControlTimeouts
 from faasmoe_router.errors import ControlRejected, ControlUnreachable
 
 TIMEOUT_S = 120.0
+PATIENT = ControlTimeouts(TIMEOUT_S, TIMEOUT_S, TIMEOUT_S)
 
 
 def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -89,8 +92,8 @@ def test_routers_reach_the_control_api_of_their_namespace(
     async def work() -> None:
         runner = await start_control_api(operator)
         url = f"https://127.0.0.1:{port_of(runner)}/models"
-        own = ControlClient(f"{url}/{NAMESPACE}/chat", tls=router)
-        other = ControlClient(f"{url}/other/chat", tls=router)
+        own = ControlClient(f"{url}/{NAMESPACE}/chat", tls=router, timeouts=PATIENT)
+        other = ControlClient(f"{url}/other/chat", tls=router, timeouts=PATIENT)
         try:
             await own._post("/v1/load", {})
             with pytest.raises(ControlRejected, match=r"expected one of other\.models"):
@@ -116,7 +119,7 @@ def test_probes_reach_the_operator_and_nobody_else_does(
     async def work() -> None:
         runner = await start_control_api(operator)
         url = f"https://127.0.0.1:{port_of(runner)}"
-        misled = ControlClient(url, tls=gateway)
+        misled = ControlClient(url, tls=gateway, timeouts=PATIENT)
         try:
             async with aiohttp.ClientSession() as http:
                 for path in ("/healthz", "/readyz"):
@@ -147,7 +150,10 @@ async def read_file(link: ControlLink) -> bytes:
         writer.close()
 
 
-def test_gateways_are_known_by_token_and_certificate(operator: TlsFolder, tmp_path: Path) -> None:
+def test_gateways_are_known_by_token_and_certificate(
+    operator: TlsFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_server, "HELLO_TIMEOUT_S", TIMEOUT_S)
     hello = GatewayHello("token", "gateway-a", "config")
     gateway = tls_peer(tmp_path / "gateway", GATEWAY_NAME, server=OPERATOR_NAME)
     models = tls_peer(tmp_path / "models", models_name(NAMESPACE), server=OPERATOR_NAME)
@@ -236,6 +242,8 @@ def test_every_namespace_with_models_has_a_secret(cluster: Cluster, tmp_path: Pa
     assert cluster.sync()
     written = cluster.written()
     assert written.keys() == {"faasmoe-system", "llm", "other"}
+    for applied in cluster.secrets._secrets():
+        check_schema(applied)
     secret = written["llm"]
     assert secret["metadata"]["name"] == MODELS_TLS_SECRET
     assert secret["type"] == SECRET_TYPE

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from kubernetes_schemas import check_schema
 from model_contexts import all_objects, make_context
 
 from faasmoe_expert.blocks.__main__ import BlockServerConfig
@@ -89,6 +90,11 @@ def test_services_tell_what_their_routers_speak() -> None:
         assert all("appProtocol" not in port for port in service["spec"]["ports"][1:])
     assert model_url(context()) == "https://qwen.llm.svc/v1"
     assert tenant_url(context(), "acme") == "https://qwen-tenant-acme.llm.svc/acme/v1"
+
+
+def test_every_object_is_valid() -> None:
+    for obj in all_objects(context()):
+        check_schema(obj)
 
 
 def test_without_it_nothing_is_different() -> None:
