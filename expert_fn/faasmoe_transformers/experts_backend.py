@@ -54,19 +54,11 @@ class MoELayerComputer(Protocol):
 
 
 class NativeFunctions(Protocol):
-    """Addresses of native functions that compute a layer, and their first argument.
-
-    Attributes:
-        context: the first argument.
-        begin: begins a layer.
-        finish: finishes it.
-        n_unanswered: counts its calls that others on this machine have not answered yet.
-    """
+    """Addresses of native functions that begin and finish a layer, and their first argument."""
 
     context: int
     begin: int
     finish: int
-    n_unanswered: int
 
 
 class NativeCalls(Protocol):

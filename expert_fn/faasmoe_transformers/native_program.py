@@ -262,12 +262,7 @@ class ModelProgram:
         addresses = (
             {}
             if native is None
-            else {
-                "begin": native.begin,
-                "finish": native.finish,
-                "n_unanswered": native.n_unanswered,
-                "context": native.context,
-            }
+            else {"begin": native.begin, "finish": native.finish, "context": native.context}
         )
         try:
             return LayerProgram(

@@ -219,12 +219,11 @@ class LayerCalls:
         library: the kernel library.
 
     Attributes:
-        context: address of the native object, the first argument of the functions at the addresses
-            below.
+        context: address of the native object, the first argument of the functions at
+            `begin_address` and `finish_address`.
         begin_address: int32_t (*)(void *context, int64_t layer, int64_t rows, int64_t hidden_size,
             int64_t top_k, const float *hidden, const int64_t *top_k_index, const float *weight)
         finish_address: int32_t (*)(void *context, int64_t layer, float *out)
-        n_unanswered_address: int32_t (*)(void *context)
     """
 
     def __init__(self, library: KernelLibrary) -> None:
@@ -239,7 +238,6 @@ class LayerCalls:
         self.context: int = self._lib.fk_calls_new()
         self.begin_address = _address(self._lib.fk_calls_begin)
         self.finish_address = _address(self._lib.fk_calls_finish)
-        self.n_unanswered_address = _address(self._lib.fk_calls_n_unanswered)
         self._events = ctypes.create_string_buffer(MAX_EVENTS * _EVENT_FIELDS.size)
         self._seconds = (ctypes.c_double * MAX_EVENTS)()
 

@@ -122,7 +122,6 @@ class _ExpertsPort(ctypes.Structure):
     _fields_ = (
         *((name, _pointer) for name in ("context", "begin", "finish", "compute_context")),
         ("compute", ComputeExperts),
-        ("n_unanswered", _pointer),
     )
 
 
@@ -277,9 +276,7 @@ class LayerProgram:
         compute: computes routed experts, see ComputeExperts; returns 0, or a negative value.
         begin: address of a native function that starts the experts of a layer; None for none.
         finish: address of the native function that ends them.
-        n_unanswered: address of the native function that counts the layer's calls which others on
-            this machine have not answered yet; their cores are left to them. None for none.
-        context: first argument of all three.
+        context: first argument of both.
         head: the last norm and the LM head; None for a program that computes no scores.
 
     Raises:
@@ -295,7 +292,6 @@ class LayerProgram:
         *,
         begin: int | None = None,
         finish: int | None = None,
-        n_unanswered: int | None = None,
         context: int | None = None,
         head: Head | None = None,
     ) -> None:
@@ -307,7 +303,7 @@ class LayerProgram:
         self._overlap = library.function("fk_program_overlap", (_pointer,))
         self._free = library.function("fk_program_free", (_pointer,), None)
         table = (Layer * len(layers))(*layers)
-        port = _ExpertsPort(context, begin, finish, None, self._compute, n_unanswered)
+        port = _ExpertsPort(context, begin, finish, None, self._compute)
         self._program: int | None = create(
             *(hidden_size, len(layers), ctypes.addressof(table), ctypes.addressof(port)),
             None if head is None else ctypes.addressof(head),

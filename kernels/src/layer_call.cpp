@@ -17,7 +17,6 @@
 #include "float_convert.h"
 #include "mailbox.h"
 #include "sandbox_loop.h"
-#include "thread_pool.h"
 
 using namespace fk;
 
@@ -233,7 +232,6 @@ struct fk_calls {
   int32_t begin(int64_t l, int64_t rows, int64_t h, int64_t k, const uint8_t *hidden, int32_t dtype,
                 const int64_t *index, const float *weight);
   int32_t finish(int64_t l, uint8_t *out, int32_t dtype);
-  int32_t n_unanswered() const;
 
   bool count_pairs(const LayerRoutes &routes, int64_t rows, int64_t k, const int64_t *index, const float *weight);
   bool assign_parts(const LayerRoutes &routes);
@@ -571,23 +569,15 @@ bool fk_calls::compute_local(Part *part) {
     if (!found || found->hidden_size != hidden_size || found->dtype != now.store_dtype) return false;
     weights.push_back(found);
   }
-  fk::SharedCores cores([this] { return n_unanswered(); });
+  bool is_busy = n_parts > 1;  // functions of this machine compute beside this one
   CallPairs pairs{int64_t(part->rows.size()), int64_t(part->pair_row.size()), part->pair_row.data(),
                   part->pair_expert.data(), part->pair_weight.data()};
   int n_weights = int(weights.size());
   if (place_sums(weights.data(), n_weights, pairs, &scratch) != part->n_sums) return false;
   ComputeResult result = compute_sums(weights.data(), n_weights, pairs, part->n_sums, part->input.data(),
-                                      part->output.data(), std::max(1, now.n_threads), &scratch);
+                                      part->output.data(), is_busy ? 1 : std::max(1, now.n_threads), &scratch);
   if (result != kComputed) return false;
   return std::none_of(weights.begin(), weights.end(), [](const LayerWeights *w) { return w->is_changed(); });
-}
-
-// The frames of this layer that are not answered yet.
-int32_t fk_calls::n_unanswered() const {
-  int32_t n = 0;
-  for (size_t i = 0; is_pending && i < n_parts; ++i)
-    n += parts[i].is_sent && parts[i].mailbox->memory.slot(parts[i].slot).state.load() != kDone;
-  return n;
 }
 
 // Waits for an answer.
@@ -840,8 +830,6 @@ FK_EXPORT int32_t fk_calls_begin(void *calls, int64_t layer, int64_t rows, int64
 FK_EXPORT int32_t fk_calls_finish(void *calls, int64_t layer, float *out) {
   return fk_calls_finish_dtype(static_cast<fk_calls *>(calls), layer, out, FK_FLOAT32);
 }
-
-FK_EXPORT int32_t fk_calls_n_unanswered(void *calls) { return static_cast<fk_calls *>(calls)->n_unanswered(); }
 
 FK_EXPORT void fk_calls_release_memory(fk_calls *calls) { calls->release_memory(); }
 

@@ -118,8 +118,6 @@ int32_t fk_calls_finish_dtype(fk_calls *calls, int64_t layer, void *out, int32_t
 int32_t fk_calls_begin(void *calls, int64_t layer, int64_t rows, int64_t hidden_size, int64_t top_k,
                        const float *hidden, const int64_t *top_k_index, const float *top_k_weight);
 int32_t fk_calls_finish(void *calls, int64_t layer, float *out);
-// Calls of the layer between the two that are not answered yet.
-int32_t fk_calls_n_unanswered(void *calls);
 
 // Frees the memory that mailboxes keep for their next calls, unless a layer is between begin and finish.
 void fk_calls_release_memory(fk_calls *calls);

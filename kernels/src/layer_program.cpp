@@ -311,7 +311,6 @@ struct fk_program {
     pending = nullptr;
     int64_t rows = pending_rows;
     fk::Call call(n_threads);
-    fk::SharedCores cores([this] { return port.n_unanswered ? port.n_unanswered(port.context) : 0; });
     if (int32_t e = fk::multiply({{l->mlp.gate, b.gates}, {l->mlp.up, b.ups}}, b.normed, rows, n_threads)) return e;
     ops->gate(l->mlp.activation, b.gates.data(), b.ups.data(), rows * l->mlp.gate.n, b.gates.data());
     if (int32_t e = fk::multiply({{l->mlp.down, b.shared}}, b.gates, rows, n_threads)) return e;

@@ -109,8 +109,6 @@ typedef struct fk_experts_port {
   int32_t (*compute)(void *context, int64_t layer, int64_t rows, int64_t hidden_size, int64_t top_k,
                      const float *hidden, const int64_t *top_k_index, const float *top_k_weight,
                      float *out);
-  // How many of the layer's calls others have not answered yet, on threads of this machine; may be NULL.
-  int32_t (*n_unanswered)(void *context);
 } fk_experts_port;
 
 // The last norm and the LM head: scores are head(norm(x)) * scale.

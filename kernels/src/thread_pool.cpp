@@ -10,7 +10,6 @@
 #include <new>
 #include <system_error>
 #include <thread>
-#include <utility>
 #include <vector>
 
 namespace fk {
@@ -36,15 +35,6 @@ bool spin_until(F &&is_done) {
   return false;
 }
 
-thread_local const std::function<int32_t()> *n_others = nullptr;
-
-// Workers that may join a loop: those that it has use for, without what others leave no core for.
-int count_workers(int64_t count, int32_t n_threads) {
-  int64_t n_useful = std::min<int64_t>(n_threads, count) - 1;
-  if (!n_others) return int(n_useful);
-  return int(std::max<int64_t>(0, std::min<int64_t>(n_useful, n_threads - 1 - (*n_others)())));
-}
-
 class Pool {
  public:
   void run(int64_t count, int32_t n_threads, const std::function<void(int64_t)> &task) {
@@ -53,23 +43,18 @@ class Pool {
       for (int64_t i = 0; i < count; ++i) task(i);
       return;
     }
-    int n_workers = count_workers(count, n_threads);
+    int n_workers = int(std::min<int64_t>(n_threads, count) - 1);
     {
       std::lock_guard<std::mutex> lock(mutex_);
+      grow(n_workers);
       task_ = &task;
       count_ = count;
       next_ = 0;
-      grow(n_workers);
       n_wanted_ = n_workers;
       ++round_;
     }
-    if (n_workers) wake_.notify_all();
-    work([&] {
-      if (!n_others) return;
-      int n_now = count_workers(count, n_threads);
-      if (n_now > n_workers) add_workers(n_now - n_workers);
-      n_workers = std::max(n_workers, n_now);
-    });
+    wake_.notify_all();
+    work();
     {
       std::lock_guard<std::mutex> lock(mutex_);
       n_wanted_ = 0;  // who has not begun need not
@@ -86,16 +71,6 @@ class Pool {
   void end_call() { --n_calls_; }
 
  private:
-  // Lets more workers join the loop.
-  void add_workers(int n_workers) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      n_wanted_ += n_workers;
-      grow(n_wanted_ + n_running_);
-    }
-    wake_.notify_all();
-  }
-
   void grow(int64_t n_workers) {
     while (int64_t(workers_.size()) < n_workers) {
       try {
@@ -117,7 +92,7 @@ class Pool {
         --n_wanted_;
         ++n_running_;
         lock.unlock();
-        work([] {});
+        work();
         lock.lock();
         if (--n_running_ == 0) done_.notify_one();
         lock.unlock();
@@ -127,14 +102,9 @@ class Pool {
     }
   }
 
-  // Does what is left of the loop, task by task; `between` is called before each.
-  template <class F>
-  void work(F &&between) {
+  void work() {
     try {
-      for (int64_t i; (i = next_.fetch_add(1)) < count_;) {
-        between();
-        (*task_)(i);
-      }
+      for (int64_t i; (i = next_.fetch_add(1)) < count_;) (*task_)(i);
     } catch (const std::bad_alloc &) {  // thrown by `run`, once nobody uses the task
       has_failed_ = true;
     }
@@ -169,12 +139,6 @@ Pool &get_pool() {
 }
 
 }  // namespace
-
-SharedCores::SharedCores(std::function<int32_t()> others) : n_others_(std::move(others)), outer_(n_others) {
-  n_others = &n_others_;
-}
-
-SharedCores::~SharedCores() { n_others = outer_; }
 
 Call::Call(int32_t n_threads) : pool_(n_threads > 1 ? &get_pool() : nullptr) {
   if (pool_) static_cast<Pool *>(pool_)->begin_call();

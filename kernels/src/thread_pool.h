@@ -12,22 +12,6 @@ namespace fk {
 // is started while another one runs is run by its caller alone.
 void parallel(int64_t count, int32_t n_threads, const std::function<void(int64_t)> &task);
 
-// While one lives, loops of this thread leave cores to other processes: before each of its tasks the
-// caller asks how many threads of others have work on this machine, and workers join a loop only for
-// what they leave of its n_threads.
-class SharedCores {
- public:
-  // `n_others` is called on this thread only.
-  explicit SharedCores(std::function<int32_t()> n_others);
-  ~SharedCores();
-  SharedCores(const SharedCores &) = delete;
-  SharedCores &operator=(const SharedCores &) = delete;
-
- private:
-  std::function<int32_t()> n_others_;
-  const std::function<int32_t()> *outer_;
-};
-
 // While one lives, workers wait some microseconds for the next loop before they sleep. Held for
 // the length of a call of the library, so that none spins between calls.
 class Call {

@@ -69,27 +69,19 @@ class ArgmaxSampler:
 
 
 class NativeExperts(FixedExperts):
-    """Computes layers through C function pointers, except for the layer `declined`.
+    """Computes layers through C function pointers, except for the layer `declined`."""
 
-    `n_asked` has for each layer begun its rows and how often its unanswered calls were counted: one
-    for the first `n_unanswered` times, then none.
-    """
-
-    def __init__(self, declined: int = -1, *, n_unanswered: int = 0) -> None:
+    def __init__(self, declined: int = -1) -> None:
         super().__init__()
         self.declined = declined
-        self.n_unanswered = n_unanswered
-        self.n_asked: list[tuple[int, int]] = []
         self.begun: list[int] = []
         self.general: list[int] = []
         self.n_passes = self.n_finished_passes = 0
         self._begin = BEGIN(self._begin_layer)
         self._finish = FINISH(self._finish_layer)
-        self._count = COUNT(self._count_unanswered)
-        functions = {"begin": self._begin, "finish": self._finish, "n_unanswered": self._count}
-        self.program = SimpleNamespace(
-            context=7, **{n: ctypes.cast(f, POINTER).value for n, f in functions.items()}
-        )
+        addresses = (ctypes.cast(f, ctypes.c_void_p).value for f in (self._begin, self._finish))
+        begin, finish = addresses
+        self.program = SimpleNamespace(context=7, begin=begin, finish=finish)
         self.native = self
 
     def start_pass(self, n_rows: int) -> None:
@@ -111,7 +103,6 @@ class NativeExperts(FixedExperts):
             return 1
         hidden, index, weight = addresses
         self.begun.append(layer)
-        self.n_asked.append((rows, 0))
         self._sum = self.compute(
             layer,
             view(hidden, ctypes.c_float, torch.float32, rows, width),
@@ -126,17 +117,10 @@ class NativeExperts(FixedExperts):
         view(out, ctypes.c_float, torch.float32, *self._sum.shape).copy_(self._sum)
         return 0
 
-    def _count_unanswered(self, context: int) -> int:
-        assert context == 7
-        rows, n_asked = self.n_asked[-1]
-        self.n_asked[-1] = rows, n_asked + 1
-        return int(n_asked < self.n_unanswered)
-
 
 POINTER, INT32, INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 BEGIN = ctypes.CFUNCTYPE(INT32, POINTER, INT64, INT64, INT64, INT64, POINTER, POINTER, POINTER)
 FINISH = ctypes.CFUNCTYPE(INT32, POINTER, INT64, POINTER)
-COUNT = ctypes.CFUNCTYPE(INT32, POINTER)
 
 
 def view(address: int, ctype: Any, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
@@ -329,26 +313,6 @@ def test_scores_do_not_depend_on_the_number_of_threads(
         assert torch.equal(alone, divided)
         # transformers computes a row for each request, also for those within their prompts.
         torch.testing.assert_close(alone, reference[: len(alone)], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("n_unanswered", [3, 1_000_000])
-def test_cores_are_left_to_those_who_have_not_answered(
-    loop: asyncio.AbstractEventLoop, set_threads: Callable[[int], None], n_unanswered: int
-) -> None:
-    prompts = [[(7 * i + j) % 120 + 1 for i in range(20 + 3 * j)] for j in range(4)]
-    scores = []
-    for n_threads, n_first in ((1, 0), (2, n_unanswered)):
-        set_threads(n_threads)
-        experts = NativeExperts(n_unanswered=n_first)
-        model = build_wide(experts)
-        use_native_linears(model, load())
-        scores.append(generate(model, loop, prompts)[2])
-    for alone, shared in zip(*scores, strict=True):
-        assert torch.equal(alone, shared)
-    n_asked = dict(experts.n_asked)
-    assert max(n_asked.values()) > 3  # also between the tasks of a loop
-    if n_unanswered > max(n_asked.values()):  # who asks before each task did all tasks
-        assert set(experts.n_asked) == set(n_asked.items())
 
 
 def test_an_error_of_the_experts_fails_the_request(loop: asyncio.AbstractEventLoop) -> None:

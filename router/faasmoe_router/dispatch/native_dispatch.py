@@ -76,16 +76,14 @@ class NativeProgram:
     """What a program needs to compute layers without Python; see `LayerCalls`.
 
     Attributes:
-        context: first argument of all functions.
+        context: first argument of both functions.
         begin: address of the function that begins a layer.
         finish: address of the function that finishes it.
-        n_unanswered: address of the function that counts the layer's calls without an answer.
     """
 
     context: int
     begin: int
     finish: int
-    n_unanswered: int
 
 
 class NativeDispatch:
@@ -132,10 +130,7 @@ class NativeDispatch:
     ) -> None:
         self._calls = LayerCalls(library)
         self.program = NativeProgram(
-            self._calls.context,
-            self._calls.begin_address,
-            self._calls.finish_address,
-            self._calls.n_unanswered_address,
+            self._calls.context, self._calls.begin_address, self._calls.finish_address
         )
         self.connector = MailboxConnector(
             self._calls, mailbox_sizes(store, library), socket_dir=socket_dir, token=token

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import http.client
 import json
 import mmap
@@ -23,7 +22,7 @@ import pytest
 import torch
 from faasmoe_up import free_port
 from metric_samples import parse_sample
-from raw_http import stopped, wait_until
+from raw_http import wait_until
 from sandbox_processes import PreparedStore, SandboxProcess, StartSandbox, make_function_spec
 
 from faasmoe_contracts.routing_table import FunctionEndpoints, RoutingTable
@@ -346,26 +345,6 @@ def test_layers_after_the_one_that_lost_a_sandbox_stay_native(
         for number, layer in enumerate(range(LAYER + 1, len(store.manifest.layers)), start=1):
             one.check(16, layer)
             assert one.count("mailbox_calls") == n_mailbox + number
-
-
-def test_calls_are_unanswered_until_their_sandbox_has_computed(
-    sandbox_server: SandboxProcess, router: MakeRouter, store: Store
-) -> None:
-    """A router's threads leave their cores to them meanwhile."""
-    one = router(sandbox_server.attach_blocks(store, 3))
-    one.wait_for_mailboxes(sandbox_server.address)
-    native, (hidden, index, weight) = one.dispatcher.native, one.arguments(3)
-    assert native is not None
-    count = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p)(native.program.n_unanswered)
-    out, context = torch.empty_like(hidden), native.program.context
-    native.start_pass()
-    assert count(context) == 0
-    with stopped(sandbox_server):
-        assert native.begin(LAYER, hidden, index, weight)
-        assert count(context) == 1  # a frame for all functions of the sandbox
-    wait_until(lambda: count(context) == 0)
-    assert native.finish(LAYER, out, None)
-    torch.testing.assert_close(out, one.general.compute(LAYER, hidden, index, weight))
 
 
 def process_state(pid: int) -> str:
