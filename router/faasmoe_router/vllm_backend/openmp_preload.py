@@ -20,18 +20,26 @@ def preload_openmp() -> None:
     """Restart this process with torch's OpenMP library, unless one is preloaded; on Linux only.
 
     To be called before anything is imported that takes time. A process keeps its id, its open file
-    descriptors and its death with its parent.
+    descriptors and its death with its parent. A fork has what its parent has preloaded, whatever
+    its environment says.
     """
     torch = find_spec("torch")
     if not sys.platform.startswith("linux") or torch is None or torch.origin is None:
         return
-    preload = preload_with_openmp(os.environ.get(VARIABLE, ""), Path(torch.origin).parent)
+    preload = preload_with_openmp(_loaded_with(), Path(torch.origin).parent)
     if preload is None:
         return
     os.environ[VARIABLE] = preload
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _loaded_with() -> str:
+    """Return the variable's value when this process, or what it is a fork of, was loaded."""
+    entries = Path("/proc/self/environ").read_bytes().split(b"\0")
+    values = [e.partition(b"=")[2] for e in entries if e.startswith(f"{VARIABLE}=".encode())]
+    return os.fsdecode(values[0]) if values else ""
 
 
 def preload_with_openmp(preload: str, torch: Path) -> str | None:

@@ -16,8 +16,14 @@ SCRIPT = """
 import os, sys
 from faasmoe_router.vllm_backend.openmp_preload import preload_openmp
 n_starts = os.environ.get("N_STARTS", "")
+assert len(n_starts) < 2, "restarted again"
 os.environ["N_STARTS"] = n_starts + "+"
 preload_openmp()
+if os.fork() == 0:  # as a router that the zygote forks, with the launcher's environment
+    os.environ.pop("LD_PRELOAD")
+    preload_openmp()
+    os._exit(0)
+assert os.wait()[1] == 0
 maps = open("/proc/self/maps").read()
 print(n_starts, os.getpid(), "libgomp" in maps, "torch" in sys.modules, *sys.argv[1:])
 """
