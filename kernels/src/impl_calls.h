@@ -1,8 +1,6 @@
 // The two calls: products of packed inputs in parallel; a part of kernels_impl.h.
 
 constexpr int64_t kMinChunkBytes = 64 << 10;  // of weights that a thread takes at once
-constexpr int64_t kMaxChunkBytes = 512 << 10;
-constexpr int64_t kMaxChunkProducts = 1 << 24;  // multiplications that it takes at once, some 0.2 ms
 constexpr int64_t kPairsPerWave = 2048;       // of groups that are computed together
 
 using Floats = std::unique_ptr<float[]>;
@@ -42,14 +40,12 @@ class PackedRows {
   int64_t k_ = 0, units_ = 0, pitch_ = 0, size_ = 0;
 };
 
-// Weight rows per task of `n_rows` in all for `n_inputs` input rows: each task is large enough to stream, and
-// small enough that threads end together, whichever had its core for longer.
-static int64_t chunk_rows(const fk_matrix &m, int32_t n_threads, int64_t n_rows, int64_t n_inputs) {
+// Weight rows per task of `n_rows` in all: few tasks for few threads, and each large enough to stream.
+static int64_t chunk_rows(const fk_matrix &m, int32_t n_threads, int64_t n_rows) {
   if (n_threads <= 1) return m.n;
   int64_t row_bytes = std::max<int64_t>(1, m.k * (m.scheme == FK_W_FLOAT32 ? 8 : m.scheme <= FK_W_FLOAT16 ? 4 : m.scheme == FK_W_INT8 || m.scheme == FK_W_FP8 ? 2 : 1) / 2);
   int64_t least = std::max<int64_t>(1, kMinChunkBytes / row_bytes), fair = n_rows / (4 * n_threads);
-  int64_t most = std::min(kMaxChunkBytes / row_bytes, kMaxChunkProducts / std::max<int64_t>(1, n_inputs * m.k));
-  int64_t chunk = std::min(std::max(least, std::min(fair, most)), (n_rows + n_threads - 1) / n_threads);
+  int64_t chunk = std::min(std::max(least, fair), (n_rows + n_threads - 1) / n_threads);
   return std::min(m.n, (chunk + kTileRows - 1) / kTileRows * kTileRows);
 }
 
@@ -114,7 +110,7 @@ static int32_t multiply_parts(const LinearPart *parts, int64_t n_parts, const vo
     if (status) return status;
     int64_t n_columns = 0, n_tasks = 0;
     for (int64_t p = 0; p < n_parts; ++p) n_columns += parts[p].w->n;
-    int64_t chunk = chunk_rows(*parts[0].w, n_threads, n_columns, rows);
+    int64_t chunk = chunk_rows(*parts[0].w, n_threads, n_columns);
     for (int64_t p = 0; p < n_parts; ++p) n_tasks += (parts[p].w->n + chunk - 1) / chunk;
     return run_tasks(n_tasks, n_threads, [&](int64_t i) {
       const LinearPart *part = parts;
@@ -172,7 +168,7 @@ template <class E>
 static int32_t multiply_wave(const Wave &wave, const fk_matrix *matrices, const uint8_t *const *x, float *product,
                              int32_t n_threads) {
   const fk_matrix *of_wave = matrices + wave.first_group;
-  int64_t n = of_wave[0].n, chunk = chunk_rows(of_wave[0], n_threads, n * wave.n_groups, wave.n_pairs() / wave.n_groups);
+  int64_t n = of_wave[0].n, chunk = chunk_rows(of_wave[0], n_threads, n * wave.n_groups);
   int64_t n_chunks = (n + chunk - 1) / chunk;
   return run_tasks(wave.n_groups * n_chunks, n_threads, [&](int64_t i) {
     const fk_matrix &m = of_wave[i / n_chunks];

@@ -9,7 +9,7 @@
 //   kMaxRows       input rows that are multiplied at once, at most, and kColumns weight rows by them
 //   kColumns1      weight rows that are multiplied at once by a single input row, kColumns2 by two
 //   pack           brings an input row into the order in which its numbers are used
-//   Scales         what the scales of some weight rows become before they are used; and fetches them before
+//   Scales         what the scales of some weight rows become before they are used
 //   accumulate     state[r][c] += x_r . w_c over some units
 //   Tile, decode   the engine of decoded weights, and what decodes them; Tile is void if it is not needed
 
@@ -48,7 +48,6 @@ struct NoScales {  // of engines without scales
   explicit NoScales(const fk_matrix &) {}
   static int64_t floats(const fk_matrix &) { return 0; }
   void read(int64_t, int64_t, float *) const {}
-  void prefetch(int64_t, int64_t) const {}
 };
 
 template <class D, bool kIsTile = false>

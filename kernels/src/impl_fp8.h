@@ -46,7 +46,6 @@ struct BlockScales {
   void read(int64_t row, int64_t rows, float *to) const {
     for (int64_t r = 0; r < rows; ++r) read_row(row + r, to + r * units);
   }
-  void prefetch(int64_t, int64_t) const {}  // many rows share them
 
  private:
   void read_row(int64_t row, float *to) const {

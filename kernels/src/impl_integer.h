@@ -136,17 +136,6 @@ enum class Scaling {
   kGroups16,  // groups of 16 columns, see impl_nvfp4.h
 };
 
-// Fetches the scales of some weight rows into the second-level cache; rows past the last have none.
-static inline void prefetch_scales(const fk_matrix &m, int64_t groups, int64_t row, int64_t rows) {
-  int64_t row_bytes = groups * parameter_bytes(m.scale_dtype);
-  for (int64_t end = std::min(row + rows, m.n); row < end; ++row) {
-    bool is_upper = m.scales_upper && row >= m.n / 2;
-    const uint8_t *p = (const uint8_t *)(is_upper ? m.scales_upper : m.scales);
-    p += (is_upper ? row - m.n / 2 : row) * row_bytes;
-    for (int64_t b = 0; b < row_bytes; b += kCacheLineBytes) __builtin_prefetch(p + b, 0, 2);
-  }
-}
-
 // Scales (and zero points) of one weight row as float32: one per unit, or one per 32 columns with
 // zeros up to a whole unit; behind them the zero points.
 template <Scaling kScaling>
@@ -173,9 +162,6 @@ struct GroupScales {
     int64_t half = m.scales_upper ? std::min(std::max(m.n / 2 - row, int64_t(0)), rows) : rows;
     if (half > 0) read_from(m.scales, row, half, to);
     if (half < rows) read_from(m.scales_upper, row + half - m.n / 2, rows - half, to + half * floats(m));
-  }
-  void prefetch(int64_t row, int64_t rows) const {
-    if (kScaling != Scaling::kRow) prefetch_scales(m, groups, row, rows);
   }
 
  private:

@@ -13,7 +13,6 @@ struct GroupScales<Scaling::kGroups16> {
   void read(int64_t row, int64_t rows, float *to) const {
     for (int64_t r = 0; r < rows; ++r) read_row(row + r, to + r * floats(m));
   }
-  void prefetch(int64_t row, int64_t rows) const { prefetch_scales(m, groups, row, rows); }
 
  private:
   void read_row(int64_t row, float *to) const {

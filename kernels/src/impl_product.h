@@ -6,7 +6,6 @@
 
 constexpr int64_t kAheadBytes = 16384;      // that are prefetched before they are needed, of some weight rows
 constexpr int64_t kRowAheadBytes = 2048;    // the same of one long row
-constexpr int64_t kScaleRowsAhead = 16;     // weight rows whose scales are prefetched: they lie apart from the codes
 constexpr int64_t kTileRows = 32;           // weight rows that stay in the cache for many input rows
 constexpr int64_t kInputBlockBytes = 4096;  // of each input row that are used at once by all rows of a tile
 
@@ -78,11 +77,7 @@ class Product {
     with_count<E::kMaxStreamRows, 1>(rows, [&](auto count) {
       constexpr int R = decltype(count)::value, C = R == 1 ? E::kColumns1 : R == 2 ? E::kColumns2 : E::kColumns;
       int64_t c = begin;
-      scales_.prefetch(c, kScaleRowsAhead);
-      for (; c + C <= end; c += C) {
-        scales_.prefetch(c + kScaleRowsAhead, C);
-        stream<R, C>(c, x, out + c, out_stride, memory);
-      }
+      for (; c + C <= end; c += C) stream<R, C>(c, x, out + c, out_stride, memory);
       for (; c < end; ++c)
         for (int r = 0; r < R; ++r) stream<1, 1>(c, x + r, out + r * out_stride + c, out_stride, memory);
     });
@@ -160,7 +155,6 @@ class Product {
       Tile tile;
       tile.count = std::min(kTileRows, end - c0);
       scales_.read(c0, tile.count, (float *)(memory + kTileRows * pitch));
-      scales_.prefetch(c0 + kTileRows, kTileRows);
       for (int64_t c = 0; c < tile.count; ++c) {
         const float *scales = (float *)(memory + kTileRows * pitch + c * scales_bytes);
         uint8_t *tail = memory + kTileRows * (pitch + scales_bytes) + c * E::kUnitBytes;

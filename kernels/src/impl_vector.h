@@ -149,9 +149,6 @@ static void from_floats(const float *from, int64_t count, void *to, int32_t dtyp
 }
 
 static inline int64_t dtype_bytes(int32_t dtype) { return dtype == FK_FLOAT32 ? 4 : 2; }
-static inline int64_t parameter_bytes(int32_t dtype) {
-  return dtype == FK_P_FLOAT32 ? 4 : dtype == FK_P_BFLOAT16 || dtype == FK_P_FLOAT16 ? 2 : 1;
-}
 
 // Sums of lanes, always in the same order: halves are added until one lane is left.
 static inline float horizontal_sum(vf v) {
