@@ -33,6 +33,10 @@ class Handler(BaseHTTPRequestHandler):
             error = {"code": "unauthorized", "message": "authorization: expected the token"}
             return self.respond(401, {"error": error})
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/v1/functions":
+            specs = {spec.pop("id"): spec for spec in body.pop("functions")}
+            self.functions.update({name: {**body, **spec} for name, spec in specs.items()})
+            return self.respond(200, {"functions": [{"id": name} for name in specs]})
         self.functions[self.path.rpartition("/")[2]] = body
         return self.respond(201, {})
 
