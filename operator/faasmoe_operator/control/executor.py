@@ -241,14 +241,18 @@ class ActionExecutor:
 
     async def _attach_queued(self, sandbox: str) -> None:
         """Attach what is queued for a sandbox, which loads one function at a time."""
-        queue = self._attach_queues[sandbox]
+        queue, is_done = self._attach_queues[sandbox], False
         try:
             while queue:
                 await self._attach_some(
                     sandbox, [queue.popleft() for _ in range(min(len(queue), MAX_ATTACHES))]
                 )
+            is_done = True
         finally:
             del self._attach_queues[sandbox]
+            self._n_attaching -= len(queue)
+            if not is_done:  # its functions would be on their way for ever
+                self.mark_sandbox_failed(sandbox, cause="attach", message="attach was cancelled")
 
     async def _attach_some(self, sandbox: str, functions: Sequence[str]) -> None:
         record, started = self._fleet.get(sandbox), self._context.clock()

@@ -237,7 +237,7 @@ def _parse_refusals(
     results = response.get("functions")
     if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
         results = []
-    if {result.get("id") for result in results} != expected:
+    if {str(result.get("id")) for result in results} != expected:
         raise _protocol_error(address, 200, "functions: expected each of those to attach")
     return {
         str(result["id"]): _reported_error(address, 200, result["error"])

@@ -358,6 +358,26 @@ def test_functions_of_a_sandbox_are_attached_in_few_calls() -> None:
     asyncio.run(scenario())
 
 
+def test_functions_move_on_when_attaching_ends_unexpectedly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    attach_all, failures = SandboxClient.attach_all, iter([ValueError("a test")])
+
+    async def fail_once(self: SandboxClient, *args: Any, **kwargs: Any) -> Any:
+        for error in failures:
+            raise error
+        return await attach_all(self, *args, **kwargs)
+
+    async def scenario() -> None:
+        model = make_model(MAX_ATTACHES + 2, capacity=MAX_ATTACHES + 2, warm_pool=0)
+        async with controller_and_platform(model) as (controller, _):
+            controller.activate(list(model.functions))
+            await eventually(lambda: routable_functions(controller) == set(model.functions))
+
+    monkeypatch.setattr(SandboxClient, "attach_all", fail_once)
+    asyncio.run(scenario())
+
+
 def test_refused_function_of_a_call_is_placed_elsewhere_and_the_others_stay() -> None:
     async def has_no_room_for_f1(request: web.Request) -> web.Response | None:
         if request.method != "PUT":

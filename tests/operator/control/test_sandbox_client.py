@@ -141,6 +141,13 @@ def test_detach_of_an_unknown_function_succeeds() -> None:
             id="results-no-objects",
         ),
         pytest.param(
+            attach_all,
+            http_response(200, {"functions": [{"id": ["f1"]}, {"id": "f2"}]}),
+            "protocol_error",
+            "functions: expected each",
+            id="id-is-a-list",
+        ),
+        pytest.param(
             list_functions, http_response(200, {}), "protocol_error", "functions", id="no-functions"
         ),
         pytest.param(
