@@ -3,6 +3,9 @@
 The same compressed day for `faasmoe up` with a quantised store whose functions and router end while
 nobody uses them, for one resident full model, and for llama.cpp's resident server. What counts is
 GB-seconds per generated token; the goals are ratios of these.
+
+Whoever runs a real day would let functions end after some idle minutes, so the day is long enough
+for the shortest windows that can be configured to be that: `window_minutes` has both.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +60,18 @@ MODELS = {"demo": DEMO_CHECKPOINT, "qwen": "qwen", "tiny": "tiny"}
 PROMPT_CHARACTERS = {"demo": 1000, "qwen": 160, "tiny": 24}  # qwen's tokenizer is byte-level
 SLOTS = 8
 IDLE_SECONDS = 10  # the shortest that a router waits
+DURATION_S = 600.0
+DAY_MINUTES = 24 * 60
+AT_REST_FACTOR = 1.1  # of the least memory
 FUNCTIONS_PER_LAYER, SANDBOXES = 3, 3
 ZERO_TIMEOUT_S = 180.0
 POLL_S = 0.1
 ZYGOTES = ("faasmoe_router.zygote", "faasmoe_expert.zygote")
+FUNCTION_WINDOW_SECONDS = 6  # Knative's shortest
 EXPERTS: Mapping[str, Any] = {
     "warmPool": 0,
     "scaling": {
-        "windowSeconds": 6,  # Knative's shortest
+        "windowSeconds": FUNCTION_WINDOW_SECONDS,
         "panicWindowPercentage": 20,
         "scaleToZeroGracePeriodSeconds": 0,
     },
@@ -100,12 +108,16 @@ class DayRun:
         gb_s = self.usage.byte_s / 1e9
         ttfts = [r.ttft_s for r in served]
         samples = [sample.total / 1e9 for sample in self.usage.samples]
+        gaps = [b.at_s - a.at_s for a, b in pairwise(self.usage.samples)]
         return {
             "gb_s": gb_s,
             "gb_s_per_token": gb_s / tokens if tokens else None,
             "mean_gb": gb_s / self.usage.time_s,
             "min_gb": min(samples),
             "max_gb": max(samples),
+            "at_rest": self._time_below(AT_REST_FACTOR * min(samples)) / self.usage.time_s,
+            "sampling_s": self.usage.sampling_s,
+            "longest_gap_s": max(gaps),
             "ttft_p50_s": percentile(ttfts, 50) if ttfts else None,
             "ttft_p99_s": percentile(ttfts, 99) if ttfts else None,
             "cpu_s": self.usage.cpu_s,
@@ -117,6 +129,14 @@ class DayRun:
             "memory": [[s.at_s, s.total / 1e9] for s in self.usage.samples],
         }
 
+    def _time_below(self, gb: float) -> float:
+        """Return the seconds between samples that are both at most `gb`."""
+        return sum(
+            b.at_s - a.at_s
+            for a, b in pairwise(self.usage.samples)
+            if max(a.total, b.total) / 1e9 <= gb
+        )
+
 
 def add_command(commands: Any) -> None:
     """Add `faasmoe bench day`."""
@@ -125,7 +145,10 @@ def add_command(commands: Any) -> None:
         help="GB-seconds of a bursty day, beside resident servers",
         description="Send a compressed day of bursts to functions and a router that go to zero,\n"
         "to one resident full model and to llama.cpp's server; compare GB-seconds per token.",
-        epilog="Example:\n  faasmoe bench day --duration 165     ten minutes in all",
+        epilog="Examples:\n"
+        "  faasmoe bench day --model qwen --quantization int4     35 minutes\n"
+        "  faasmoe bench day --duration 165     10 minutes, in which functions wait for nearly an\n"
+        "                                       hour of the day until they end",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -144,9 +167,10 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--duration",
         type=float,
-        default=165.0,
+        default=DURATION_S,
         metavar="S",
-        help="length of the compressed day, for each server (default: %(default)s)",
+        help="length of the compressed day, for each server (default: %(default)s, in which "
+        "functions end after 14 minutes of the day without requests, and the router after 24)",
     )
     parser.add_argument(
         "--requests", type=int, default=60, help="requests of the day (default: %(default)s)"
@@ -205,12 +229,34 @@ async def _run(arguments: argparse.Namespace) -> int:
             "tokens": workload.n_tokens,
             "duration_s": workload.duration_s,
             "digest": workload.digest,
+            "window_minutes": window_minutes(workload.duration_s),
         },
         "machine": machine,
     }
-    print(f"\n{format_day(figures)}")
-    print(f"figures: {write_figures('day', figures | about, folder=arguments.out.resolve())}")
+    out = arguments.out.resolve()
+    print(f"\n{describe_day(about['workload'])}\n\n{format_day(figures)}")
+    print(f"figures: {write_figures('day', figures | about, folder=out)}")
+    (out / "day.md").write_text(markdown(figures, about), encoding="utf-8")
     return 0
+
+
+def window_minutes(duration_s: float) -> dict[str, float]:
+    """Return how many minutes of the compressed day functions and router are kept without use."""
+    minutes_per_s = DAY_MINUTES / duration_s
+    return {
+        "functions": round(FUNCTION_WINDOW_SECONDS * minutes_per_s, 1),
+        "router": round(IDLE_SECONDS * minutes_per_s, 1),
+    }
+
+
+def describe_day(workload: Mapping[str, Any]) -> str:
+    """Return in a sentence how long the day is, and its windows."""
+    windows = workload["window_minutes"]
+    return (
+        f"A day in {workload['duration_s']:g} s, {workload['requests']} requests: functions end "
+        f"after {FUNCTION_WINDOW_SECONDS} s without requests, {windows['functions']:g} minutes of "
+        f"the day, and the router after {IDLE_SECONDS} s, {windows['router']:g} minutes."
+    )
 
 
 async def make_model(name: str, cache: Path, quantization: str) -> BenchmarkModel:
@@ -383,21 +429,46 @@ def _median(values: Sequence[float | None]) -> float | None:
     return statistics.median(known) if len(known) == len(values) and known else None
 
 
+COLUMNS = {
+    "gb_s_per_token": "GB s per token",
+    "mean_gb": "mean GB",
+    "min_gb": "least",
+    "max_gb": "most",
+    "at_rest": "time at rest",
+    "ttft_p50_s": "first token p50, s",
+    "ttft_p99_s": "p99",
+}
+RATIOS = ("gb_s_per_token_over_resident", "gb_s_per_token_over_llama_cpp")
+
+
 def format_day(figures: Mapping[str, Any]) -> str:
     """Return the days and ratios as text."""
-    columns = ("gb_s_per_token", "mean_gb", "min_gb", "max_gb", "ttft_p50_s", "ttft_p99_s")
-    rows = [
-        (
-            TITLES[name],
-            *("–" if run[c] is None else f"{run[c]:.3f}" for c in columns),
-            str(run["failed"]),
-        )
+    header = ("", *(title.upper() for title in COLUMNS.values()), "FAILED")
+    ratios = "\n".join(f"{name}: {_number(figures[name])}" for name in RATIOS)
+    return f"{format_table(header, _rows(figures))}\n\n{ratios}"
+
+
+def markdown(figures: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    """Return the days and ratios as a page."""
+    model, machine = about["model"], about["machine"]
+    header = ("", *COLUMNS.values(), "failed")
+    lines = [header, ["---"] * len(header), *_rows(figures)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    ratios = "\n".join(f"- `{name}`: {_number(figures[name])}" for name in RATIOS)
+    return (
+        f"# A bursty day\n\n{describe_day(about['workload'])} Model {model['name']}, "
+        f"{model['quantization']}; {machine['cores']} cores of {machine['cpu']}, "
+        f"{machine['date']}.\n\n{table}\n\n{ratios}\n"
+    )
+
+
+def _rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (TITLES[name], *(_number(run[column]) for column in COLUMNS), str(run["failed"]))
         for name, runs in figures["servers"].items()
         for run in runs
     ]
-    header = ("", "GB S/TOKEN", "MEAN GB", "MIN", "MAX", "TTFT P50 S", "P99", "FAILED")
-    ratios = "\n".join(
-        f"{name}: {'–' if figures[name] is None else format(figures[name], '.3f')}"
-        for name in ("gb_s_per_token_over_resident", "gb_s_per_token_over_llama_cpp")
-    )
-    return f"{format_table(header, rows)}\n\n{ratios}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -65,11 +65,13 @@ class ResourceUsage:
         samples: memory over time.
         cpu_s: CPU time.
         time_s: wall time.
+        sampling_s: what of it was spent on reading memory.
     """
 
     samples: list[MemorySample]
     cpu_s: float = 0.0
     time_s: float = 0.0
+    sampling_s: float = 0.0
 
     @property
     def byte_s(self) -> float:
@@ -103,6 +105,7 @@ async def metering(
             reading_s = time.perf_counter()
             usage.samples.append(await asyncio.to_thread(tree.memory, reading_s - started_s))
             cost_s = time.perf_counter() - reading_s
+            usage.sampling_s += cost_s
             await asyncio.sleep(max(interval_s, cost_s * MIN_PAUSE_FACTOR))
 
     sampling = asyncio.create_task(sample())
