@@ -37,7 +37,9 @@ PROCESSES = (
     "faasmoe_operator.control",
     "faasmoe_expert.zygote",
     "faasmoe_router.zygote",
+    "faasmoe_router.common_zygote",
 )
+ZYGOTES = PROCESSES[2:]
 
 
 def main() -> int:
@@ -129,7 +131,7 @@ def measure(up: FaasmoeUp, *, repeats: int) -> dict[str, float]:
         warm_s.append(first_token_s(up))
     return {
         "idle_mb": round(idle["faasmoe_gateway"] + idle["faasmoe_operator.control"], 1),
-        "idle_zygotes_mb": round(idle["faasmoe_expert.zygote"] + idle["faasmoe_router.zygote"], 1),
+        "idle_zygotes_mb": round(sum(idle[name] for name in ZYGOTES), 1),
         "ttft_zero_p50_s": round(statistics.median(cold_s), 3),
         "ttft_zero_p99_s": round(max(cold_s), 3),  # of few repeats
         "ttft_warm_p50_s": round(statistics.median(warm_s), 3),

@@ -22,7 +22,7 @@ from faasmoe_contracts.routing_table import FunctionEndpoints, RoutingTable
 from faasmoe_operator.cli import child_process, router
 from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.control.sandbox_client import ModelStore, SandboxClient, SandboxClientError
-from faasmoe_operator.platforms.zygote import SOCKET_DIR_VARIABLE, shared_dir_variables
+from faasmoe_operator.platforms.zygote import ZYGOTE_COMMAND, shared_dir_variables
 
 logger = logging.getLogger(__name__)
 
@@ -128,9 +128,10 @@ def unix_socket_environment(launcher_pid: int) -> dict[str, str]:
         RuntimeError: the launcher has no zygote of sandboxes, whose sockets these are.
     """
     for process in psutil.Process(launcher_pid).children():
-        environment = process.environ()
-        if SOCKET_DIR_VARIABLE in environment:
-            return shared_dir_variables(Path(environment[SOCKET_DIR_VARIABLE]).parent)
+        if ZYGOTE_COMMAND[-1] in process.cmdline():
+            # Not in its environment, of which a forked process shows that of its parent.
+            listening = (Path(c.laddr) for c in process.net_connections("unix") if c.laddr)
+            return shared_dir_variables(next(listening).parent)
     raise RuntimeError(f"process {launcher_pid}: got no zygote of sandboxes, expected one")
 
 

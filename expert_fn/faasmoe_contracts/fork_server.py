@@ -9,8 +9,9 @@ JSON object:
     {"forked": 8}                                     answers, in the order of the requests
     {"exited": 8, "status": -9}                       negative: killed by this signal
 
-The server ends when its launcher closes the socket, and its children die with it. It must have one
-thread when it forks: a child would wait forever for locks that other threads held.
+The server ends when its launcher closes the socket, and its children die with it; or they become
+children of the launcher, which then waits for them itself, and survive it. It must have one thread
+when it forks: a child would wait forever for locks that other threads held.
 """
 
 from __future__ import annotations
@@ -22,15 +23,19 @@ import json
 import os
 import selectors
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from faasmoe_contracts.parent_death import PARENT_PID_ENV, die_with_parent
 
 FORK_FD_ENV = "FAASMOE_FORK_FD"
+FORK_MODULE_ENV = "FAASMOE_FORK_MODULE"
+"""Names, in a request, the module whose `main` a child runs, if there are several."""
 MAX_PACKET_BYTES = 1 << 18
 MAX_DESCRIPTORS = 16
+MAX_PID_DIGITS = 7
 _PR_SET_NAME = 15
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 class ForkServerError(RuntimeError):
@@ -60,6 +65,17 @@ def send_signal(channel: socket.socket, pid: int, number: int) -> None:
     channel.send(json.dumps({"signal": number, "pid": pid}).encode())
 
 
+@contextlib.contextmanager
+def adopting_orphans() -> Iterator[None]:
+    """Have what processes leave that this one has started become its own children meanwhile."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
 class ForkServer:
     """Forks children and reports their ends. Use it in the main thread of a one-thread process.
 
@@ -68,6 +84,8 @@ class ForkServer:
         process_name: name of the children's main thread, as `ps` shows it; 15 bytes at most.
         before_fork: called with each child's environment before it is forked, to make what the
             child will need; must start no thread.
+        gives_away: whether children become those of the launcher, which adopts them
+            (`adopting_orphans`); each then has a session of its own.
 
     Raises:
         ForkServerError: the process has other threads.
@@ -79,8 +97,10 @@ class ForkServer:
         *,
         process_name: str,
         before_fork: Callable[[Mapping[str, str]], None] = lambda _: None,
+        gives_away: bool = False,
     ) -> None:
         _check_single_threaded("the imports")
+        self._gives_away = gives_away
         self._before_fork = before_fork
         self._channel = channel
         self._process_name = process_name
@@ -94,13 +114,16 @@ class ForkServer:
         *,
         process_name: str,
         before_fork: Callable[[Mapping[str, str]], None] = lambda _: None,
+        gives_away: bool = False,
     ) -> ForkServer:
         """Return a server on the inherited socket; raises ForkServerError without one."""
         number = os.environ.get(FORK_FD_ENV, "")
         if not number.isdigit():
             raise ForkServerError(f"{FORK_FD_ENV}: got {number!r}, expected a descriptor")
         channel = socket.socket(fileno=int(number))
-        return cls(channel, process_name=process_name, before_fork=before_fork)
+        return cls(
+            channel, process_name=process_name, before_fork=before_fork, gives_away=gives_away
+        )
 
     def run(self) -> bool:
         """Serve; return False once the launcher is gone, and True in each forked child.
@@ -134,19 +157,22 @@ class ForkServer:
         """Fork; return whether this is the child."""
         self._before_fork(request.environment)
         _check_single_threaded("the preparation of a child")
-        server_pid = os.getpid()
-        pid = os.fork()
+        parent_pid = os.getppid() if self._gives_away else os.getpid()
+        pid = _fork_orphan() if self._gives_away else os.fork()
         if pid == 0:
-            die_with_parent(server_pid)
+            die_with_parent(parent_pid)
+            if self._gives_away:
+                os.setsid()
             self._close_inherited()
             _become(request, received, self._process_name)
-            os.environ[PARENT_PID_ENV] = str(server_pid)
+            os.environ[PARENT_PID_ENV] = str(parent_pid)
             return True
         for descriptor in received:
             os.close(descriptor)
-        ended = os.pidfd_open(pid)
-        self._pids[ended] = pid
-        self._selector.register(ended, selectors.EVENT_READ)
+        if not self._gives_away:
+            ended = os.pidfd_open(pid)
+            self._pids[ended] = pid
+            self._selector.register(ended, selectors.EVENT_READ)
         self._send({"forked": pid})
         return False
 
@@ -166,6 +192,39 @@ class ForkServer:
         self._channel.close()
         for ended in self._pids:
             os.close(ended)
+
+
+def _fork_orphan() -> int:
+    """Fork a process between, which forks the child and ends; return as `os.fork` does.
+
+    Both return only when the child has been adopted. It ends if this process does before that.
+    """
+    (pid_reader, pid_writer), (go_reader, go_writer) = os.pipe(), os.pipe()
+    between = os.fork()
+    if between == 0:
+        try:
+            pid = os.fork()
+        except OSError:
+            os._exit(1)
+        if pid:
+            os.write(pid_writer, str(pid).encode())
+            os._exit(0)
+        for descriptor in (pid_reader, pid_writer, go_writer):
+            os.close(descriptor)
+        if not os.read(go_reader, 1):
+            os._exit(1)
+        os.close(go_reader)
+        return 0
+    for descriptor in (pid_writer, go_reader):
+        os.close(descriptor)
+    with os.fdopen(pid_reader, "rb") as reader, os.fdopen(go_writer, "wb", buffering=0) as go:
+        os.waitpid(between, 0)  # its children have been adopted then
+        pid = int(reader.read(MAX_PID_DIGITS) or 0)
+        if not pid:
+            raise ForkServerError("the process between could not fork")
+        with contextlib.suppress(BrokenPipeError):  # the child was killed
+            go.write(b"!")
+    return pid
 
 
 def _check_single_threaded(after: str) -> None:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 MAX_FILLED_BYTES = 32 << 20  # of a process, as they are never free again
 POOL_BYTES = 16 << 10  # of Python's allocator, for blocks of one size
 POOL_HEADER_BYTES = 48
 MAX_BLOCK_BYTES = 512  # of Python's allocator; larger ones are malloc's
 STEP_BYTES = 16
+MALLOPT_OPTIONS = {
+    "MALLOC_TRIM_THRESHOLD_": -1,
+    "MALLOC_MMAP_THRESHOLD_": -3,
+    "MALLOC_ARENA_MAX": -8,
+}
+"""M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_ARENA_MAX, by the variables that set them."""
 MAX_HOLE_BYTES = 64 << 10
 
 
@@ -33,6 +39,21 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:
         trim(0)
+
+
+def apply_malloc_variables(environment: Mapping[str, str]) -> None:
+    """Set the C library's malloc as it sets itself by these variables when a process starts.
+
+    For a forked process, which has the settings of its parent; does nothing without glibc.
+
+    Args:
+        environment: the process's; what is no number is ignored.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    for name, option in MALLOPT_OPTIONS.items():
+        value = environment.get(name, "")
+        if set_option is not None and value.isdigit():
+            set_option(option, int(value))
 
 
 class HoleFiller:

@@ -28,8 +28,8 @@ from tests.chaos.tenants import ChaosTenant, write_tenant_keys
 
 from faasmoe_operator.cli import control, gateway, router
 from faasmoe_operator.cli.control import ReservedControlPort, StackSecrets
-from faasmoe_operator.cli.local_stack import write_tenants_file
 from faasmoe_operator.cli.logs import LogSinks
+from faasmoe_operator.cli.stack_files import write_tenants_file
 from faasmoe_operator.cli.supervisor import (
     RestartPolicy,
     SupervisedChild,

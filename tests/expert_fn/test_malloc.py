@@ -67,3 +67,32 @@ def test_fills_holes_up_to_a_limit() -> None:
     left, filled, limit = map(int, lines[1].split())
     assert left > 3_000_000  # 60 MB of holes are more than the limit
     assert limit - 100_000 < filled <= limit
+
+
+VARIABLES = """
+import ctypes
+from faasmoe_expert.malloc import _Mallinfo, apply_malloc_variables
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.mallinfo2.restype = _Mallinfo
+
+def mapped_blocks():
+    before = libc.mallinfo2().hblks
+    libc.malloc(500_000)
+    return libc.mallinfo2().hblks - before
+
+counts = [mapped_blocks()]
+for value in ("1048576", "x", "100000"):
+    apply_malloc_variables({"MALLOC_MMAP_THRESHOLD_": value})
+    counts.append(mapped_blocks())
+print(counts)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc 2.33 only")
+def test_variables_set_malloc_again_in_a_running_process() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", VARIABLES], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "[1, 0, 0, 1]"

@@ -18,6 +18,7 @@ from tiny_chat import save_tiny_chat_model
 from tiny_system import moemodel_yaml
 
 ORIGIN = "https://chat.example.com"
+ZYGOTES = ("expert", "router")
 TENANTS = """\
 apiVersion: faasmoe.dev/v1alpha1
 kind: Tenant
@@ -157,12 +158,13 @@ def test_budget_ends_a_day(up: FaasmoeUp) -> None:
     assert seen[2].json()["error"]["code"] == "budget_exceeded"
 
 
-def test_models_share_control_process_and_zygote(up: FaasmoeUp) -> None:
+def test_models_share_control_process_and_zygotes(up: FaasmoeUp) -> None:
     modules = [word for p in children(up) for word in p.cmdline() if word.startswith("faasmoe_")]
     assert sorted(modules) == [
         "faasmoe_expert.zygote",
         "faasmoe_gateway",
         "faasmoe_operator.control",
+        "faasmoe_router.common_zygote",
         "faasmoe_router.zygote",
     ]
 
@@ -182,6 +184,24 @@ def test_killed_control_process_adopts_the_sandboxes_of_all_models(up: FaasmoeUp
     wait_until(has_adopted, timeout_s=120, what="a new control process")
     assert complete(up, "first").status_code == complete(up, "second").status_code == 200
     assert before & {process.pid for process in up.sandboxes}
+
+
+def test_zygotes_outlive_their_parent_which_starts_again_for_one_that_dies(up: FaasmoeUp) -> None:
+    common = up.child_running("faasmoe_router.common_zygote")
+    sandboxes, routers = (up.child_running(f"faasmoe_{kind}.zygote") for kind in ZYGOTES)
+    assert common is not None
+    assert sandboxes is not None
+    assert routers is not None
+    common.kill()
+    common.wait(30)
+    assert complete(up, "first").status_code == 200
+    assert (sandboxes.is_running(), routers.is_running()) == (True, True)
+    routers.kill()
+    assert complete(up, "first").status_code == complete(up, "second").status_code == 200
+    again = up.child_running("faasmoe_router.common_zygote")
+    assert again is not None
+    assert again.pid != common.pid
+    assert sandboxes.is_running()
 
 
 def test_gateway_is_small(up: FaasmoeUp) -> None:

@@ -11,7 +11,7 @@ import os
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
 
 from faasmoe_contracts.parent_death import PARENT_PID_ENV
@@ -90,6 +90,21 @@ class ChildProcess:
         async for line in read_lines(self._process.stdout):
             self._log_tail.append(line)
             log_line(line)
+
+
+class RunChild(Protocol):
+    """Runs a child process for the lifetime of a context, as `running_child` does."""
+
+    def __call__(
+        self,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        log: Callable[[str], None],
+        grace_s: float,
+        pass_fds: Sequence[int] = (),
+    ) -> AbstractAsyncContextManager[ChildProcess]:
+        """Return the context; entering it may raise ChildNotStarted."""
 
 
 @asynccontextmanager

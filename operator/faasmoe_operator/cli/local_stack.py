@@ -9,24 +9,23 @@ gateway the router gets the socket, in whose queue clients wait meanwhile.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import secrets
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Never
 
-from faasmoe_operator.api.v1alpha1 import MoEModel
-from faasmoe_operator.api.v1alpha1.tenants import TenantSpec
-from faasmoe_operator.api.v1alpha1.tenants_file import TENANTS_FILE_NAME, build_tenants_file
 from faasmoe_operator.cli import control, gateway, live_page, router
+from faasmoe_operator.cli.child_process import RunChild
+from faasmoe_operator.cli.common_zygote import CommonZygote
 from faasmoe_operator.cli.control import ReservedControlPort, StackSecrets
 from faasmoe_operator.cli.live_page import LivePageOptions
 from faasmoe_operator.cli.logs import LogSinks
 from faasmoe_operator.cli.runtime_dir import LocalInstance
+from faasmoe_operator.cli.stack_files import write_model_file, write_tenants_file
 from faasmoe_operator.cli.supervisor import SupervisedChild, supervised, supervised_start
 from faasmoe_operator.cli.zygote import Zygote
 from faasmoe_operator.control.local_model import LocalModel
@@ -37,9 +36,6 @@ from faasmoe_operator.platforms import zygote
 ZYGOTE_GRACE_S = 10.0
 SOCKET_NAME = "zygote.sock"
 ROUTER_SOCKET_NAME = "router.sock"
-MODEL_FILE_NAME = "model.yaml"
-SINGLE_TENANT = "default"
-API_KEYS_FOLDER = "api-keys"
 
 SupervisedContext = AbstractAsyncContextManager[tuple[SupervisedChild, asyncio.Task[Never]]]
 
@@ -209,6 +205,7 @@ class StackProcesses:
     """The running processes.
 
     Attributes:
+        common_zygote: forks the zygotes.
         zygote: forks the sandboxes.
         router_zygote: forks the router.
         control: plans and scales the functions.
@@ -217,6 +214,7 @@ class StackProcesses:
         failures: one task per process; it raises CommandError once the process is not restarted.
     """
 
+    common_zygote: CommonZygote
     zygote: SupervisedChild
     router_zygote: Zygote
     control: SupervisedChild
@@ -234,6 +232,7 @@ class StackProcesses:
             "control": self.control.pid,
             "router zygote": self.router_zygote.pid,
             "zygote": self.zygote.pid,
+            "common zygote": self.common_zygote.pid,
         }
 
 
@@ -241,8 +240,14 @@ class StackProcesses:
 async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackProcesses]:
     """Run all processes; the router stops first, so that its last requests can finish."""
     async with AsyncExitStack() as stack:
+        common_zygote = await stack.enter_async_context(new_common_zygote(spec, logs))
         zygote_child, zygote_failure = await stack.enter_async_context(
-            supervised_zygote(spec, spec.folder / SOCKET_NAME, logs.sink("sandboxes"))
+            supervised_zygote(
+                spec,
+                spec.folder / SOCKET_NAME,
+                logs.sink("sandboxes"),
+                run=common_zygote.running_child,
+            )
         )
         control_child, control_failure = await stack.enter_async_context(
             supervised_control(spec, logs.sink("control"))
@@ -254,7 +259,7 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
             path = spec.folder / ROUTER_SOCKET_NAME
             behind = router.RouterSocket(path, secrets.token_urlsafe(32))
         router_zygote, router_child, router_failure = await stack.enter_async_context(
-            _supervised_router(spec, logs, listener, behind)
+            _supervised_router(spec, logs, common_zygote, listener, behind)
         )
         failures = [zygote_failure, control_failure, router_failure]
         gateway_child = None
@@ -265,6 +270,7 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
             failures.append(gateway_failure)
         stack.callback(listener.close)  # before the front stops, which then refuses clients
         yield StackProcesses(
+            common_zygote,
             zygote_child,
             router_zygote,
             control_child,
@@ -274,8 +280,24 @@ async def running_stack(spec: StackSpec, logs: LogSinks) -> AsyncIterator[StackP
         )
 
 
+def new_common_zygote(spec: StackSpec, logs: LogSinks) -> CommonZygote:
+    """Return the parent of the zygotes.
+
+    Args:
+        spec: a model; routers of others may have other variables, and then other zygotes.
+        logs: its output.
+    """
+    environment = router.zygote_environment(router_environment(spec, None, None))
+    return CommonZygote(environment, log=logs.sink("common-zygote"))
+
+
 def supervised_zygote(
-    spec: StackSpec, socket_path: Path, log: Callable[[str], None], *, name: str = "zygote"
+    spec: StackSpec,
+    socket_path: Path,
+    log: Callable[[str], None],
+    *,
+    run: RunChild,
+    name: str = "zygote",
 ) -> SupervisedContext:
     """Keep a zygote of sandboxes running.
 
@@ -283,6 +305,7 @@ def supervised_zygote(
         spec: a model, with which it warms up.
         socket_path: its Unix socket.
         log: called with each line of output.
+        run: runs it.
         name: its name for messages.
     """
     return supervised(
@@ -296,6 +319,7 @@ def supervised_zygote(
         ),
         log=log,
         grace_s=ZYGOTE_GRACE_S,
+        run=run,
     )
 
 
@@ -321,14 +345,18 @@ def supervised_control(spec: StackSpec, log: Callable[[str], None]) -> Supervise
 
 @asynccontextmanager
 async def _supervised_router(
-    spec: StackSpec, logs: LogSinks, listener: socket.socket, behind: router.RouterSocket | None
+    spec: StackSpec,
+    logs: LogSinks,
+    common_zygote: CommonZygote,
+    listener: socket.socket,
+    behind: router.RouterSocket | None,
 ) -> AsyncIterator[tuple[Zygote, SupervisedChild, asyncio.Task[Never]]]:
     inherited = listener if behind is None else None
     tenants_file = write_tenants_file(spec.deployment, spec.folder, api_keys=spec.access.api_keys)
     environment = router_environment(spec, tenants_file, behind, listener=inherited)
-    log = logs.sink("router")
+    log, run = logs.sink("router"), common_zygote.running_child
     async with (
-        router.new_zygote(environment, log=logs.sink("router-zygote")) as router_zygote,
+        router.new_zygote(environment, log=logs.sink("router-zygote"), run=run) as router_zygote,
         supervised_router(environment, router_zygote, log, listener=inherited) as (child, failure),
     ):
         yield router_zygote, child, failure
@@ -410,79 +438,3 @@ def _supervised_gateway(
         grace_s=gateway.GRACE_S,
         pass_fds=(listener.fileno(),),
     )
-
-
-def write_model_file(deployment: LocalModel, folder: Path) -> Path:
-    """Return the MoEModel file of the control process.
-
-    Args:
-        deployment: the model to serve.
-        folder: private runtime folder of this instance, where a file is written if the model is not
-            what its file holds; paths in it are absolute.
-    """
-    if not deployment.is_modified:
-        return deployment.file
-    document = deployment.model.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    spec = document["spec"]
-    spec["model"]["source"] = deployment.source
-    spec.setdefault("store", {})["path"] = str(deployment.store_path)
-    for tenant, entry in zip(deployment.model.spec.tenants, spec.get("tenants", ()), strict=True):
-        entry["apiKeysPath"] = str(deployment.api_keys_path(tenant))
-    path = folder / MODEL_FILE_NAME
-    write_private(path, json.dumps(document, indent=2))
-    return path
-
-
-def write_tenants_file(
-    deployment: LocalModel, folder: Path, *, api_keys: Sequence[str] = ()
-) -> Path | None:
-    """Write the tenants file of the router, readable by this user only.
-
-    Args:
-        deployment: the model to serve.
-        folder: private runtime folder of this instance.
-        api_keys: keys of a model without tenants; they become those of one unlimited tenant.
-
-    Returns:
-        The file, or None if the model declares no tenants and is open to everyone.
-    """
-    if api_keys:
-        model = _with_single_tenant(deployment.model)
-        document = build_tenants_file(
-            model.metadata.name,
-            model.spec.tenants,
-            lambda _: str(write_keys(folder, api_keys)),
-        )
-    elif deployment.model.spec.tenants:
-        document = build_tenants_file(
-            deployment.model.metadata.name,
-            deployment.model.spec.tenants,
-            lambda tenant: str(deployment.api_keys_path(tenant)),
-        )
-    else:
-        return None
-    path = folder / TENANTS_FILE_NAME
-    write_private(path, json.dumps(document, indent=2))
-    return path
-
-
-def _with_single_tenant(model: MoEModel) -> MoEModel:
-    tenant = TenantSpec.model_validate({"name": SINGLE_TENANT, "apiKeysPath": API_KEYS_FOLDER})
-    spec = model.spec.model_copy(update={"tenants": (tenant,)})
-    return model.model_copy(update={"spec": spec})
-
-
-def write_keys(folder: Path, api_keys: Sequence[str]) -> Path:
-    """Write each key to a file of its own, as a mounted Secret has them; return their folder."""
-    path = folder / API_KEYS_FOLDER
-    path.mkdir(mode=0o700)
-    for index, key in enumerate(api_keys):
-        write_private(path / f"key-{index}", key)
-    return path
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a new file that only this user can read."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)

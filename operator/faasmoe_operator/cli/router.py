@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from faasmoe_operator.cli.child_process import RunChild, running_child
+from faasmoe_operator.cli.common_zygote import library_variables
 from faasmoe_operator.cli.supervisor import RestartPolicy
 from faasmoe_operator.cli.zygote import Zygote
 from faasmoe_operator.control.local_model import LocalModel
@@ -184,7 +186,12 @@ def zygote_command(environment: Mapping[str, str]) -> Sequence[str]:
     return (python or sys.executable, *ZYGOTE_COMMAND[1:], "vllm")
 
 
-def new_zygote(environment: Mapping[str, str], *, log: Callable[[str], None]) -> Zygote:
+def new_zygote(
+    environment: Mapping[str, str],
+    *,
+    log: Callable[[str], None],
+    run: RunChild = running_child,
+) -> Zygote:
     """Return a zygote of routers.
 
     Libraries read some variables when they are loaded, so it has the environment of its routers but
@@ -193,23 +200,26 @@ def new_zygote(environment: Mapping[str, str], *, log: Callable[[str], None]) ->
     Args:
         environment: environment of the routers.
         log: called with each line that it writes.
+        run: runs its process.
     """
     return Zygote(
         "router zygote",
         zygote_command(environment),
-        environment={**_library_variables(environment), **ZYGOTE_VARIABLES},
+        environment=zygote_environment(environment),
         log=log,
         grace_s=ZYGOTE_GRACE_S,
+        run=run,
     )
+
+
+def zygote_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a zygote of routers, given that of one of them."""
+    return {**library_variables(environment), **ZYGOTE_VARIABLES}
 
 
 def zygote_key(environment: Mapping[str, str]) -> Hashable:
     """Return what routers have in common that one zygote can fork."""
-    return (*zygote_command(environment), *sorted(_library_variables(environment).items()))
-
-
-def _library_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    return {n: v for n, v in environment.items() if not n.startswith("FAASMOE_")}
+    return (*zygote_command(environment), *sorted(library_variables(environment).items()))
 
 
 async def wait_until_healthy(

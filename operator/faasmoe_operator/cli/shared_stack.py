@@ -23,21 +23,20 @@ from faasmoe_contracts.atomic_file import write_atomically
 from faasmoe_contracts.store import Manifest
 from faasmoe_operator.api.v1alpha1.tenants_file import TENANTS_FILE_NAME, build_tenants_file
 from faasmoe_operator.cli import control, gateway, live_page, router
+from faasmoe_operator.cli.child_process import RunChild
+from faasmoe_operator.cli.common_zygote import CommonZygote
 from faasmoe_operator.cli.deployment import Deployment
 from faasmoe_operator.cli.formatting import format_bytes
 from faasmoe_operator.cli.live_page import LivePageOptions
 from faasmoe_operator.cli.local_stack import (
-    SINGLE_TENANT,
     ClientAccess,
     SharedControl,
     StackSpec,
     SupervisedContext,
+    new_common_zygote,
     router_environment,
     supervised_router,
     supervised_zygote,
-    write_keys,
-    write_model_file,
-    write_private,
 )
 from faasmoe_operator.cli.logs import LogSinks, print_progress
 from faasmoe_operator.cli.router_memory import limit_routers
@@ -45,6 +44,12 @@ from faasmoe_operator.cli.router_scaling import (
     RouterSlot,
     ScaledRouters,
     scaled_routers,
+)
+from faasmoe_operator.cli.stack_files import (
+    SINGLE_TENANT,
+    write_keys,
+    write_model_file,
+    write_private,
 )
 from faasmoe_operator.cli.supervisor import SupervisedChild, supervised
 from faasmoe_operator.cli.zygote import Zygote
@@ -160,7 +165,7 @@ class SharedProcesses:
     """
 
     routers: Mapping[str, ScaledRouters]
-    children: Mapping[str, SupervisedChild | Zygote]
+    children: Mapping[str, SupervisedChild | Zygote | CommonZygote]
     failures: tuple[asyncio.Task[Never], ...]
 
     @property
@@ -226,14 +231,18 @@ def with_api_keys(deployment: Deployment, access: ClientAccess, folder: Path) ->
 async def running_shared_stack(spec: SharedSpec, logs: LogSinks) -> AsyncIterator[SharedProcesses]:
     """Run all processes; the gateway stops first, so that its last requests can finish."""
     front_token = secrets.token_urlsafe(32)
-    children: dict[str, SupervisedChild | Zygote] = {}
+    children: dict[str, SupervisedChild | Zygote | CommonZygote] = {}
     failures: list[asyncio.Task[Never]] = []
     async with AsyncExitStack() as stack:
         sockets = {name: spec.router_sockets(name) for name in spec.specs}
         file = spec.deployment.gateway_file(sockets, spec.max_model_lens)
         write_private(spec.gateway_file, file.dumps().decode())
-        zygotes = _RouterZygotes(stack, logs)
-        for kind, context in _shared_contexts(spec, logs).items():
+        common_zygote = await stack.enter_async_context(
+            new_common_zygote(next(iter(spec.specs.values())), logs)
+        )
+        zygotes = _RouterZygotes(stack, logs, run=common_zygote.running_child)
+        contexts = _shared_contexts(spec, logs, run=common_zygote.running_child)
+        for kind, context in contexts.items():
             children[kind], failure = await stack.enter_async_context(context)
             failures.append(failure)
         links = GatewayLinks()
@@ -274,7 +283,8 @@ async def running_shared_stack(spec: SharedSpec, logs: LogSinks) -> AsyncIterato
             )
             failures.append(failure)
         stack.callback(listener.close)  # before gateways stop, which then refuse clients
-        children = {**gateways, **children, **zygotes.by_name}
+        children |= {**zygotes.by_name, "common zygote": common_zygote}
+        children = {**gateways, **children}
         yield SharedProcesses(routers, children, tuple(failures))
 
 
@@ -382,14 +392,22 @@ def router_bytes(local: LocalModel) -> int:
     return weights + ROUTER_PROCESS_BYTES
 
 
-def _shared_contexts(spec: SharedSpec, logs: LogSinks) -> dict[str, SupervisedContext]:
-    """Return the zygotes of sandboxes and the control process, in the order of their start."""
+def _shared_contexts(
+    spec: SharedSpec, logs: LogSinks, *, run: RunChild
+) -> dict[str, SupervisedContext]:
+    """Return the zygotes of sandboxes and the control process, in the order of their start.
+
+    Args:
+        spec: the models and their processes.
+        logs: their output.
+        run: runs the zygotes.
+    """
     contexts = {}
     by_device = {s.deployment.template.device: s for s in spec.specs.values()}
     for device, path in spec.zygote_sockets.items():
         kind = "zygote" if len(by_device) == 1 else f"zygote of {device}"
         log = logs.sink("sandboxes" if len(by_device) == 1 else f"sandboxes-{device}")
-        contexts[kind] = supervised_zygote(by_device[device], path, log, name=kind)
+        contexts[kind] = supervised_zygote(by_device[device], path, log, run=run, name=kind)
     file = spec.folder / MODELS_FILE_NAME
     write_private(file, spec.models_file.dumps())
     contexts["control"] = supervised(
@@ -418,15 +436,17 @@ class _RouterZygotes:
     Args:
         stack: ends them.
         logs: their output.
+        run: runs them.
 
     Attributes:
         by_name: the zygotes by name.
     """
 
-    def __init__(self, stack: AsyncExitStack, logs: LogSinks) -> None:
+    def __init__(self, stack: AsyncExitStack, logs: LogSinks, *, run: RunChild) -> None:
         self.by_name: dict[str, Zygote] = {}
         self._stack = stack
         self._logs = logs
+        self._run = run
         self._zygotes: dict[Hashable, Zygote] = {}
 
     async def get(self, environment: Mapping[str, str]) -> Zygote:
@@ -434,7 +454,8 @@ class _RouterZygotes:
         key = router.zygote_key(environment)
         if key not in self._zygotes:
             name = "router zygote" + (f" {len(self._zygotes) + 1}" if self._zygotes else "")
-            created = router.new_zygote(environment, log=self._logs.sink(name.replace(" ", "-")))
+            log = self._logs.sink(name.replace(" ", "-"))
+            created = router.new_zygote(environment, log=log, run=self._run)
             self._zygotes[key] = await self._stack.enter_async_context(created)
             self.by_name[name] = created
         return self._zygotes[key]

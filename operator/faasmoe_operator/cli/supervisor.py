@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from typing import Never
 
 from faasmoe_contracts.backoff import Backoff
-from faasmoe_operator.cli.child_process import ChildNotStarted, ChildProcess, running_child
+from faasmoe_operator.cli.child_process import (
+    ChildNotStarted,
+    ChildProcess,
+    RunChild,
+    running_child,
+)
 from faasmoe_operator.cli.logs import print_progress
 from faasmoe_operator.errors import CommandError
 
@@ -60,6 +65,7 @@ async def supervised(
     grace_s: float,
     restarts: RestartPolicy | None = None,
     pass_fds: Sequence[int] = (),
+    run: RunChild = running_child,
 ) -> AsyncIterator[tuple[SupervisedChild, asyncio.Task[Never]]]:
     """Keep a child process running for the lifetime of the context.
 
@@ -71,15 +77,14 @@ async def supervised(
         grace_s: seconds between SIGTERM and SIGKILL.
         restarts: restart policy; None for the default one.
         pass_fds: descriptors that the child inherits, under the same numbers.
+        run: runs the child.
 
     Yields:
         The child, and a task that raises CommandError once the child is not restarted.
     """
 
     def start() -> AbstractAsyncContextManager[ChildProcess]:
-        return running_child(
-            command, environment=environment, log=log, grace_s=grace_s, pass_fds=pass_fds
-        )
+        return run(command, environment=environment, log=log, grace_s=grace_s, pass_fds=pass_fds)
 
     async with supervised_start(name, start, restarts=restarts) as supervised_child:
         yield supervised_child

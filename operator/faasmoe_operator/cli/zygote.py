@@ -1,7 +1,7 @@
 """A zygote of this launcher: a child process that has imported everything and forks others.
 
 The protocol is `faasmoe_contracts.fork_server`. The zygote starts with its first child, and again
-if it has died, which its children do not survive.
+if it has died, which its children do not survive unless this process has adopted them.
 """
 
 from __future__ import annotations
@@ -15,19 +15,39 @@ import socket
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
-from faasmoe_contracts.fork_server import FORK_FD_ENV, MAX_PACKET_BYTES, ForkRequest, send_signal
+from faasmoe_contracts.fork_server import (
+    FORK_FD_ENV,
+    MAX_PACKET_BYTES,
+    ForkRequest,
+    adopting_orphans,
+    send_signal,
+)
 from faasmoe_operator.aio import MAX_LINE_BYTES
-from faasmoe_operator.cli.child_process import ChildNotStarted, ChildProcess, running_child
+from faasmoe_operator.cli.child_process import (
+    ChildNotStarted,
+    ChildProcess,
+    RunChild,
+    running_child,
+)
 
 
 class ForkedProcess:
-    """A process that a zygote has forked, with the interface of asyncio's processes."""
+    """A process that a zygote has forked, with the interface of asyncio's processes.
 
-    def __init__(self, pid: int, stdout: asyncio.StreamReader, channel: socket.socket) -> None:
+    Args:
+        pid: process id.
+        stdout: its output.
+        send_signal: sends it a signal; may raise OSError once it has ended.
+    """
+
+    def __init__(
+        self, pid: int, stdout: asyncio.StreamReader, send_signal: Callable[[int], None]
+    ) -> None:
         self._pid = pid
         self._stdout = stdout
-        self._channel = channel
+        self._send = send_signal
         self._status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     @property
@@ -63,8 +83,31 @@ class ForkedProcess:
             self._status.set_result(status)
 
     def _send_signal(self, number: int) -> None:
+        if self._status.done():
+            return
         with contextlib.suppress(OSError):  # the zygote is gone, and its children with it
-            send_signal(self._channel, self._pid, number)
+            self._send(number)
+
+
+def adopted_process(pid: int, stdout: asyncio.StreamReader) -> ForkedProcess:
+    """Return a process that a zygote has forked and this process has adopted; waits for its end."""
+    child, loop = ForkedProcess(pid, stdout, partial(os.kill, pid)), asyncio.get_running_loop()
+    try:
+        ended = os.pidfd_open(pid)
+    except ProcessLookupError:  # not adopted, as nobody waited for it any more
+        child.set_status(-signal.SIGKILL)
+        return child
+
+    def reap() -> None:
+        loop.remove_reader(ended)
+        os.close(ended)
+        try:
+            child.set_status(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        except ChildProcessError:
+            child.set_status(-signal.SIGKILL)
+
+    loop.add_reader(ended, reap)
+    return child
 
 
 class Zygote:
@@ -76,6 +119,8 @@ class Zygote:
         environment: its complete environment.
         log: called with each line that it writes.
         grace_s: seconds between SIGTERM and SIGKILL at the end of the context.
+        run: runs the zygote for the lifetime of a context.
+        gives_away: whether its children become this process's, as `ForkServer` says.
     """
 
     def __init__(
@@ -86,12 +131,16 @@ class Zygote:
         environment: Mapping[str, str],
         log: Callable[[str], None],
         grace_s: float,
+        run: RunChild = running_child,
+        gives_away: bool = False,
     ) -> None:
         self._name = name
         self._command = command
         self._environment = environment
         self._log = log
         self._grace_s = grace_s
+        self._run = run
+        self._gives_away = gives_away
         self._running: _RunningZygote | None = None
         self._stack = AsyncExitStack()
         self._starting = asyncio.Lock()
@@ -147,7 +196,7 @@ class Zygote:
     async def _start(self) -> AsyncIterator[_RunningZygote]:
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, its:
-            async with running_child(
+            async with self._run(
                 self._command,
                 environment={**self._environment, FORK_FD_ENV: str(its.fileno())},
                 log=self._log,
@@ -155,7 +204,7 @@ class Zygote:
                 pass_fds=(its.fileno(),),
             ) as process:
                 its.close()
-                running = _RunningZygote(self._name, process, ours)
+                running = _RunningZygote(self._name, process, ours, gives_away=self._gives_away)
                 try:
                     yield running
                 finally:
@@ -170,9 +219,13 @@ class _RunningZygote:
         has_ended: whether it has closed its end, and so forks no more.
     """
 
-    def __init__(self, name: str, process: ChildProcess, channel: socket.socket) -> None:
+    def __init__(
+        self, name: str, process: ChildProcess, channel: socket.socket, *, gives_away: bool
+    ) -> None:
         self.process = process
         self.has_ended = False
+        self._gives_away = gives_away
+        self._adopting = asyncio.Lock()
         self._name = name
         self._channel = channel
         self._loop = asyncio.get_running_loop()
@@ -183,6 +236,13 @@ class _RunningZygote:
 
     async def fork(self, request: ForkRequest) -> ForkedProcess:
         """Return a new child; raises ChildNotStarted if the zygote has ended."""
+        if not self._gives_away:
+            return await self._fork(request)
+        async with self._adopting:
+            with adopting_orphans():
+                return await self._fork(request)
+
+    async def _fork(self, request: ForkRequest) -> ForkedProcess:
         output, its_output = os.pipe()
         stdout = asyncio.StreamReader(limit=MAX_LINE_BYTES)
         await self._loop.connect_read_pipe(
@@ -225,7 +285,11 @@ class _RunningZygote:
 
     def _on_forked(self, pid: int) -> None:
         forked, stdout = self._requested.popleft()
-        child = self._children[pid] = ForkedProcess(pid, stdout, self._channel)
+        if self._gives_away:
+            child = adopted_process(pid, stdout)
+        else:
+            child = ForkedProcess(pid, stdout, partial(send_signal, self._channel, pid))
+            self._children[pid] = child
         if forked.cancelled():  # whoever wanted it has left meanwhile
             child.kill()
         else:

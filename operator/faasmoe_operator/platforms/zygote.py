@@ -39,6 +39,7 @@ SANDBOX_ENVIRONMENT: Mapping[str, str] = {
     # Children inherit the thread count of the zygote until they set their own.
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
     # Spinning threads would take CPU time from the router.
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "0",

@@ -19,7 +19,9 @@ def main() -> int:
         sys.exit("no luck")
     words: list[str] = []
     server = ForkServer.from_environment(
-        process_name="forked", before_fork=lambda environment: words.append(environment["WORD"])
+        process_name="forked",
+        before_fork=lambda environment: words.append(environment["WORD"]),
+        gives_away="GIVES_AWAY" in os.environ,
     )
     if not server.run():
         return 0

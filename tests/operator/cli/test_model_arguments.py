@@ -8,8 +8,8 @@ import pytest
 
 from faasmoe_operator.cli import main
 from faasmoe_operator.cli.command import build_parser
-from faasmoe_operator.cli.local_stack import write_model_file
 from faasmoe_operator.cli.model_arguments import RequestedModel, load_model
+from faasmoe_operator.cli.stack_files import write_model_file
 from faasmoe_operator.control.local_model import LocalModel
 from faasmoe_operator.errors import FaasmoeError
 

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -29,6 +30,7 @@ async def new_zygote(**variables: str) -> AsyncIterator[Zygote]:
             environment={**os.environ, **variables},
             log=lambda _: None,
             grace_s=GRACE_S,
+            gives_away="GIVES_AWAY" in variables,
         ) as zygote:
             yield zygote
 
@@ -176,3 +178,65 @@ def test_a_child_that_ignores_sigterm_is_killed() -> None:
         assert await child.exit_status() == -signal.SIGKILL
 
     run(scenario)
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_a_child_given_away_is_the_launchers_and_survives_the_zygote() -> None:
+    async def scenario(zygote: Zygote) -> None:
+        lines: asyncio.Queue[str] = asyncio.Queue()
+        async with zygote.running_child(
+            {"WORD": "hello"}, log=lines.put_nowait, grace_s=GRACE_S
+        ) as child:
+            assert await lines.get() == "hello ['FAASMOE_PARENT_PID', 'WORD']"
+            assert parent_of(child.pid) == os.getpid()
+            assert os.getsid(child.pid) == child.pid
+            assert zygote.pid is not None
+            os.kill(first := zygote.pid, signal.SIGKILL)
+            while zygote.pid is not None:  # noqa: ASYNC110 - nothing tells of it
+                await asyncio.sleep(0.01)
+            async with zygote.running_child(
+                {"WORD": "again", "STATUS": "3"}, log=lambda _: None, grace_s=GRACE_S
+            ) as other:
+                assert await other.exit_status() == 3
+            assert zygote.pid not in (None, first)
+            assert is_running(child.pid)
+        assert await child.exit_status() == -signal.SIGTERM
+        assert not is_running(child.pid)
+
+    run(scenario, GIVES_AWAY="1")
+
+
+def test_children_given_away_at_once_are_each_adopted() -> None:
+    async def scenario(zygote: Zygote) -> None:
+        async def run_one(word: str) -> int:
+            environment = {"WORD": word, "STATUS": word}
+            async with zygote.running_child(
+                environment, log=lambda _: None, grace_s=GRACE_S
+            ) as child:
+                return await child.exit_status()
+
+        assert await asyncio.gather(*map(run_one, "1234")) == [1, 2, 3, 4]
+
+    run(scenario, GIVES_AWAY="1")
+
+
+def test_a_child_given_away_dies_with_the_launcher() -> None:
+    script = (
+        "import asyncio, sys; sys.path.insert(0, sys.argv[1]); import test_zygote\n"
+        "async def main():\n"
+        "    async with test_zygote.new_zygote(GIVES_AWAY='1') as zygote:\n"
+        "        async with zygote.running_child({'WORD': 'w'}, log=print, grace_s=1) as child:\n"
+        "            print(child.pid, flush=True)\n"
+        "            await asyncio.sleep(600)\n"
+        "asyncio.run(main())\n"
+    )
+    command = (sys.executable, "-c", script, str(Path(__file__).parent))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        pid = int(launcher.stdout.readline())
+        assert parent_of(pid) == launcher.pid
+        launcher.kill()
+    wait_for_end(pid)
