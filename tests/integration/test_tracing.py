@@ -25,6 +25,11 @@ BODY = {
     "temperature": 0,
     "messages": [{"role": "user", "content": "the quick brown fox"}],
 }
+SCALING = {  # to zero within seconds
+    "windowSeconds": 6,
+    "panicWindowPercentage": 20,
+    "scaleToZeroGracePeriodSeconds": 0,
+}
 SLACK_S = 0.1  # processes read one clock, but may be suspended between two readings
 
 
@@ -46,7 +51,7 @@ def up(
         "store": {"path": str(folder / "store")},
         "granularity": {"expertsPerFunction": 2},
         "router": engine.router_spec(maxNumSeqs=4),
-        "experts": {"device": "cpu", "functionsPerSandbox": 8},
+        "experts": {"device": "cpu", "functionsPerSandbox": 8, "scaling": SCALING},
     }
     file = write_moemodel(folder / "tiny.yaml", spec)
     options = ("--otlp-endpoint", collector.url, "--trace-ratio", "0")

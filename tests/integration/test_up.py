@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -13,6 +15,7 @@ from openai import OpenAI
 from tiny_chat import save_tiny_chat_model
 from tiny_system import moemodel_yaml
 
+from faasmoe_router.checkpoint.demo import build, make_demo_model, moefication
 from faasmoe_router.checkpoint.demo.build import gguf_path, load_dense
 
 N_TOKENS = 40
@@ -29,6 +32,31 @@ spec:
   router: {{maxModelLen: 512, maxNumSeqs: 8}}
   experts: {{functionsPerSandbox: 30}}
 """
+
+
+@pytest.fixture(scope="module")
+def dense() -> tuple[Any, Any]:
+    """The dense model and its tokenizer; loaded once, which takes longer than splitting it."""
+    loaded: tuple[Any, Any] = load_dense(gguf_path())
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def exact_demo_model(request: pytest.FixtureRequest, dense: tuple[Any, Any]) -> Path:
+    """SmolLM2-135M split into experts that are all active, with the logits of the dense model.
+
+    It is kept in pytest's cache. Short answers to two of the calibration's prompts, and clusters
+    that are not refined, suffice: they only decide which neurons are together.
+    """
+    assert request.config.cache is not None
+    folder = request.config.cache.mkdir("demo-models") / "exact-of-two-prompts"
+    model, tokenizer = dense
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moefication, "ANSWER_TOKENS", 2)
+        patch.setattr(moefication, "CALIBRATION_PROMPTS", PROMPTS)
+        patch.setattr(moefication, "_N_CLUSTER_ITERATIONS", 1)
+        patch.setattr(build, "load_dense", lambda _: (model, copy.deepcopy(tokenizer)))
+        return make_demo_model(folder, exact=True)
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +80,9 @@ def client(up: FaasmoeUp) -> Iterator[OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def reference_texts() -> dict[str, str]:
+def reference_texts(dense: tuple[Any, Any]) -> dict[str, str]:
     """Greedy texts of the dense model by question."""
-    dense, tokenizer = load_dense(gguf_path())
+    model, tokenizer = dense
     texts = {}
     for question in PROMPTS:
         chat = [{"role": "user", "content": question}]
@@ -62,7 +90,7 @@ def reference_texts() -> dict[str, str]:
             chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         with torch.no_grad():
-            ids = dense.generate(**inputs, max_new_tokens=N_TOKENS, do_sample=False)  # [1, T]
+            ids = model.generate(**inputs, max_new_tokens=N_TOKENS, do_sample=False)  # [1, T]
         response = ids[0, inputs["input_ids"].shape[1] :]  # [N]
         texts[question] = tokenizer.decode(response, skip_special_tokens=True)
     return texts
