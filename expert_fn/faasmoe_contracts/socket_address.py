@@ -58,9 +58,7 @@ async def open_connection(
     )
     probe_peer(writer)
     if ack_timeout_s is not None:
-        ack_timeout_ms = round(ack_timeout_s * 1000)
-        connection = writer.get_extra_info("socket")
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, ack_timeout_ms)
+        set_ack_timeout(writer, ack_timeout_s)
     return reader, writer
 
 
@@ -75,6 +73,18 @@ def write(writer: asyncio.StreamWriter, data: bytes) -> None:
     if writer.transport.is_closing():
         raise ConnectionResetError("the connection is lost")
     writer.write(data)
+
+
+def set_ack_timeout(writer: asyncio.StreamWriter, timeout_s: float) -> None:
+    """Let the system end a TCP connection whose other machine leaves unread what was written.
+
+    Args:
+        writer: writes to the connection.
+        timeout_s: for how long, in seconds.
+    """
+    connection = writer.get_extra_info("socket")
+    timeout_ms = round(timeout_s * 1000)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
 
 
 def probe_peer(writer: asyncio.StreamWriter) -> None:

@@ -19,6 +19,7 @@ from faasmoe_gateway.relay import (
     is_page_path,
 )
 from faasmoe_gateway.request_span import begin_request_span, recording_status
+from faasmoe_gateway.router_pool import RouterPool
 from faasmoe_gateway.sender_turns import TURNS_PER_SENDER, SenderTurns
 from faasmoe_gateway.turn_pacing import TurnPacing
 from faasmoe_tracing import NO_TRACER, Span, Tracer
@@ -33,6 +34,7 @@ class GatewayApp:
         turns: how many requests of a sender are handed on at once.
         budget: bounds what all requests hold.
         tracer: traces requests.
+        pool: connects to the router.
     """
 
     def __init__(
@@ -43,12 +45,14 @@ class GatewayApp:
         page: RouterAddress | None = None,
         tracer: Tracer = NO_TRACER,
         turns: SenderTurns | None = None,
+        pool: RouterPool | None = None,
     ) -> None:
         self._router = router
         self._tracer = tracer
         self._page = page
         self._budget = budget or HoldBudget()
         self._waiting = WaitingRequests()
+        self._pool = pool or RouterPool()
         self._turns = turns or SenderTurns(n_per_sender=TURNS_PER_SENDER, pacing=TurnPacing())
         self._credentials = KnownCredentials()
         self._running: set[asyncio.Task[None]] = set()
@@ -57,10 +61,17 @@ class GatewayApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
         if scope["type"] == "lifespan":
-            await _run_lifespan(receive, send)
+            await self._run_lifespan(receive, send)
             return
         with begin_request_span(self._tracer, scope) as span:
             await self._handle(scope, receive, recording_status(send, span), span)
+
+    async def _run_lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        self._pool.close()
+        await send({"type": "lifespan.shutdown.complete"})
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send, span: Span) -> None:
         request = HeldRequest(scope, receive, self._budget)
@@ -73,6 +84,7 @@ class GatewayApp:
             client,
             self._upstream(scope["raw_path"]),
             self._waiting,
+            pool=self._pool,
             take_turn=partial(self._turns.take, self._credentials.sender(key)),
             keeps_turn=bool(key),
             span=span,
@@ -115,10 +127,3 @@ async def _run_until_gone(task: asyncio.Task[None], request: HeldRequest) -> Non
         for running in (task, watcher):
             running.cancel()
         await asyncio.gather(task, watcher, return_exceptions=True)
-
-
-async def _run_lifespan(receive: Receive, send: Send) -> None:
-    await receive()
-    await send({"type": "lifespan.startup.complete"})
-    await receive()
-    await send({"type": "lifespan.shutdown.complete"})

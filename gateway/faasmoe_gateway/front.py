@@ -58,6 +58,7 @@ from faasmoe_gateway.relay import (
 )
 from faasmoe_gateway.request_body import MAX_BODY_BYTES
 from faasmoe_gateway.request_span import begin_request_span, recording_status
+from faasmoe_gateway.router_pool import RouterPool
 from faasmoe_gateway.sender_turns import TURNS_PER_SENDER, SenderTurns
 from faasmoe_gateway.tenant_directory import REFRESH_INTERVAL_S, TenantDirectory
 from faasmoe_gateway.turn_pacing import TurnPacing
@@ -128,6 +129,7 @@ class Front:
         self._follower = None
         if config_link is not None:
             self._follower = ConfigFollower(config_link, self.configure)
+        self._pool = RouterPool()
         self._routes: dict[str, ModelRoute] = {}
         self._replace_routes()
         if config_link is None:  # else all routers of the file run
@@ -175,7 +177,8 @@ class Front:
     async def _relay_page(self, page: RouterAddress, request: HeldRequest, send: Send) -> None:
         client = ClientResponse(send, is_messages=False)
         take_turn = partial(self._turns.take, "")
-        relay = Relay(request, client, page, WaitingRequests(), take_turn=take_turn)
+        waiting, pool = WaitingRequests(), self._pool
+        relay = Relay(request, client, page, waiting, pool=pool, take_turn=take_turn)
         with suppress(ClientGone):
             await self._run(relay, request, client, RequestRecord(self._clock()))
 
@@ -303,6 +306,7 @@ class Front:
                 client,
                 route.unchosen,
                 route.waiting,
+                pool=self._pool,
                 take_turn=partial(self._turns.take, sender),
                 keeps_turn=call.tenant is not None,
                 choose=reserved.choose,
@@ -377,6 +381,7 @@ class Front:
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
+        self._pool.close()
         await self._save_now()
         await send({"type": "lifespan.shutdown.complete"})
 

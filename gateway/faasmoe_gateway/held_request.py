@@ -179,8 +179,13 @@ class HeldRequest:
         """Give back what it holds."""
         self._drop()
 
-    def head(self, front_token: str) -> bytes:
-        """Return the head to send to a router, which goes on after what the client has."""
+    def head(self, front_token: str, *, stays_open: bool) -> bytes:
+        """Return the head to send to a router, which goes on after what the client has.
+
+        Args:
+            front_token: what to show it.
+            stays_open: whether it is to keep the connection after the response.
+        """
         lines = [f"{self._method} ".encode() + self._target + b" HTTP/1.1\r\n"]
         lines += [name + b": " + value + b"\r\n" for name, value in self._headers]
         lines.append(f"{FRONT_HEADER}: {front_token}\r\n".encode())
@@ -193,19 +198,24 @@ class HeldRequest:
         elif self._length is not None:
             length = int(self._length) + self._journal_bytes
             lines.append(f"content-length: {length}\r\n".encode())
-        return b"".join((*lines, b"connection: close\r\n\r\n"))
+        if not stays_open:
+            lines.append(b"connection: close\r\n")
+        return b"".join((*lines, b"\r\n"))
 
     @property
     def sends_chunks(self) -> bool:
         """Whether its body is sent in chunks, as its length is unknown."""
         return self._is_chunked
 
+    @property
+    def is_small(self) -> bool:
+        """Whether journal and body are here, small and not sent in chunks."""
+        is_here = self._is_held and self._is_complete.is_set() and not self.sends_chunks
+        return is_here and self._journal_bytes + self._body_bytes <= MAX_READ_AHEAD_BYTES
+
     def small_content(self) -> bytes | None:
-        """Return journal and body if they are here, small and not sent in chunks; else None."""
-        n_bytes = self._journal_bytes + self._body_bytes
-        if not self._is_held or not self._is_complete.is_set() or self.sends_chunks:
-            return None
-        return None if n_bytes > MAX_READ_AHEAD_BYTES else b"".join((*self._journal, *self._body))
+        """Return journal and body if the request is small; else None."""
+        return b"".join((*self._journal, *self._body)) if self.is_small else None
 
     async def body(self) -> AsyncIterator[bytes]:
         """Yield journal and body: what is held, then the rest as it arrives.

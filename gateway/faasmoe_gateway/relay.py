@@ -30,8 +30,15 @@ from faasmoe_contracts.tls import TlsPeer
 from faasmoe_gateway.errors import error_body, send_error
 from faasmoe_gateway.held_request import HeldRequest
 from faasmoe_gateway.router_losses import RouterLosses
+from faasmoe_gateway.router_pool import RouterKey, RouterPool
 from faasmoe_gateway.sender_turns import Turn
-from faasmoe_gateway.upstream import ResponseHead, RouterAway, RouterConnection, RouterLost
+from faasmoe_gateway.upstream import (
+    KeptConnectionLost,
+    ResponseHead,
+    RouterAway,
+    RouterConnection,
+    RouterLost,
+)
 from faasmoe_tracing import NO_SPAN, Span
 
 logger = logging.getLogger(__name__)
@@ -181,6 +188,7 @@ class Relay:
         client: its response.
         router: where the router is.
         waiting: counts the requests that wait.
+        pool: connects to routers.
         take_turn: waits for the sender's turn.
         keeps_turn: whether the request has it until the router has prepared it, not only until it
             is handed on; not where strangers are one sender, and would wait for each other.
@@ -202,6 +210,7 @@ class Relay:
         router: RouterAddress,
         waiting: WaitingRequests,
         *,
+        pool: RouterPool,
         take_turn: Callable[[], Awaitable[Turn]],
         keeps_turn: bool = False,
         choose: Callable[[], RouterAddress | None] | None = None,
@@ -212,6 +221,8 @@ class Relay:
         self.has_failed = False
         self.waited_s = 0.0
         self._span = span
+        self._pool = pool
+        self._needs_new_connection = False
         self._take_turn = take_turn
         self._keeps_turn = keeps_turn and request.is_work
         self._turn: Turn | None = None  # from before it is handed on until it is prepared
@@ -255,6 +266,9 @@ class Relay:
                     raise RequestFailed("The server was restarted and is overloaded.") from None
                 await self._commented(asyncio.sleep(BUSY_RETRY_S))
                 continue
+            except KeptConnectionLost:  # the router may just not have kept it
+                self._needs_new_connection = True
+                continue
             except RouterLost:
                 if not self._request.can_repeat:
                     message = "The server was restarted; this request is too large to be repeated."
@@ -282,6 +296,7 @@ class Relay:
             self._release_turn()
 
     async def _relay_over(self, connection: RouterConnection) -> None:
+        router = RouterKey(self._router.address, self._router.tls)
         connection.on_prepared = self._release_turn
         turn_end = asyncio.get_running_loop().call_later(MAX_TURN_S, self._release_turn)
         sending: asyncio.Task[None] | None = None
@@ -308,7 +323,7 @@ class Relay:
                 await self._relay_response(connection, head)
         finally:
             turn_end.cancel()
-            connection.close()
+            self._pool.give_back(router, connection)
             if sending is not None:
                 sending.cancel()
                 await asyncio.gather(sending, return_exceptions=True)
@@ -353,8 +368,10 @@ class Relay:
         has_body, is_open = not self._request.is_head, False
         try:
             router = self._chosen_router()
-            connection = await RouterConnection.open(
-                router.address, has_body=has_body, tls=router.tls
+            connection = await self._pool.open(
+                RouterKey(router.address, router.tls),
+                has_body=has_body,
+                is_new=self._needs_new_connection or not self._request.is_small,
             )
             is_open = True
         finally:

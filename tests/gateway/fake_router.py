@@ -45,7 +45,7 @@ async def die(body: bytes, writer: asyncio.StreamWriter) -> None:
     """End the connection without an answer."""
 
 
-def reply(body: bytes, *, status: int = 200, **headers: int) -> Answer:
+def reply(body: bytes, *, status: int = 200, **headers: int | str) -> Answer:
     """Return an answer with a JSON body, and headers with `_` for `-`."""
 
     async def answer(_: bytes, writer: asyncio.StreamWriter) -> None:

@@ -23,6 +23,7 @@ from faasmoe_gateway.held_request import (
     HoldBudget,
 )
 from faasmoe_gateway.relay import ClientResponse, Relay, RouterAddress, WaitingRequests
+from faasmoe_gateway.router_pool import RouterPool
 from faasmoe_gateway.sender_turns import SenderTurns
 
 LONG_S = 120.0
@@ -113,6 +114,7 @@ class Senders:
                 ClientResponse(send, is_messages=False),
                 self.router,
                 WaitingRequests(),
+                pool=RouterPool(),
                 take_turn=partial(self.turns.take, sender),
                 keeps_turn=bool(sender),
             ).run()

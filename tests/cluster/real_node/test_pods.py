@@ -18,7 +18,7 @@ from moemodels import (
 )
 from pod_chat import CHAT, PROMPT, pod_chat
 from pod_runner import PodRunner
-from release import Release
+from release import Release, make_known
 
 pytestmark = pytest.mark.timeout(900)  # images start slowly on few cores
 
@@ -107,7 +107,7 @@ def test_no_request_fails_while_operator_and_pods_are_replaced(
         lambda uids: uids and not uids & set(held),
         timeout_s=READY_S,
     )
-    _make_known(api, namespace, "stop")
+    make_known(api, namespace, "stop")
     result = json.loads(programs.wait_for_termination_message("traffic"))
     assert result["errors"] == []
     assert set(result["texts"]) == {text}
@@ -157,7 +157,7 @@ def test_no_request_fails_while_helm_upgrades_everything(
         lambda uids: uids and not uids & set(held),
         timeout_s=READY_S,
     )
-    _make_known(api, namespace, "stop")
+    make_known(api, namespace, "stop")
     result = json.loads(programs.wait_for_termination_message("traffic"))
     assert result["errors"] == []
     assert set(result["texts"]) == {text}
@@ -165,10 +165,3 @@ def test_no_request_fails_while_helm_upgrades_everything(
     print(f"helm upgrade under load: {result['texts'][text]} requests, 0 failed")
     api.delete("tenants", namespace, "acme")
     eventually(lambda: api.find("tenants", namespace, "acme"), lambda found: found is None)
-
-
-def _make_known(api: ApiServer, namespace: str, host: str) -> None:
-    """Make a host name resolvable in the namespace's pods by a Service without endpoints."""
-    spec = {"ports": [{"port": 80}]}
-    meta = {"name": host, "namespace": namespace}
-    api.create("services", {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": spec})

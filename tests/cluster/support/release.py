@@ -129,6 +129,13 @@ def node_values(images: ProjectImages, node: str) -> Object:
     }
 
 
+def make_known(api: ApiServer, namespace: str, host: str) -> None:
+    """Make a host name resolvable in the namespace's pods by a Service without endpoints."""
+    spec = {"ports": [{"port": 80}]}
+    meta = {"name": host, "namespace": namespace}
+    api.create("services", {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": spec})
+
+
 def _image(name: str) -> Object:
     repository, _, tag = name.rpartition(":")
     return {"repository": repository, "tag": tag}
