@@ -123,8 +123,7 @@ def _build(model: Any, decoder: Any, batch_processor: Any) -> ModelProgram:
     with torch.no_grad():
         program = _rebuild(model, decoder, batch_processor.cache, memory)
         if program is None:
-            program = _compare(model, decoder, batch_processor)
-            memory.remember(model, decoder, program.found())
+            program = _compare_in_turn(model, decoder, batch_processor, memory)
     program.bind(bound_computers(model))
     return program
 
@@ -141,6 +140,20 @@ def _rebuild(model: Any, decoder: Any, cache: Any, memory: ProgramMemory) -> Mod
         logger.warning("What was found about an equal model does not fit this one: %s", reason)
         return None
     return program
+
+
+def _compare_in_turn(
+    model: Any, decoder: Any, batch_processor: Any, memory: ProgramMemory
+) -> ModelProgram:
+    """Compare, unless another router has done so meanwhile."""
+    with memory.turn(model) as has_waited:
+        if has_waited:
+            program = _rebuild(model, decoder, batch_processor.cache, memory)
+            if program is not None:
+                return program
+        program = _compare(model, decoder, batch_processor)
+        memory.remember(model, decoder, program.found())
+        return program
 
 
 def _compare(model: Any, decoder: Any, batch_processor: Any) -> ModelProgram:

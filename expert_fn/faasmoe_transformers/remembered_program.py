@@ -3,18 +3,22 @@
 How gates choose, how heads are rotated and how scores are scaled follow from the config and the
 family's code, not from the weights. A router that starts for the first time watches the modules
 compute and compares (observation.py, native_program.py); the next one of an equal config reads here
-what was found, in a tenth of the time. Files lie in the private folder that the processes of one
+what was found, in a tenth of the time. Of routers of an equal config that start together one
+compares, and the others wait for it. Files lie in the private folder that the processes of one
 `faasmoe up` share; without that folder each router compares.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 FOLDER_ENV = "FAASMOE_VERIFIED_DIR"
 FORMAT = 1
+MAX_WAIT_S = 10.0  # for a comparison of another router; one takes a second or less
+POLL_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +175,34 @@ class ProgramMemory:
         except (OSError, ValueError, LookupError) as error:  # others will compare, too
             logger.info("%s: not kept: %s", file, error)
 
+    @contextmanager
+    def turn(self, model: Any) -> Iterator[bool]:
+        """Wait for comparisons of models of an equal config, then keep others waiting.
+
+        Yields whether it has waited, after which `recall` may return more than before. A process
+        that ends gives up its turn; one that hangs is waited for `MAX_WAIT_S`.
+        """
+        lock = self._open_lock(model)
+        if lock is None:
+            yield False
+            return
+        try:
+            yield _acquire(lock, time.monotonic() + MAX_WAIT_S)
+        finally:
+            os.close(lock)  # and with it the lock
+
+    def _open_lock(self, model: Any) -> int | None:
+        """Return the descriptor of a model's lock file; None if there can be none."""
+        if self._folder is None:
+            return None
+        path = self._file(self._folder, model).with_suffix(".lock")
+        try:
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            logger.info("%s: comparing without it: %s", path, error)
+            return None
+
     def _file(self, folder: Path, model: Any) -> Path:
         config = model.config.to_dict()
         config.pop("_name_or_path", None)
@@ -180,3 +214,18 @@ class ProgramMemory:
             json.dumps(config, sort_keys=True, default=str),
         )
         return folder / f"program-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.json"
+
+
+def _acquire(lock: int, deadline_s: float) -> bool:
+    """Lock a file, or give up at a time on the monotonic clock; return whether another had."""
+    has_waited = False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            has_waited = True
+            if time.monotonic() >= deadline_s:
+                return has_waited
+            time.sleep(POLL_S)
+        else:
+            return has_waited
