@@ -1,11 +1,11 @@
 """Runs in vLLM's environment: generates with vLLM's own experts or with functions, prints JSON.
 
 `python generate.py REQUEST` with a JSON object: `checkpoint` or `store`, `tables` (routing tables
-to use in turn, with a store), `prompts` (token ids), `max_tokens`, `compile`, `workers` (that share
-each layer; with several, the table is the one in FAASMOE_TABLE). The last line of the output is a
-list with, for each table, the outputs of the prompts: token ids and log-probabilities, those of the
-second-best tokens, and those of the prompt's own tokens. With a store, it is followed by the
-dispatcher's metrics.
+to use in turn, with a store), `prompts` (token ids), `max_tokens`, `dtype` (float32 if omitted),
+`compile`, `workers` (that share each layer; with several, the table is the one in FAASMOE_TABLE).
+The last line of the output is a list with, for each table, the outputs of the prompts: token ids
+and log-probabilities, those of the second-best tokens, and those of the prompt's own tokens. With a
+store, it is followed by the dispatcher's metrics.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ os.environ |= {
 }
 
 OPTIONS: dict[str, Any] = {
-    "dtype": "float32",
     "max_model_len": 128,
     "max_num_seqs": 8,
     "kv_cache_memory_bytes": 64 << 20,
@@ -65,6 +64,7 @@ def main() -> None:
 
     n_workers = request.get("workers", 1)
     options = OPTIONS | {
+        "dtype": request.get("dtype", "float32"),
         "enforce_eager": not request.get("compile"),
         "tensor_parallel_size": n_workers,
     }

@@ -272,9 +272,7 @@ def _group_project(
         out = product[start:end]  # [n, out]
         if bias is None:
             torch.mm(x[start:end], matrix, out=out)
-        elif spec.transposed:
-            torch.mm(x[start:end], matrix, out=out).add_(bias)
-        else:
+        else:  # rounds once, unlike a product and a sum
             torch.addmm(bias, x[start:end], matrix, out=out)
     assert product is not None  # a group has at least one expert
     return product
@@ -303,9 +301,12 @@ def apply_activation(spec: KernelSpec, projected: Tensor) -> Tensor:
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, *, alpha: float, limit: float) -> Tensor:
-    """Return GPT-OSS's gated activation of gate and up, [n, I] each."""
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+    """Return GPT-OSS's gated activation of gate and up, [n, I] each.
+
+    Computed in float32 and rounded once: in 16 bits, each of its six steps would round.
+    """
+    x, y = gate.float().clamp(max=limit), up.float().clamp(-limit, limit)
+    return ((y + 1) * (x * torch.sigmoid(x * alpha))).to(gate.dtype)
 
 
 def _project(
@@ -315,8 +316,7 @@ def _project(
     bias = weights[f"{name}_bias"][expert] if spec.bias else None  # [out]
     if not spec.transposed:
         return F.linear(x, weight, bias)
-    product = x @ weight  # [n, out]
-    return product if bias is None else product + bias
+    return x @ weight if bias is None else torch.addmm(bias, x, weight)  # [n, out]
 
 
 def index_tensor(values: NDArray[Any], device: torch.device) -> Tensor:

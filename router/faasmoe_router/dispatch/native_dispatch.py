@@ -2,11 +2,13 @@
 
 `NativeDispatch` owns the native side of calls (`faasmoe_kernels.layer_calls`) and keeps its tables
 up to date with what the policies decided: routing, health, hedging thresholds, colocation. What
-happened natively flows back in bulk: latencies and faults to `EndpointHealth`, counters to the load
-meter and the metrics, pairs and times to colocation. A layer that is not ordinary (a function
-without mailbox, a late or refused answer, many rows) takes the general path as a whole: calls are
-pure. Programs that compute without Python call the functions of `program` themselves, between
-`start_pass` and `finish_pass`.
+happened natively flows back in bulk, latencies and faults to `EndpointHealth`, counters to the load
+meter and the metrics, pairs and times to colocation: with a pass's last layer, and before one that
+takes the general path. In each layer that would take as long as sending and receiving it.
+
+A layer that is not ordinary (a function without mailbox, a late or refused answer, many rows) takes
+the general path as a whole: calls are pure. Programs that compute without Python call the functions
+of `program` themselves, between `start_pass` and `finish_pass`.
 """
 
 from __future__ import annotations
@@ -160,7 +162,6 @@ class NativeDispatch:
         self._published_state: object = None  # what else the native routes were built from
         self._published_ejected: frozenset[str] = frozenset()
         self._n_routes: list[int] = []
-        self._layer_s = 0.0
         self._configured_state: object = None  # what the settings of calls were made from
         self._max_rows_per_expert = 0  # not limited until a sandbox declines
         self._totals, _ = self._calls.totals(0)
@@ -229,17 +230,25 @@ class NativeDispatch:
             with limit_torch_threads(self._calls.n_in_flight()):
                 while_waiting()
         is_done = self._calls.finish(layer, out.data_ptr(), DTYPES[out.dtype])
-        self._settle()
         if not is_done:
             self._locals.recheck()
-        elif self._colocated is not None:
-            self._record_pairs()
-            is_valid = not self._taken_numbers
-            self._colocated.finish_layer(layer, self._layer_s, is_valid_sample=is_valid)
+        elif layer + 1 == self._n_layers:
+            self.finish_pass()
         return is_done
 
+    def collect_before(self, layer: int) -> None:
+        """Collect what happened natively in the layers before one that takes the general path."""
+        first_layers_s = self._totals.layers_s
+        self._settle()
+        if self._colocated is not None:
+            self._record_pairs()
+            elapsed_s = self._totals.layers_s - first_layers_s
+            self._colocated.finish_layer(
+                layer - 1, elapsed_s, is_valid_sample=not self._taken_numbers
+            )
+
     def finish_pass(self) -> None:
-        """Collect what happened in a pass of a native program; once, after its last layer."""
+        """Collect what happened natively in a pass; once, after its last layer."""
         first_layers_s = self._totals.layers_s
         self._settle()
         if self._colocated is None:
@@ -368,7 +377,6 @@ class NativeDispatch:
             self._record_event(event)
         for layer_s in self._calls.take_layer_seconds():
             self._metrics.layer_seconds.observe(layer_s)
-            self._layer_s = layer_s
         before = self._totals
         totals, _ = self._calls.totals(0)
         self._totals = totals

@@ -12,6 +12,7 @@ from faasmoe_expert.functions.kernels import (
     TILE_ROWS,
     KernelSpec,
     RoutedPairs,
+    clamped_swiglu,
     gated_per_pair,
     gated_reduced,
 )
@@ -94,6 +95,34 @@ def test_reduced_outputs_are_the_sums_of_pairs(spec: KernelSpec) -> None:
     got = gated_reduced(spec, weights, rows, pairs)  # [T, H]
     expected = per_pair.view(13, 2, -1).sum(1)  # [T, H]
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_clamped_activation_rounds_once(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate, up = (3 * torch.randn(2, 64, 64, generator=generator)).to(dtype)
+    got = clamped_swiglu(gate, up, alpha=1.702, limit=7.0)
+    exact = clamped_swiglu(gate.float(), up.float(), alpha=1.702, limit=7.0)
+    assert got.dtype == dtype
+    assert torch.equal(got, exact.to(dtype))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_bias_is_added_before_the_product_is_rounded(transposed: bool) -> None:
+    spec = KernelSpec("plain", "relu", transposed=transposed, interleaved=False, bias=True)
+    up, down = torch.ones(1, 1, 2), torch.ones(1, 2, 1)  # [E, out, in]
+    weights = {
+        "up_proj": up.mT.contiguous() if transposed else up,
+        "up_proj_bias": torch.tensor([[-1.0]]),
+        "down_proj": down.mT.contiguous() if transposed else down,
+        "down_proj_bias": torch.zeros(1, 2),
+    }
+    weights = {name: weight.bfloat16() for name, weight in weights.items()}
+    rows = torch.tensor([[1.0, 2.0**-9]]).bfloat16()  # whose sum would be rounded to 1
+    zero = np.zeros(1, dtype=np.int32)
+    pairs = RoutedPairs(zero, zero, torch.ones(1))
+    for compute in (gated_per_pair, gated_reduced):
+        assert compute(spec, weights, rows, pairs).tolist() == [[2.0**-9, 2.0**-9]]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
