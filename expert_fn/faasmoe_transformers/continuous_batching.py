@@ -26,6 +26,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 
+from faasmoe_kernels.router_ops import Draw
 from faasmoe_transformers.error_isolation import BatchErrorIsolation, ErrorPolicy
 from faasmoe_transformers.errors import CacheAllocationFailed, CacheTooSmall, UnsupportedModel
 from faasmoe_transformers.generation_step import GenerationStep
@@ -55,8 +56,15 @@ class TokenSampler(Protocol):
             rows: the rows whose requests have a sampling state.
         """
 
-    def sample_greedily(self, peaks: Sequence[float]) -> bool:
-        """Return whether every row's token is the argmax of its scores as they are.
+    def draws(self) -> Sequence[Draw] | None:
+        """Return what is drawn from the planned rows' scores as they are.
+
+        Tokens of rows without a draw are the argmax. None: scores have to be edited first, and
+        `sample` is called.
+        """
+
+    def accept_drawn(self, peaks: Sequence[float]) -> None:
+        """Take note that the tokens were chosen as `draws` tells.
 
         `sample` is not called then.
 
@@ -81,7 +89,8 @@ class BatchLogitsProcessor(ContinuousBatchingLogitsProcessor):  # type: ignore[m
         self.supported_kwargs: dict[str, type] = {"logits_state": sampler.request_state_type}
         self._plan_batch = sampler.plan_batch
         self.sample = sampler.sample
-        self.sample_greedily = sampler.sample_greedily
+        self.draws = sampler.draws
+        self.accept_drawn = sampler.accept_drawn
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
         """Zero the argument row that transformers reserves; it carries no information."""

@@ -1,8 +1,9 @@
-"""A generation step around one native call: batch, layers, scores and the greedy tokens.
+"""A generation step around one native call: batch, layers, scores and tokens.
 
 Replaces `_generation_step` of transformers' batch processor where a program computes the whole
-model: what remains of Python is the embedding, and the sampler where tokens are not the argmax of
-the scores.
+model: what remains of Python is the embedding, and the sampler where scores are edited before a
+token is chosen. Each call that releases the interpreter may wait for it afterwards, behind whatever
+the event loop does; a sampler of many small ones would wait many times in each step.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from faasmoe_kernels.router_ops import AttentionBatch, HighestScores, ScorePlaces
+from faasmoe_kernels.router_ops import AttentionBatch, Draw, HighestScores, ScorePlaces
 from faasmoe_transformers.batch_inputs import BatchInputs
 from faasmoe_transformers.rotary_tables import RotaryTable
 
@@ -22,8 +23,14 @@ from faasmoe_transformers.rotary_tables import RotaryTable
 class ScoresSampler(Protocol):
     """Chooses tokens by scores."""
 
-    def sample_greedily(self, peaks: Sequence[float]) -> bool:
-        """Return whether every row's token is the argmax of its scores as they are.
+    def draws(self) -> Sequence[Draw] | None:
+        """Return what is drawn from the planned rows' scores as they are.
+
+        Tokens of rows without a draw are the argmax. None: scores have to be edited first.
+        """
+
+    def accept_drawn(self, peaks: Sequence[float]) -> None:
+        """Take note that the tokens were chosen as `draws` tells.
 
         Args:
             peaks: the highest score of each row; NaN if one is.
@@ -98,11 +105,15 @@ class GenerationStep:
         positions = batch.positions  # [T]
         highest = int(positions.numpy().max())
         angles = [table.angles(hidden, positions, highest) for table in self._tables]
-        groups, places = batch.groups(), self._places()
+        draws = self._sampler.draws()
+        groups, places = batch.groups(), self._places(draws or ())
         self.before_run()
         program.run_step(hidden[0], angles, groups, places)
         n_rows = batch.n_scores
-        if not n_rows or self._sampler.sample_greedily(self._peaks[:n_rows].tolist()):
+        if not n_rows:
+            return
+        if draws is not None:
+            self._sampler.accept_drawn(self._peaks[:n_rows].tolist())
             return
         scores = self._sampler.sample(self._scores[:n_rows]).contiguous()  # [N, V]
         self._highest_scores(
@@ -113,7 +124,7 @@ class GenerationStep:
             tokens=self._output_ids.data_ptr(),
         )
 
-    def _places(self) -> ScorePlaces | None:
+    def _places(self, draws: Sequence[Draw]) -> ScorePlaces | None:
         n_rows = self._batch.n_scores
         if not n_rows:
             return None  # all requests are within their prompts
@@ -125,4 +136,5 @@ class GenerationStep:
             self._scores.data_ptr(),
             self._peaks.ctypes.data,
             self._output_ids.data_ptr(),
+            draws,
         )

@@ -247,7 +247,13 @@ class ModelProgram:
         rows = torch.arange(len(hidden), dtype=torch.int32)  # [T]
         scores = torch.empty(len(hidden), self.vocabulary)  # [T, V]
         peaks, tokens = torch.empty(len(hidden)), torch.empty_like(rows)  # [T] each
-        places = ScorePlaces(len(hidden), *(x.data_ptr() for x in (rows, scores, peaks, tokens)))
+        places = ScorePlaces(
+            n_rows=len(hidden),
+            rows=rows.data_ptr(),
+            scores=scores.data_ptr(),
+            peaks=peaks.data_ptr(),
+            tokens=tokens.data_ptr(),
+        )
         self.run(hidden, [], [], first_layer=len(self._layers), scores=places)
         return scores
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from enum import IntEnum
 
 from faasmoe_kernels.library import KernelDtype, KernelLibrary, Matrix, MatrixStruct, to_struct
@@ -138,7 +138,19 @@ class _Step(ctypes.Structure):
         ("n_layers", _i64),
         ("n_scores", _i64),
         *((name, _pointer) for name in ("score_rows", "scores", "peaks", "tokens")),
+        ("n_draws", _i64),
+        ("draws", _pointer),
         ("n_threads", _i32),
+    )
+
+
+class Draw(ctypes.Structure):
+    """A token that is drawn from a row of scores (`fk_draw`)."""
+
+    _fields_ = (
+        *((name, _i64) for name in ("row", "top_k")),
+        *((name, ctypes.c_double) for name in ("top_p", "min_p", "uniform")),
+        ("temperature", _f32),
     )
 
 
@@ -151,7 +163,8 @@ class ScorePlaces:
         rows: address of the rows, int32 [N].
         scores: address of the scores, float32 [N, V].
         peaks: address of the highest score of each, NaN if one is, float32 [N].
-        tokens: address of the first index of that score, int32 [N].
+        tokens: address of the first index of that score, int32 [N]; of the token if it is drawn.
+        draws: which rows' tokens are drawn.
     """
 
     n_rows: int
@@ -159,6 +172,7 @@ class ScorePlaces:
     scores: int
     peaks: int
     tokens: int
+    draws: Sequence[Draw] = ()
 
 
 class HighestScores:
@@ -176,6 +190,46 @@ class HighestScores:
     def __call__(self, scores: int, rows: int, vocabulary: int, *, peaks: int, tokens: int) -> None:
         """Find them; arguments are described by ScorePlaces."""
         self._check(self._run(scores, rows, vocabulary, peaks, tokens))
+
+
+class TokenDrawer:
+    """Draws tokens from scores.
+
+    Args:
+        library: the kernel library.
+    """
+
+    def __init__(self, library: KernelLibrary) -> None:
+        self._check = library.check
+        arguments = (_pointer, _i64, _i64, _pointer, _i64, _pointer, _i32)
+        self._run = library.function("fk_draw_tokens", arguments)
+
+    def __call__(
+        self,
+        scores: int,
+        rows: int,
+        vocabulary: int,
+        draws: Sequence[Draw],
+        *,
+        tokens: int,
+        n_threads: int,
+    ) -> None:
+        """Write the token of each draw.
+
+        Args:
+            scores: address of the scores, float32 [N, V].
+            rows: number of rows N.
+            vocabulary: scores V per row.
+            draws: the draws.
+            tokens: address of the tokens, int32 [N]; those of other rows are not written.
+            n_threads: threads to use at most, the caller's included.
+
+        Raises:
+            KernelError: a draw from a row that there is not, or out of its range.
+        """
+        table = (Draw * len(draws))(*draws)
+        address = ctypes.addressof(table)
+        self._check(self._run(scores, rows, vocabulary, address, len(draws), tokens, n_threads))
 
 
 class PreparedLinear:
@@ -347,11 +401,14 @@ class LayerProgram:
         group_table = (AttentionBatch * len(groups))(*groups)
         cosines = (_pointer * max(1, len(angles)))(*(cosine for cosine, _ in angles))
         sines = (_pointer * max(1, len(angles)))(*(sine for _, sine in angles))
+        draw_table = (Draw * (0 if scores is None else len(scores.draws)))(
+            *(() if scores is None else scores.draws)
+        )
         step = _Step(
             *(rows, hidden, len(groups), ctypes.addressof(group_table), len(angles)),
             *(ctypes.addressof(cosines), ctypes.addressof(sines), first_layer),
             self.n_layers - first_layer if n_layers is None else n_layers,
-            *((0, None, None, None, None) if scores is None else astuple(scores)),
+            *_score_fields(scores, draw_table),
             n_threads,
         )
         self._check(self._run(self._program, ctypes.addressof(step)))
@@ -359,3 +416,11 @@ class LayerProgram:
     def overlap(self) -> None:
         """Compute the shared expert of the layer whose experts are being computed."""
         self._check(self._overlap(self._program))
+
+
+def _score_fields(places: ScorePlaces | None, draws: ctypes.Array[Draw]) -> tuple[int | None, ...]:
+    """Return the fields of a step that tell which scores it computes, and where to."""
+    if places is None:
+        return 0, None, None, None, None, 0, None
+    addresses = places.rows, places.scores, places.peaks, places.tokens
+    return places.n_rows, *addresses, len(draws), ctypes.addressof(draws)

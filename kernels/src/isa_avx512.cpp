@@ -6,8 +6,9 @@
 #define FK_INTEGER_COLUMNS 2
 #include "kernels_impl.h"
 #include "router_ops_impl.h"
+#include "impl_draw.h"
 #include "isa_table.h"
 
 const fk::Isa fk_isa_avx512 = {"avx512", fk_avx512::linear, fk_avx512::experts};
 const fk::RouterOps fk_router_ops_avx512 = {fk_avx512::attend, fk_avx512::normalize, fk_avx512::gate, fk_avx512::add_scaled,
-    fk_avx512::multiply, fk_avx512::find_highest};
+    fk_avx512::multiply, fk_avx512::find_highest, fk_avx512::draw};

@@ -7,8 +7,9 @@
 #define FK_INTEGER_COLUMNS 2
 #include "kernels_impl.h"
 #include "router_ops_impl.h"
+#include "impl_draw.h"
 #include "isa_table.h"
 
 const fk::Isa fk_isa_avx512_bf16 = {"avx512_bf16", fk_avx512_bf16::linear, fk_avx512_bf16::experts};
 const fk::RouterOps fk_router_ops_avx512_bf16 = {fk_avx512_bf16::attend, fk_avx512_bf16::normalize, fk_avx512_bf16::gate, fk_avx512_bf16::add_scaled,
-    fk_avx512_bf16::multiply, fk_avx512_bf16::find_highest};
+    fk_avx512_bf16::multiply, fk_avx512_bf16::find_highest, fk_avx512_bf16::draw};

@@ -176,6 +176,22 @@ int32_t check_head(const fk_head &h, int64_t hidden_size) {
   return 0;
 }
 
+int32_t check_draws(const fk_draw *draws, int64_t n_draws, int64_t rows) {
+  if (n_draws < 0 || (n_draws && !draws))
+    return reject_argument("draws: got %lld of them or NULL, expected addresses", (long long)n_draws);
+  for (int64_t i = 0; i < n_draws; ++i) {
+    const fk_draw &d = draws[i];
+    if (d.row < 0 || d.row >= rows)
+      return reject_argument("draw.row: got %lld, expected 0 to %lld", (long long)d.row, (long long)rows - 1);
+    bool is_valid = d.uniform >= 0 && d.uniform < 1 && d.temperature >= 0 && d.top_k >= 0 && d.top_p >= 0 &&
+                    d.top_p <= 1 && d.min_p >= 0 && d.min_p <= 1;
+    if (!is_valid)
+      return reject_argument("draw: got uniform %g, temperature %g, top_k %lld, top_p %g, min_p %g, expected them in "
+                             "their ranges", d.uniform, d.temperature, (long long)d.top_k, d.top_p, d.min_p);
+  }
+  return 0;
+}
+
 int32_t check_scores(const fk_head &h, const fk_step &s) {
   if (s.n_scores < 0) return reject_argument("step.n_scores: got %lld, expected 0 or more", (long long)s.n_scores);
   if (s.n_scores && (!h.weight.codes || !s.score_rows || !s.scores || !s.peaks || !s.tokens))
@@ -183,7 +199,24 @@ int32_t check_scores(const fk_head &h, const fk_step &s) {
   for (int64_t i = 0; i < s.n_scores; ++i)
     if (s.score_rows[i] < 0 || s.score_rows[i] >= s.rows)
       return reject_argument("step.score_rows: got %d, expected 0 to %lld", s.score_rows[i], (long long)s.rows - 1);
-  return 0;
+  return check_draws(s.draws, s.n_draws, s.n_scores);
+}
+
+constexpr int64_t kSerialScores = 1 << 16;  // below which one thread draws faster
+
+// Draws tokens of rows whose tokens are the highest scores' places.
+void draw_tokens(const float *scores, int64_t vocabulary, const fk_draw *draws, int64_t n_draws, const float *peaks,
+                 int32_t *tokens, int32_t n_threads) {
+  auto draw = [&](int64_t i) {
+    int64_t row = draws[i].row;
+    if (std::isfinite(peaks[row]))
+      tokens[row] = router_ops().draw(scores + row * vocabulary, vocabulary, tokens[row], draws[i]);
+  };
+  if (n_threads < 2 || n_draws * vocabulary < kSerialScores) {
+    for (int64_t i = 0; i < n_draws; ++i) draw(i);
+  } else {
+    parallel(n_draws, n_threads, draw);
+  }
 }
 
 void find_highest_scores(const float *scores, int64_t rows, int64_t vocabulary, float *peaks, int32_t *tokens) {
@@ -230,6 +263,7 @@ struct fk_program {
     if (head.scale != 1.0f)
       for (int64_t i = 0; i < n * vocabulary; ++i) scores[i] *= head.scale;
     fk::find_highest_scores(scores, n, vocabulary, step.peaks, step.tokens);
+    fk::draw_tokens(scores, vocabulary, step.draws, step.n_draws, step.peaks, step.tokens, n_threads);
     return 0;
   }
 
@@ -391,6 +425,25 @@ FK_EXPORT int32_t fk_highest_scores(const float *scores, int64_t rows, int64_t v
     return fk::reject_argument("scores: got %lld rows of %lld, expected addresses and at least one score",
                                (long long)rows, (long long)vocabulary);
   fk::find_highest_scores(scores, rows, vocabulary, peaks, tokens);
+  return 0;
+}
+
+FK_EXPORT int32_t fk_draw_tokens(const float *scores, int64_t rows, int64_t vocabulary, const fk_draw *draws,
+                                 int64_t n_draws, int32_t *tokens, int32_t n_threads) {
+  if (!scores || !tokens || rows < 0 || vocabulary < 1 || vocabulary > INT32_MAX)
+    return fk::reject_argument("scores: got %lld rows of %lld, expected addresses and at least one score",
+                               (long long)rows, (long long)vocabulary);
+  if (int32_t e = fk::check_draws(draws, n_draws, rows)) return e;
+  try {
+    std::vector<float> peaks(rows);
+    for (int64_t i = 0; i < n_draws; ++i) {
+      int64_t row = draws[i].row;
+      fk::find_highest_scores(scores + row * vocabulary, 1, vocabulary, peaks.data() + row, tokens + row);
+    }
+    fk::draw_tokens(scores, vocabulary, draws, n_draws, peaks.data(), tokens, n_threads);
+  } catch (const std::bad_alloc &) {
+    return FK_E_MEMORY;
+  }
   return 0;
 }
 

@@ -118,6 +118,16 @@ typedef struct fk_head {
   float scale;
 } fk_head;
 
+// A token that is drawn from a row of scores, as softmax(scores / temperature) tells.
+typedef struct fk_draw {
+  int64_t row;        // of the scores
+  int64_t top_k;      // keeps this many most likely tokens; 0: all
+  double top_p;       // keeps the most likely tokens up to this cumulative probability
+  double min_p;       // keeps tokens with at least this fraction of the highest probability
+  double uniform;     // the random number, from 0, less than 1
+  float temperature;  // 0 or more; the least positive number instead of 0
+} fk_draw;
+
 typedef struct fk_step {
   int64_t rows;
   float *hidden;                      // [rows, hidden_size], modified in place
@@ -131,6 +141,8 @@ typedef struct fk_step {
   float *scores;                      // [n_scores, vocabulary]
   float *peaks;                       // [n_scores], see fk_highest_scores
   int32_t *tokens;                    // [n_scores]
+  int64_t n_draws;                    // rows of scores whose token is drawn; of others it is the highest's
+  const fk_draw *draws;               // [n_draws]
   int32_t n_threads;
 } fk_step;
 
@@ -148,6 +160,11 @@ int32_t fk_program_run(fk_program *program, const fk_step *step);
 // Of each of `rows` rows of `scores` [rows, vocabulary] the highest score, NaN if one is, and its first
 // index.
 int32_t fk_highest_scores(const float *scores, int64_t rows, int64_t vocabulary, float *peaks, int32_t *tokens);
+
+// Writes tokens[row] of each draw from scores [rows, vocabulary]; of a row whose highest score is not
+// finite its place.
+int32_t fk_draw_tokens(const float *scores, int64_t rows, int64_t vocabulary, const fk_draw *draws, int64_t n_draws,
+                       int32_t *tokens, int32_t n_threads);
 
 // Computes the shared expert of the layer whose experts are being computed, unless it was. To be
 // called from within `compute`.
@@ -171,6 +188,8 @@ struct RouterOps {
                       int32_t n_threads);
   // The highest of `count` scores, NaN if one is, and its first index.
   void (*find_highest)(const float *scores, int64_t count, float *peak, int32_t *index);
+  // The token of a draw from `count` scores, whose highest is finite and at `highest`.
+  int32_t (*draw)(const float *scores, int64_t count, int32_t highest, const fk_draw &);
 };
 
 const RouterOps &router_ops();            // of the instruction set in use

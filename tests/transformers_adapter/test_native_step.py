@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from faasmoe_kernels import KernelsUnavailable, load
+from faasmoe_kernels.router_ops import Draw
 from faasmoe_transformers import continuous_batching
 from faasmoe_transformers.attention import select_attention_implementation
 from faasmoe_transformers.batch_inputs import BatchInputs
@@ -60,12 +61,39 @@ class ArgmaxSampler:
     def plan_batch(self, request_ids: list[str], rows: Sequence[Any]) -> None:
         """Nothing to prepare."""
 
-    def sample_greedily(self, peaks: Sequence[float]) -> bool:
-        return False
+    def draws(self) -> None:
+        """Has all scores shown to `sample`."""
+
+    def accept_drawn(self, peaks: Sequence[float]) -> None:
+        raise AssertionError(peaks)
 
     def sample(self, scores: Tensor) -> Tensor:
         self.scores.append(scores.clone())
         return scores
+
+
+class DrawingSampler(ArgmaxSampler):
+    """Has the token of each row drawn, always with the same number, and never edits scores."""
+
+    def __init__(self, uniform: float, temperature: float) -> None:
+        super().__init__()
+        self.uniform, self.temperature = uniform, temperature
+        self.n_accepted = 0
+        self._n_rows = 0
+
+    def plan_batch(self, request_ids: list[str], rows: Sequence[Any]) -> None:
+        self._n_rows = len(request_ids)
+
+    def draws(self) -> Any:
+        rows = range(self._n_rows)
+        return [Draw(row, 0, 1.0, 0.0, self.uniform, self.temperature) for row in rows]
+
+    def accept_drawn(self, peaks: Sequence[float]) -> None:
+        assert len(peaks) == self._n_rows
+        self.n_accepted += len(peaks)
+
+    def sample(self, scores: Tensor) -> Tensor:
+        raise AssertionError("nothing is left to sample")
 
 
 class NativeExperts(FixedExperts):
@@ -192,6 +220,7 @@ def generate(
     prompts: Sequence[Sequence[int]] = PROMPTS,
     compute: ComputeMode = "auto",
     limits: BatchingLimits = LIMITS,
+    sampler: ArgmaxSampler | None = None,
 ) -> tuple[list[list[int]], list[str | None], list[Tensor]]:
     """Return the tokens and the error of each prompt, and all scores."""
     finished = threading.Event()
@@ -206,7 +235,7 @@ def generate(
         if len(tokens) == len(prompts):
             finished.set()
 
-    sampler = ArgmaxSampler()
+    sampler = sampler or ArgmaxSampler()
     select_attention_implementation(model)
     batcher = ContinuousBatcher(model, limits, sampler=sampler, compute=compute)
     batcher.start(loop, on_outputs)
@@ -271,6 +300,20 @@ def test_a_batch_of_one_sequence_runs_the_program(loop: asyncio.AbstractEventLoo
     tokens, _, _ = generate(model, loop, limits=replace(LIMITS, max_requests=1))
     assert isinstance(model.model.forward, NativeForward)
     assert tokens == expected
+
+
+def test_tokens_are_drawn_within_the_call_of_a_step(loop: asyncio.AbstractEventLoop) -> None:
+    def tokens_of(sampler: ArgmaxSampler) -> list[list[int]]:
+        model = build("qwen2_moe")
+        use_native_linears(model, load())
+        tokens, errors, _ = generate(model, loop, sampler=sampler)
+        assert errors == [None] * len(PROMPTS)
+        return tokens
+
+    cold, hot = DrawingSampler(0.5, 0.0), DrawingSampler(0.0, 1e6)
+    assert tokens_of(cold) == tokens_of(ArgmaxSampler())
+    assert tokens_of(hot) == [[0] * N_TOKENS] * len(PROMPTS)  # the first token of the vocabulary
+    assert cold.n_accepted == hot.n_accepted == N_TOKENS * len(PROMPTS)
 
 
 def build_wide(experts: FixedExperts | None = None) -> Any:

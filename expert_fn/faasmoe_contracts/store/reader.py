@@ -86,9 +86,10 @@ class Store:
         checkpoint = self.manifest.checkpoint
         ranges: dict[int, tuple[int, int]] = {}
         for reference in references.values():
+            n_bytes = reference.piece_bytes  # of all pieces, which may be thousands
             for file, offset in reference.pieces:
                 start, end = ranges.get(file, (offset, 0))
-                ranges[file] = min(start, offset), max(end, offset + reference.piece_bytes)
+                ranges[file] = min(start, offset), max(end, offset + n_bytes)
         position: dict[int, int] = {}
         files: list[MappedFile] = []
         for file, (start, end) in sorted(ranges.items()):
@@ -101,11 +102,12 @@ class Store:
                 reference.dtype,
                 reference.shape,
                 tuple(
-                    files[position[file]].piece(offset, reference.piece_bytes, index=position[file])
+                    files[position[file]].piece(offset, n_bytes, index=position[file])
                     for file, offset in reference.pieces
                 ),
             )
             for name, reference in references.items()
+            for n_bytes in (reference.piece_bytes,)
         }
         return MappedLayer(tensors, sum(view.nbytes for view in tensors.values()), tuple(files))
 

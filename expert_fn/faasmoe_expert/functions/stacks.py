@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,7 @@ class ScatteredStack:
             (dimension 0) that follow each other, such as those of gate and up.
     """
 
-    parts: tuple[tuple[Tensor, ...], ...]
+    parts: Sequence[tuple[Tensor, ...]]
 
     @property
     def dtype(self) -> torch.dtype:

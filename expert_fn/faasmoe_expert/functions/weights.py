@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -94,18 +95,43 @@ def _mapped_stack(view: TensorView) -> Tensor | ScatteredStack:
 
 
 def _scattered_stack(view: TensorView) -> ScatteredStack:
-    """Return views of the pieces of each expert, which are equal blocks of its rows."""
-    n_experts, rows, *rest = view.shape
-    count = len(view.pieces) // n_experts
-    shape = (rows // count, *rest)
-    return ScatteredStack(
-        tuple(
-            tuple(
-                tensor_view(piece.buffer, view.dtype, shape) for piece in view.expert_pieces(expert)
-            )
-            for expert in range(n_experts)
-        )
-    )
+    return ScatteredStack(MappedParts(view))
+
+
+class MappedParts(Sequence[tuple[Tensor, ...]]):
+    """Views of the pieces of each expert, equal blocks of its rows; made when they are read.
+
+    A function has few of a layer's experts, and to view all of them would take most of the time of
+    mapping it.
+
+    Args:
+        view: the parameter, in pieces.
+    """
+
+    def __init__(self, view: TensorView) -> None:
+        n_experts, rows, *rest = view.shape
+        self._view = view
+        self._shape = (rows // (len(view.pieces) // n_experts), *rest)
+        self._made: dict[int, tuple[Tensor, ...]] = {}
+
+    def __len__(self) -> int:
+        return self._view.shape[0]
+
+    @overload
+    def __getitem__(self, expert: int) -> tuple[Tensor, ...]: ...
+    @overload
+    def __getitem__(self, expert: slice) -> Sequence[tuple[Tensor, ...]]: ...
+    def __getitem__(self, expert: int | slice) -> tuple[Tensor, ...] | Sequence[tuple[Tensor, ...]]:
+        """Return the views of one expert, or of several."""
+        if isinstance(expert, slice):
+            return [self[i] for i in range(*expert.indices(len(self)))]
+        index = range(len(self))[expert]
+        parts = self._made.get(index)
+        if parts is None:
+            pieces = self._view.expert_pieces(index)
+            parts = tuple(tensor_view(p.buffer, self._view.dtype, self._shape) for p in pieces)
+            self._made[index] = parts
+        return parts
 
 
 def _parameters(

@@ -3,7 +3,8 @@
 `BatchSampler` implements the adapter's protocol: rows whose requests have a LogitsState are edited
 so that the argmax of the row is the sampled token. In this order: biases and forbidden tokens,
 penalties, grammars, and the draw, each applied to the rows that asked for it. Greedy rows are left
-untouched, so a greedy batch costs one reduction per row. Rows without a finite maximum have no
+untouched, so a greedy batch costs one reduction per row. Where a step is one native call, rows that
+are only drawn from, or greedy, are part of it (`draws`). Rows without a finite maximum have no
 meaningful token; their requests are reported instead.
 
 `LogitsState` travels with its request through the batching backend, so nothing has to be freed when
@@ -22,12 +23,14 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from faasmoe_kernels.router_ops import Draw
 from faasmoe_router.engine.generation import GenerationRequest, SamplingParams
 from faasmoe_router.engine.grammar_state import GrammarState
 from faasmoe_router.engine.sampler import (
     FORBIDDEN,
     FORCED,
     LogprobQueue,
+    NativeDrawer,
     RowBias,
     RowDraw,
     RowPenalties,
@@ -189,6 +192,12 @@ class RowPlan:
     is_forced: bool = False
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the token is chosen by the scores as they are, and nothing else is kept of it."""
+        is_edited = self.bias is not None or self.penalties is not None
+        return not is_edited and not self.grammar_state and self.logits_state.logprob_queue is None
+
+    @property
     def grammar_state(self) -> GrammarState | None:
         """The position in the grammar that follows the row's token; None without, or at its end."""
         state = self.logits_state.grammar_state
@@ -239,6 +248,7 @@ class BatchSampler:
             delivered.
         check_weights: called before each batch's tokens are taken; raises if weights changed while
             they were computed.
+        draw_natively: draws tokens on a CPU; None to have torch draw them.
     """
 
     request_state_type: type = LogitsState
@@ -248,8 +258,10 @@ class BatchSampler:
         on_request_error: RequestErrorHandler,
         *,
         check_weights: Callable[[], None] = lambda: None,
+        draw_natively: NativeDrawer | None = None,
     ) -> None:
         self._check_weights = check_weights
+        self._draw_natively = draw_natively
         self._on_request_error = on_request_error
         self._request_ids: list[str] = []
         self._row_plans: list[RowPlan] = []
@@ -267,17 +279,20 @@ class BatchSampler:
             for row, logits_state, initial_tokens, generated_tokens in rows
         ]
 
-    def sample_greedily(self, peaks: Sequence[float]) -> bool:
-        """Return whether every row's token is the argmax of the model's own scores.
+    def draws(self) -> Sequence[Draw] | None:
+        """Return what is drawn from the model's own scores; None if some are edited first."""
+        if not all(plan.is_plain for plan in self._row_plans):
+            return None
+        return [plan.draw.native() for plan in self._row_plans if plan.draw]
+
+    def accept_drawn(self, peaks: Sequence[float]) -> None:
+        """Report the rows of tokens chosen as `draws` tells that have no meaningful one.
 
         Args:
             peaks: the highest score of each row; NaN if one is.
         """
-        if self._row_plans:
-            return False
         self._check_weights()
         self._report_non_finite([math.isfinite(peak) for peak in peaks])
-        return True
 
     def sample(self, scores: Tensor) -> Tensor:
         """Return scores whose argmax is each request's token, [N, V]; edits them in place."""
@@ -296,7 +311,8 @@ class BatchSampler:
         apply_penalties(scores, [plan.penalties for plan in self._row_plans if plan.penalties])
         apply_grammar_bitmask(scores, [c for plan in self._row_plans if (c := plan.constraint)])
         self._report_no_token_allowed(scores)
-        force_sampled_tokens(scores, [plan.draw for plan in self._row_plans if plan.draw])
+        draws = [plan.draw for plan in self._row_plans if plan.draw]
+        force_sampled_tokens(scores, draws, self._draw_natively)
         self._accept_tokens(scores)
         if model_scores is not None:
             _record_logprobs(model_scores, scores, with_logprobs)

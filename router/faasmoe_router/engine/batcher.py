@@ -32,8 +32,10 @@ import torch
 
 from faasmoe_expert import malloc
 from faasmoe_expert.device import device_lost_reason
+from faasmoe_kernels import KernelsUnavailable, load
 from faasmoe_router.engine.batch_sampler import BatchSampler, RequestErrorHandler
 from faasmoe_router.engine.prompt_shares import PendingPrompt, divide_prompt_tokens
+from faasmoe_router.engine.sampler import NativeDrawer
 from faasmoe_router.errors import (
     EngineDeviceLost,
     GenerationFailed,
@@ -322,7 +324,11 @@ def start_batcher(
     batcher = ContinuousBatcher(
         model,
         _batching_limits(limits, KVCacheGeometry.from_model(model)),
-        sampler=BatchSampler(report_error, check_weights=lambda: check_weights(model)),
+        sampler=BatchSampler(
+            report_error,
+            check_weights=lambda: check_weights(model),
+            draw_natively=None if compute == "torch" else _native_drawer(),
+        ),
         salt_tokens=None if cache_salts is None else cache_salts.salt_tokens,
         count_batch=None if computed_tokens is None else computed_tokens.add_batch,
         divide_prompts=functools.partial(divide_between_tenants, weight=weight),
@@ -350,6 +356,14 @@ def start_batcher(
     except UnsupportedModel as error:
         raise RouterConfigError(f"model: continuous batching cannot run it: {error}") from error
     return batcher
+
+
+def _native_drawer() -> NativeDrawer | None:
+    """Return what draws tokens by the kernel library; None without one."""
+    try:
+        return NativeDrawer(load())
+    except KernelsUnavailable:
+        return None
 
 
 def _batching_limits(limits: EngineLimits, geometry: KVCacheGeometry) -> BatchingLimits:

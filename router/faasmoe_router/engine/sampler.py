@@ -9,6 +9,8 @@ request that is preempted and prefilled again, or batched with others, draws the
 generator has to be kept or freed.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -16,6 +18,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from faasmoe_kernels import KernelLibrary
+from faasmoe_kernels.router_ops import Draw, TokenDrawer
 
 FORBIDDEN = -torch.inf
 FORCED = torch.inf
@@ -245,20 +250,59 @@ class RowDraw:
         digest = hashlib.blake2b(text, digest_size=8).digest()
         return float(int.from_bytes(digest) >> (64 - UNIFORM_BITS)) / (1 << UNIFORM_BITS)
 
+    def native(self) -> Draw:
+        """Return the draw as the kernel library takes it."""
+        params = self.params
+        top_p, min_p = params.top_p, params.min_p
+        return Draw(self.row, params.top_k, top_p, min_p, self.uniform, params.temperature)
 
-def force_sampled_tokens(scores: Tensor, draws: Sequence[RowDraw]) -> Tensor:
+
+def force_sampled_tokens(
+    scores: Tensor, draws: Sequence[RowDraw], draw_natively: NativeDrawer | None = None
+) -> Tensor:
     """Draw tokens and make each the argmax of its row, in place; return the scores.
 
     Args:
         scores: [N, V], float32.
         draws: the rows to draw from; other rows are unchanged.
+        draw_natively: draws from scores on a CPU; if omitted, torch does.
     """
     if not draws:
         return scores
     rows = torch.tensor([draw.row for draw in draws], device=scores.device)  # [S]
-    tokens = sample_tokens(scores[rows], draws)  # [S]
+    if draw_natively is not None and scores.device.type == "cpu" and scores.is_contiguous():
+        tokens = draw_natively(scores, draws)  # [S]
+    else:
+        tokens = sample_tokens(scores[rows], draws)  # [S]
     scores[rows, tokens] = torch.inf
     return scores
+
+
+class NativeDrawer:
+    """Draws tokens by the kernel library, as a step that is one native call does.
+
+    The same request draws the same tokens in either, whatever is in its batch.
+
+    Args:
+        library: the kernel library.
+    """
+
+    def __init__(self, library: KernelLibrary) -> None:
+        self._draw = TokenDrawer(library)
+
+    def __call__(self, scores: Tensor, draws: Sequence[RowDraw]) -> Tensor:
+        """Return the drawn token of each draw, int64 [S], from scores, float32 [N, V]."""
+        n_rows, n_vocab = scores.shape
+        tokens = torch.zeros(n_rows, dtype=torch.int32)  # [N]
+        self._draw(
+            scores.data_ptr(),
+            n_rows,
+            n_vocab,
+            [draw.native() for draw in draws],
+            tokens=tokens.data_ptr(),
+            n_threads=torch.get_num_threads(),
+        )
+        return tokens[[draw.row for draw in draws]].long()
 
 
 def sample_tokens(scores: Tensor, draws: Sequence[RowDraw]) -> Tensor:

@@ -10,11 +10,13 @@ from fake_copy_streams import FakeCopyStream
 from sandbox_processes import PreparedStore, make_function_spec
 
 from faasmoe_contracts.store import Store
+from faasmoe_contracts.store.tensors import TensorPiece, TensorView
 from faasmoe_contracts.wire import Dtype, OutputMode, decode_request, encode_request
 from faasmoe_expert.functions import ExpertFunction
 from faasmoe_expert.functions.stacks import StackedBlock
 from faasmoe_expert.functions.transfer import Uploader
 from faasmoe_expert.functions.weights import (
+    MappedParts,
     consecutive_runs,
     copy_weights,
     map_weights,
@@ -156,3 +158,21 @@ def test_a_device_gets_the_same_weights_from_a_checkpoint_as_from_a_copy(
     for name, block in expected.stacked.items():
         assert isinstance(block, StackedBlock)
         assert all(torch.equal(got.stacked[name][e], block[e]) for e in experts)
+
+
+def test_an_expert_of_scattered_pieces_is_viewed_when_it_is_read() -> None:
+    values = torch.arange(8, dtype=torch.float32)
+    content = memoryview(bytearray(values.numpy().tobytes()))
+    pieces = [TensorPiece(content, offset=0, file=0)] * 4
+    pieces[2] = TensorPiece(content[:7], offset=0, file=0)  # which nobody can view
+    parts = MappedParts(TensorView("F32", (2, 4, 4), tuple(pieces)))  # two of each expert
+    assert len(parts) == 2
+    first, second = parts[0]
+    assert torch.equal(first, values.view(2, 4))
+    assert torch.equal(second, values.view(2, 4))
+    assert parts[-2] is parts[0]
+    assert parts[:1] == [parts[0]]
+    with pytest.raises(ValueError, match="buffer"):
+        parts[1]
+    with pytest.raises(IndexError):
+        parts[2]
