@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 OUT_OF_MEMORY = -2  # FK_E_MEMORY
 LIBRARY_NAME = "libfaasmoe_kernels.so"
 DISABLE_ENV = "FAASMOE_KERNELS"  # "off" leaves the library unused

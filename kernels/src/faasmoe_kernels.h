@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 // Raised whenever a structure or the meaning of an argument changes.
-#define FK_ABI_VERSION 6
+#define FK_ABI_VERSION 7
 
 enum fk_dtype { FK_FLOAT32 = 0, FK_BFLOAT16 = 1, FK_FLOAT16 = 2 };
 
