@@ -267,6 +267,8 @@ class Dispatcher:
         while_waiting: OverlappedWork | None = None,
     ) -> Tensor:
         """Return the same as `compute`, over the general path; for a pass that was started."""
+        if self.native is not None:
+            self.native.settle()
         with self._metrics.layer_seconds.time():
             output = self._compute_generally(
                 layer, hidden, top_k_index, top_k_weight, while_waiting
