@@ -95,6 +95,15 @@ class _Totals(ctypes.Structure):
     )
 
 
+class _Left(ctypes.Structure):
+    _fields_ = (
+        ("layers", ctypes.c_int64),
+        ("layers_s", ctypes.c_double),
+        ("events", ctypes.c_int64),
+        ("faults", ctypes.c_int64),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """How one function of a layer is reached; neither mailboxes nor local: not natively.
@@ -212,6 +221,22 @@ class CallTotals:
     layers_s: float
 
 
+class CallsLeft(NamedTuple):
+    """What layers have left that was not taken yet.
+
+    Attributes:
+        layers: total of layers computed natively.
+        layers_s: their time.
+        events: calls that `take_events` would return.
+        faults: those of them that did not end well.
+    """
+
+    layers: int
+    layers_s: float
+    events: int
+    faults: int
+
+
 class LayerCalls:
     """Computes layers; `begin` and `finish` belong to one thread, the rest to any.
 
@@ -240,6 +265,8 @@ class LayerCalls:
         self.finish_address = _address(self._lib.fk_calls_finish)
         self._events = ctypes.create_string_buffer(MAX_EVENTS * _EVENT_FIELDS.size)
         self._seconds = (ctypes.c_double * MAX_EVENTS)()
+        self._left = _Left()
+        self._left_address = ctypes.addressof(self._left)
 
     def begin(
         self,
@@ -350,6 +377,12 @@ class LayerCalls:
         )
         self._quick.fk_calls_configure(self.context, ctypes.byref(raw))
 
+    def left(self) -> CallsLeft:
+        """Return what there is to take; for one thread, which cares for costs."""
+        self._quick.fk_calls_read_left(self.context, self._left_address)
+        left = self._left
+        return CallsLeft(left.layers, left.layers_s, left.events, left.faults)
+
     def take_events(self) -> list[CallEvent]:
         """Return the calls that ended since the last time."""
         n = self._quick.fk_calls_take_events(self.context, self._events, MAX_EVENTS)
@@ -457,6 +490,8 @@ def _declare_functions(lib: ctypes.CDLL) -> None:
     lib.fk_calls_publish.argtypes = (pointer, i64, ctypes.POINTER(_LayerRoutes), i64)
     lib.fk_calls_configure.argtypes = (pointer, ctypes.POINTER(_Settings))
     lib.fk_calls_configure.restype = None
+    lib.fk_calls_read_left.argtypes = (pointer, pointer)
+    lib.fk_calls_read_left.restype = None
     for name in ("fk_calls_take_events", "fk_calls_take_layer_seconds"):
         getattr(lib, name).argtypes = (pointer, pointer, i64)
         getattr(lib, name).restype = i64

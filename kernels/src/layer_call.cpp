@@ -112,7 +112,7 @@ struct Table {
 struct Part {
   std::shared_ptr<OwnMailbox> mailbox;  // null: this process
   uint32_t slot = 0, sequence = 0;
-  bool is_sent = false;
+  bool is_sent = false, is_computed = false;
   FrameHeader header{};
   int64_t sent_ns = 0;
   double late_s = 0;
@@ -132,7 +132,7 @@ struct Part {
 
   void reset() {
     mailbox.reset();
-    is_sent = false;
+    is_sent = is_computed = false;
     n_sums = n_added = 0;
     positions.clear();
     rows.clear();
@@ -207,6 +207,7 @@ struct fk_calls {
   std::vector<int64_t> pairs;
   fk_calls_totals totals{};
   std::deque<fk_call_event> events;
+  int64_t n_faults = 0;  // among the events
   std::deque<double> layer_seconds;
 
   // Each is set before the other is read, so that pages are never freed below a frame.
@@ -240,6 +241,8 @@ struct fk_calls {
   bool reserve_slots();
   bool is_callable(OwnMailbox *mailbox);
   void add_dead_event(const OwnMailbox &mailbox);
+  void add_event(const fk_call_event &event);
+  fk_call_event take_event();
   void collect_pairs(const LayerRoutes &routes, int64_t rows, int64_t k, const int64_t *index,
                      const float *weight);
   void encode(Part *part, const LayerRoutes &routes, const uint8_t *hidden, int32_t dtype);
@@ -247,6 +250,7 @@ struct fk_calls {
   void enter_layer();
   void release_memory();
   bool compute_local(Part *part);
+  bool compute_locals();
   bool collect(Part *part);
   fk_call_end wait(Part *part);
   fk_call_end verify(const Part &part, uint32_t *status, char *detail);
@@ -313,9 +317,23 @@ bool fk_calls::is_callable(OwnMailbox *mailbox) {
   return false;
 }
 
+// Under the lock.
+void fk_calls::add_event(const fk_call_event &event) {
+  events.push_back(event);
+  n_faults += event.end != FK_CALL_OK;
+  if (events.size() > kMaxEvents) take_event();
+}
+
+fk_call_event fk_calls::take_event() {
+  fk_call_event event = events.front();
+  events.pop_front();
+  n_faults -= event.end != FK_CALL_OK;
+  return event;
+}
+
 void fk_calls::add_dead_event(const OwnMailbox &mailbox) {
   std::lock_guard<std::mutex> lock(mutex);
-  events.push_back({mailbox.handle, 0.0, int32_t(layer), 0, FK_CALL_DEAD, kOk, {}});
+  add_event({mailbox.handle, 0.0, int32_t(layer), 0, FK_CALL_DEAD, kOk, {}});
 }
 
 // Groups the functions with pairs by who computes them; false if one cannot be reached natively.
@@ -580,6 +598,17 @@ bool fk_calls::compute_local(Part *part) {
   return std::none_of(weights.begin(), weights.end(), [](const LayerWeights *w) { return w->is_changed(); });
 }
 
+// Computes the functions of this process, unless they were.
+bool fk_calls::compute_locals() {
+  for (size_t i = 0; i < n_parts; ++i) {
+    Part &part = parts[i];
+    if (part.mailbox || part.is_computed) continue;
+    if (!compute_local(&part)) return false;
+    part.is_computed = true;
+  }
+  return true;
+}
+
 // Waits for an answer.
 fk_call_end fk_calls::wait(Part *part) {
   OwnMailbox &mailbox = *part->mailbox;
@@ -629,8 +658,7 @@ void fk_calls::record(const Part &part, fk_call_end end, uint32_t status, const 
   ++totals.calls;
   totals.sent_bytes += part.header.frame_bytes();
   if (end == FK_CALL_OK) totals.received_bytes += part.answer().frame_bytes();
-  events.push_back(event);
-  if (events.size() > kMaxEvents) events.pop_front();
+  add_event(event);
 }
 
 // Gives up a call whose answer nobody waits for any more.
@@ -661,8 +689,7 @@ int32_t fk_calls::finish(int64_t l, uint8_t *out, int32_t dtype) {
   if (!is_pending) return set_calls_error("finish: no layer has begun");
   if (l != layer) return set_calls_error("finish: got layer %lld, expected %lld", (long long)l, (long long)layer);
   if (!out || dtype < FK_FLOAT32 || dtype > FK_FLOAT16) return set_calls_error("finish: out or dtype is out of range");
-  for (size_t i = 0; i < n_parts; ++i)
-    if (!parts[i].mailbox && !compute_local(&parts[i])) return general();
+  if (!compute_locals()) return general();
   for (size_t i = 0; i < n_parts; ++i)
     if (parts[i].mailbox && !collect(&parts[i])) return general();
   int64_t size = n_rows * hidden_size;
@@ -823,8 +850,15 @@ FK_EXPORT int32_t fk_calls_finish_dtype(fk_calls *calls, int64_t layer, void *ou
 
 FK_EXPORT int32_t fk_calls_begin(void *calls, int64_t layer, int64_t rows, int64_t hidden_size, int64_t top_k,
                                  const float *hidden, const int64_t *top_k_index, const float *top_k_weight) {
-  return fk_calls_begin_dtype(static_cast<fk_calls *>(calls), layer, rows, hidden_size, top_k, hidden, FK_FLOAT32,
-                              top_k_index, top_k_weight);
+  auto *self = static_cast<fk_calls *>(calls);
+  int32_t status = fk_calls_begin_dtype(self, layer, rows, hidden_size, top_k, hidden, FK_FLOAT32, top_k_index,
+                                        top_k_weight);
+  if (status) return status;
+  try {
+    return self->compute_locals() ? FK_CALLS_DONE : self->general();
+  } catch (const std::bad_alloc &) {
+    return self->general();
+  }
 }
 
 FK_EXPORT int32_t fk_calls_finish(void *calls, int64_t layer, float *out) {
@@ -839,11 +873,15 @@ FK_EXPORT int32_t fk_calls_n_in_flight(fk_calls *calls) {
   return n;
 }
 
+FK_EXPORT void fk_calls_read_left(fk_calls *calls, fk_calls_left *out) {
+  std::lock_guard<std::mutex> lock(calls->mutex);
+  *out = {calls->totals.layers, calls->totals.layers_s, int64_t(calls->events.size()), calls->n_faults};
+}
+
 FK_EXPORT int64_t fk_calls_take_events(fk_calls *calls, fk_call_event *out, int64_t max) {
   std::lock_guard<std::mutex> lock(calls->mutex);
   int64_t n = std::min<int64_t>(max, int64_t(calls->events.size()));
-  std::copy_n(calls->events.begin(), n, out);
-  calls->events.erase(calls->events.begin(), calls->events.begin() + n);
+  for (int64_t i = 0; i < n; ++i) out[i] = calls->take_event();
   return n;
 }
 

@@ -78,6 +78,14 @@ typedef struct fk_function_totals {
   int64_t n_in_flight, calls, rows;
 } fk_function_totals;
 
+// What was left since the last time by layers that have ended.
+typedef struct fk_calls_left {
+  int64_t layers;   // total of native layers
+  double layers_s;  // and their time
+  int64_t events;   // that wait for fk_calls_take_events
+  int64_t faults;   // those of them that are no FK_CALL_OK
+} fk_calls_left;
+
 // Totals since fk_calls_new.
 typedef struct fk_calls_totals {
   int64_t layers, calls, local_calls, general_layers;
@@ -115,6 +123,8 @@ int32_t fk_calls_begin_dtype(fk_calls *calls, int64_t layer, int64_t rows, int64
 int32_t fk_calls_finish_dtype(fk_calls *calls, int64_t layer, void *out, int32_t dtype);
 
 // The same in float32, for programs that call through pointers.
+// `fk_calls_begin` also computes the functions of this process: they keep one core busy, as sandboxes
+// do, and what the caller does before `fk_calls_finish` can be divided.
 int32_t fk_calls_begin(void *calls, int64_t layer, int64_t rows, int64_t hidden_size, int64_t top_k,
                        const float *hidden, const int64_t *top_k_index, const float *top_k_weight);
 int32_t fk_calls_finish(void *calls, int64_t layer, float *out);
@@ -125,6 +135,8 @@ void fk_calls_release_memory(fk_calls *calls);
 // Calls to sandboxes that `begin` made and `finish` has not ended.
 int32_t fk_calls_n_in_flight(fk_calls *calls);
 
+// Tells whether there is anything to take, at the cost of one lock.
+void fk_calls_read_left(fk_calls *calls, fk_calls_left *out);
 // Takes the calls that ended since the last time; returns how many of at most `max`.
 int64_t fk_calls_take_events(fk_calls *calls, fk_call_event *out, int64_t max);
 // Takes the times of layers in seconds; returns how many of at most `max`.

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <new>
@@ -15,7 +16,9 @@
 namespace fk {
 namespace {
 
-constexpr int kSpins = 400;  // pauses, some 10 microseconds
+// How long a thread waits before it sleeps: at the end of a loop, and within a call for its next loop.
+constexpr std::chrono::microseconds kLoopEnd{20}, kNextLoop{50};
+constexpr int kPausesPerLook = 16;  // at the clock
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -27,11 +30,14 @@ inline void pause() {
 
 // Waits a moment until `is_done`, so that a thread that is about to be needed does not go to sleep.
 template <class F>
-bool spin_until(F &&is_done) {
-  for (int i = 0; i < kSpins; ++i) {
-    if (is_done()) return true;
-    pause();
-  }
+bool spin_until(F &&is_done, std::chrono::microseconds time) {
+  auto end = std::chrono::steady_clock::now() + time;
+  do {
+    for (int i = 0; i < kPausesPerLook; ++i) {
+      if (is_done()) return true;
+      pause();
+    }
+  } while (std::chrono::steady_clock::now() < end);
   return false;
 }
 
@@ -59,7 +65,7 @@ class Pool {
       std::lock_guard<std::mutex> lock(mutex_);
       n_wanted_ = 0;  // who has not begun need not
     }
-    if (!spin_until([&] { return n_running_ == 0; })) {
+    if (!spin_until([&] { return n_running_ == 0; }, kLoopEnd)) {
       std::unique_lock<std::mutex> lock(mutex_);
       done_.wait(lock, [&] { return n_running_ == 0; });
     }
@@ -96,7 +102,7 @@ class Pool {
         lock.lock();
         if (--n_running_ == 0) done_.notify_one();
         lock.unlock();
-        spin_until([&] { return n_calls_ == 0 || round_ != seen; });
+        spin_until([&] { return n_calls_ == 0 || round_ != seen; }, kNextLoop);
         lock.lock();
       } while (round_ != seen && n_wanted_ > 0);
     }

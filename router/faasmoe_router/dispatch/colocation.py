@@ -141,6 +141,11 @@ class ColocatedFunctions:
         self._is_valid_sample = self._is_valid_sample and len(selection) == n_expected
         return selection
 
+    @property
+    def ranks_next(self) -> bool:
+        """Whether functions are ranked when the pass that has started is finished."""
+        return self._ranking.ranks_next
+
     def record_pairs(self, layer: int, function_index: int, n_pairs: int) -> None:
         """Count pairs of a function of a layer that was computed without `select_positions`."""
         if layer < len(self._specs_by_layer):
@@ -361,10 +366,16 @@ class FunctionRanking:
         """Count pairs of a layer's function."""
         self._pairs[layer][function_index] += n_pairs
 
+    @property
+    def ranks_next(self) -> bool:
+        """Whether the next `finish_pass` ranks the functions."""
+        return self._n_passes % PASSES_BETWEEN_RANKINGS == 0
+
     def finish_pass(self) -> bool:
         """Finish a pass; now and then rank the functions anew, decay the counts and return True."""
+        is_due = self.ranks_next
         self._n_passes += 1
-        if self._n_passes % PASSES_BETWEEN_RANKINGS != 1:
+        if not is_due:
             return False
         for layer, pairs in enumerate(self._pairs):
             lead = np.ones(len(pairs))

@@ -268,7 +268,7 @@ class Dispatcher:
     ) -> Tensor:
         """Return the same as `compute`, over the general path; for a pass that was started."""
         if self.native is not None:
-            self.native.collect_before(layer)
+            self.native.settle_before(layer)
         with self._metrics.layer_seconds.time():
             output = self._compute_generally(
                 layer, hidden, top_k_index, top_k_weight, while_waiting

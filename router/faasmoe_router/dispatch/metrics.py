@@ -24,9 +24,13 @@ class WindowedCollector(Collector):
 
     Args:
         registry: has the metrics.
+
+    Attributes:
+        before_taking: brings the metrics up to date; called from any thread.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self.before_taking: Callable[[], object] = lambda: None
         self._registry = registry
         self._read_tokens: Callable[[], float] | None = None
         self._min_tokens = 0
@@ -59,6 +63,7 @@ class WindowedCollector(Collector):
         yield from self._registry.collect()
 
     def _take(self) -> None:
+        self.before_taking()
         self._shown_tokens = 0.0 if self._read_tokens is None else self._read_tokens()
         self._families = list(self._registry.collect())
 

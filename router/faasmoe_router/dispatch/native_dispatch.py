@@ -3,8 +3,9 @@
 `NativeDispatch` owns the native side of calls (`faasmoe_kernels.layer_calls`) and keeps its tables
 up to date with what the policies decided: routing, health, hedging thresholds, colocation. What
 happened natively flows back in bulk, latencies and faults to `EndpointHealth`, counters to the load
-meter and the metrics, pairs and times to colocation: with a pass's last layer, and before one that
-takes the general path. In each layer that would take as long as sending and receiving it.
+meter and the metrics, pairs and times to colocation: after some passes, at the end of one in which a
+call failed, and before a layer that takes the general path. In each layer that would take as long as
+sending and receiving it.
 
 A layer that is not ordinary (a function without mailbox, a late or refused answer, many rows) takes
 the general path as a whole: calls are pure. Programs that compute without Python call the functions
@@ -14,6 +15,7 @@ of `program` themselves, between `start_pass` and `finish_pass`.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ from faasmoe_kernels.layer_calls import (
     CallEnd,
     CallEvent,
     CallSettings,
+    CallsLeft,
     LayerCalls,
     mailbox_bytes,
 )
@@ -63,6 +66,10 @@ MIN_NATIVE_ROWS, NATIVE_REQUEST_BYTES = 64, 1 << 20
 
 SUM_BYTES = torch.float32.itemsize
 """Of one element of an answer, which has a sum for each function and row."""
+
+MAX_LEFT_EVENTS = 96
+"""Calls that ended well and may wait to be accounted for: some passes of one token. A pass streams
+through the caches, so what follows it is slow the first time, which several passes share."""
 
 BROKEN_RETRY_S = 30.0
 """How long a sandbox whose mailbox held garbage is called over HTTP."""
@@ -165,7 +172,9 @@ class NativeDispatch:
         self._configured_state: object = None  # what the settings of calls were made from
         self._max_rows_per_expert = 0  # not limited until a sandbox declines
         self._totals, _ = self._calls.totals(0)
-        self._pass_layers = 0
+        self._metrics_lock = threading.Lock()  # guards _totals and _n_taken_calls
+        metrics.windows.before_taking = self._settle_metrics
+        self._before_pass = self._calls.left()
         self.set_routing(routing)
 
     def set_routing(self, routing: RoutingIndex) -> None:
@@ -175,9 +184,9 @@ class NativeDispatch:
 
     def start_pass(self) -> None:
         """Bring the native tables up to date; once per forward pass, before its first layer."""
-        self._settle()  # what layers left that took the general path after `begin`
+        left = self._before_pass = self._calls.left()
+        self._settle_if_due(left)  # what layers left that took the general path after `begin`
         self._suspensions.expire(time.monotonic())
-        self._pass_layers = self._totals.layers
         self._select_taken_over(self._routing, time.monotonic())
         self._publish_routes(self._routing)
         self._configure()
@@ -236,30 +245,45 @@ class NativeDispatch:
             self.finish_pass()
         return is_done
 
-    def collect_before(self, layer: int) -> None:
-        """Collect what happened natively in the layers before one that takes the general path."""
-        first_layers_s = self._totals.layers_s
+    def settle_before(self, layer: int) -> None:
+        """Hand on what happened natively in the layers before one that takes the general path."""
+        before, left = self._before_pass, self._calls.left()
         self._settle()
         if self._colocated is not None:
             self._record_pairs()
-            elapsed_s = self._totals.layers_s - first_layers_s
-            self._colocated.finish_layer(
-                layer - 1, elapsed_s, is_valid_sample=not self._taken_numbers
-            )
+            elapsed_s = left.layers_s - before.layers_s
+            is_valid = not self._taken_numbers
+            self._colocated.finish_layer(layer - 1, elapsed_s, is_valid_sample=is_valid)
+        self._before_pass = left
 
     def finish_pass(self) -> None:
-        """Collect what happened natively in a pass; once, after its last layer."""
-        first_layers_s = self._totals.layers_s
-        self._settle()
+        """Collect what happened natively in a pass; once, after its last layer.
+
+        Where all calls ended well they may wait for those of the next passes.
+        """
+        before, left = self._before_pass, self._calls.left()
+        n_native = left.layers - before.layers
+        is_valid = n_native == self._n_layers and not self._taken_numbers
+        self._settle_if_due(left)
         if self._colocated is None:
             return
-        self._record_pairs()
-        n_native = self._totals.layers - self._pass_layers
-        elapsed_s = self._totals.layers_s - first_layers_s
+        if self._colocated.ranks_next:
+            self._record_pairs()
         if n_native < self._n_layers:
             self._locals.recheck()
-        is_valid = n_native == self._n_layers and not self._taken_numbers
+        elapsed_s = left.layers_s - before.layers_s
         self._colocated.finish_layer(self._n_layers - 1, elapsed_s, is_valid_sample=is_valid)
+
+    def _settle_if_due(self, left: CallsLeft) -> None:
+        is_ordinary = (
+            not left.faults
+            and not self._taken_numbers
+            and (self._absences is None or not self._absences.is_any_missing)
+        )
+        if not is_ordinary or left.events >= MAX_LEFT_EVENTS:
+            self._settle()
+            if self._colocated is not None:
+                self._record_pairs()
 
     def totals(self, now_s: float) -> dict[str, LoadTotals]:
         """Return the totals of every function up to `now_s`."""
@@ -306,8 +330,9 @@ class NativeDispatch:
         """Count from now on the calls of these functions."""
         numbers = frozenset(self._numbers.number(spec.id) for _, spec in taken_over)
         if numbers != self._taken_numbers:
-            self._taken_numbers = numbers
-            self._n_taken_calls = self._sum_taken_calls()
+            with self._metrics_lock:
+                self._taken_numbers = numbers
+                self._n_taken_calls = self._sum_taken_calls()
 
     def _sum_taken_calls(self) -> int:
         _, functions = self._calls.totals(len(self._numbers))
@@ -375,17 +400,22 @@ class NativeDispatch:
             self._health.retry_budget.deposit(len(events))
         for event in events:
             self._record_event(event)
-        for layer_s in self._calls.take_layer_seconds():
-            self._metrics.layer_seconds.observe(layer_s)
-        before = self._totals
-        totals, _ = self._calls.totals(0)
-        self._totals = totals
-        self._metrics.calls.inc(totals.calls - before.calls)
-        self._metrics.mailbox_calls.inc(totals.calls - before.calls)
-        n_taken = self._count_taken_over()
-        self._metrics.colocated.inc(totals.local_calls - before.local_calls - n_taken)
-        self._metrics.sent_bytes.inc(totals.sent_bytes - before.sent_bytes)
-        self._metrics.received_bytes.inc(totals.received_bytes - before.received_bytes)
+        self._settle_metrics()
+
+    def _settle_metrics(self) -> None:
+        """Bring the metrics up to date; safe from any thread."""
+        with self._metrics_lock:
+            for layer_s in self._calls.take_layer_seconds():
+                self._metrics.layer_seconds.observe(layer_s)
+            before = self._totals
+            totals, _ = self._calls.totals(0)
+            self._totals = totals
+            self._metrics.calls.inc(totals.calls - before.calls)
+            self._metrics.mailbox_calls.inc(totals.calls - before.calls)
+            n_taken = self._count_taken_over()
+            self._metrics.colocated.inc(totals.local_calls - before.local_calls - n_taken)
+            self._metrics.sent_bytes.inc(totals.sent_bytes - before.sent_bytes)
+            self._metrics.received_bytes.inc(totals.received_bytes - before.received_bytes)
 
     def _count_taken_over(self) -> int:
         """Count what was computed in place of sandboxes since the last time; return how much."""

@@ -123,7 +123,7 @@ class Layer:
 
     def count(self, name: str) -> float:
         if self.dispatcher.native is not None:
-            self.dispatcher.native.collect_before(1)  # of a pass whose other layers do not follow
+            self.dispatcher.native.settle_before(1)  # of a pass whose other layers do not follow
         return read_metric(self.metrics, name)
 
 

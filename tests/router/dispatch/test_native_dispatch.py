@@ -97,7 +97,7 @@ class Router:
 
     def count(self, name: str) -> float:
         if self.dispatcher.native is not None:
-            self.dispatcher.native.collect_before(LAYER + 1)  # which most tests do not compute
+            self.dispatcher.native.settle_before(LAYER + 1)  # which most tests do not compute
         return self.count_collected(name)
 
     def count_collected(self, name: str) -> float:
@@ -142,18 +142,6 @@ def test_layer_is_one_frame_per_sandbox(
     for _ in range(2):
         one.check(MAX_NATIVE_ROWS + 1)  # larger batches take the general path
     assert one.count("mailbox_calls") == 12
-
-
-def test_calls_of_a_pass_are_collected_with_its_last_layer(
-    sandbox_server: SandboxProcess, router: MakeRouter, store: Store
-) -> None:
-    one = router(sandbox_server.attach_blocks(store, 8))
-    one.wait_for_mailboxes(sandbox_server.address)
-    counts = []
-    for layer in range(3):
-        one.check(1, layer)
-        counts.append(one.count_collected("mailbox_calls"))
-    assert counts == [0, 0, 3]
 
 
 def test_calls_before_a_layer_on_the_general_path_are_collected_with_it(
