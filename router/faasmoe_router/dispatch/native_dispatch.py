@@ -3,9 +3,9 @@
 `NativeDispatch` owns the native side of calls (`faasmoe_kernels.layer_calls`) and keeps its tables
 up to date with what the policies decided: routing, health, hedging thresholds, colocation. What
 happened natively flows back in bulk, latencies and faults to `EndpointHealth`, counters to the load
-meter and the metrics, pairs and times to colocation: after some passes, at the end of one in which a
-call failed, and before a layer that takes the general path. In each layer that would take as long as
-sending and receiving it.
+meter and the metrics, pairs and times to colocation: after some passes, at the end of one in which
+a call failed, and before a layer that takes the general path. In each layer that would take as long
+as sending and receiving it.
 
 A layer that is not ordinary (a function without mailbox, a late or refused answer, many rows) takes
 the general path as a whole: calls are pure. Programs that compute without Python call the functions
