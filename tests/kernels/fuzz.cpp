@@ -378,6 +378,48 @@ void fuzz_experts() {
     check_close(wide[i], expected[i], magnitude[i], "experts' output");
 }
 
+// What may be drawn: by rank, by the share of more likely tokens, and by likelihood beside the highest.
+void check_draw(const float *scores, int64_t vocabulary, const fk_draw &d, int32_t token) {
+  if (token < 0 || token >= vocabulary) fail("draw's token is none");
+  float peak = *std::max_element(scores, scores + vocabulary);
+  double temperature = std::max(double(d.temperature), 1.2e-38), total = 0, higher = 0;
+  int64_t n_higher = 0;
+  std::vector<double> kept;
+  for (int64_t i = 0; i < vocabulary; ++i) {
+    double likelihood = std::exp((double(scores[i]) - peak) / temperature);
+    if (likelihood >= d.min_p) kept.push_back(likelihood);
+    if (scores[i] > scores[token]) higher += likelihood, ++n_higher;
+  }
+  std::sort(kept.rbegin(), kept.rend());
+  if (d.top_k > 0 && d.top_k < int64_t(kept.size())) kept.resize(d.top_k);
+  for (double likelihood : kept) total += likelihood;
+  if (d.top_k > 0 && n_higher >= d.top_k) fail("draw beyond top_k");
+  if (n_higher && higher > d.top_p * total + 1e-4 * (1 + total)) fail("draw beyond top_p");
+  if (std::exp((double(scores[token]) - peak) / temperature) < d.min_p - 1e-4) fail("draw below min_p");
+}
+
+void fuzz_draws() {
+  int64_t rows = pick(1, 4), vocabulary = pick(0, 3) ? pick(1, 300) : pick(1, 5000), n_draws = pick(0, 6);
+  Buffer<float> scores(rows * vocabulary);
+  for (float &score : scores) score = pick(0, 20) ? float(pick(-40, 40)) / 4 : pick(0, 1) ? -INFINITY : normal();
+  for (int64_t r = 0; r < rows; ++r) scores[r * vocabulary + pick(0, vocabulary - 1)] = normal();
+  Buffer<fk_draw> draws(n_draws);
+  for (fk_draw &d : draws)
+    d = {pick(0, rows - 1), pick(0, 1) * pick(1, vocabulary + 1), pick(0, 1) ? 1.0 : double(pick(0, 100)) / 100,
+         pick(0, 1) * double(pick(0, 100)) / 100, double(pick(0, 999)) / 1000, float(pick(0, 30)) / 10};
+  Buffer<int32_t> one(rows, -1), several(rows, -1);
+  if (fk_draw_tokens(scores.data(), rows, vocabulary, draws.data(), n_draws, one.data(), 1)) fail("draws");
+  if (n_draws && pick(0, 1)) {  // one of a row, as the last of several is not the last on several threads
+    if (fk_draw_tokens(scores.data(), rows, vocabulary, &draws[n_draws - 1], 1, several.data(), 3)) fail("draws");
+    if (several[draws[n_draws - 1].row] != one[draws[n_draws - 1].row]) fail("draw depends on threads");
+  }
+  for (int64_t i = n_draws - 1; i >= 0; --i) {
+    int64_t row = draws[i].row;
+    if (one[row] >= 0) check_draw(&scores[row * vocabulary], vocabulary, draws[i], one[row]);
+    one[row] = -1;  // drawn by the last of a row's draws
+  }
+}
+
 }  // namespace
 
 void fuzz_kernels(uint64_t seed, int64_t cases) {
@@ -387,10 +429,12 @@ void fuzz_kernels(uint64_t seed, int64_t cases) {
     if (!fk_set_isa(name)) isas.push_back(name);
   for (int64_t i = 0; i < cases; ++i) {
     fk_set_isa(isas[i % isas.size()]);
-    if (pick(0, 1))
-      fuzz_linear();
-    else
-      fuzz_experts();
+    switch (pick(0, 4)) {
+      case 0: fuzz_draws(); break;
+      case 1:
+      case 2: fuzz_linear(); break;
+      default: fuzz_experts();
+    }
   }
   std::printf("%lld cases with", (long long)cases);
   for (const char *name : isas) std::printf(" %s", name);
