@@ -2,8 +2,7 @@
 
 What can fail because of user input (the model, the port, devices, the store's manifest and sizes)
 is checked before the first process starts, so that errors appear as one message and not in a
-child's log. While the processes start, the store's checksums are verified, and what the first token
-needs is read ahead (control/read_ahead.py).
+child's log. The store's checksums are verified while the processes start.
 """
 
 from __future__ import annotations
@@ -42,8 +41,6 @@ from faasmoe_operator.cli.model_arguments import RequestedModel
 from faasmoe_operator.cli.runtime_dir import locked_state, private_runtime_dir, register_instance
 from faasmoe_operator.cli.signals import run_until_signal
 from faasmoe_operator.cli.store_preparation import prepare_store, verify_store
-from faasmoe_operator.control.functions import managed_functions
-from faasmoe_operator.control.read_ahead import start_reading_ahead
 from faasmoe_operator.platforms.memory import pss_bytes
 
 MAX_GATEWAYS = 64
@@ -258,9 +255,7 @@ async def _prepare_and_serve(
     store = deployment.open_store()
     deployment = requested.laid_out(store.manifest)
     # Raises MoEModelError here rather than in the log of the control process.
-    specs = deployment.functions(store.manifest, key=secrets.token_bytes(32))
-    scaling = deployment.model.spec.experts.scaling
-    start_reading_ahead(store, managed_functions(specs, store.manifest.layers, scaling=scaling))
+    deployment.functions(store.manifest, key=secrets.token_bytes(32))
     with private_runtime_dir() as folder, closing(control.ReservedControlPort.reserve()) as port:
         spec = StackSpec.create(
             deployment,
