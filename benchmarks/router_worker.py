@@ -108,6 +108,7 @@ class RouterWorker:
         self._dispatcher.close()
 
     def _read_resources(self) -> ResourceReading:
+        self._metrics.windows.before_taking()
         router_s, others_s = self._router_clock.read_s(), self._sandbox_clock.read_s()
         counters = {
             "calls": _counter_value(self._metrics.calls),
