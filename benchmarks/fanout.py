@@ -44,7 +44,7 @@ from benchmarks.report import OUT, Spread, describe_machine, percentile, write_f
 from faasmoe_operator.cli.formatting import format_table
 
 SERVERS = 3
-SIZES = (4 << 10, 64 << 10, 256 << 10, 1 << 20)
+SIZES = (8 << 10, 64 << 10, 256 << 10, 1 << 20)
 PRODUCT_SIZE = 64 << 10
 WARM_FANOUTS = 5
 NEVER_SHARED_BYTES = 1 << 40
