@@ -84,7 +84,7 @@ def test_fanout_measures_every_candidate(tmp_path: Path) -> None:
     printed = _run_module("-m", "benchmarks.fanout", "--quick", "--out", str(tmp_path))
     figures = json.loads((tmp_path / "fanout.json").read_text())
     assert figures["fanout_p50_us"] > 0
-    assert {found["body_bytes"] >> 10 for found in figures["candidates"]} == {4, 64, 256, 1024}
+    assert {found["body_bytes"] >> 10 for found in figures["candidates"]} == {8, 64, 256, 1024}
     assert "uvicorn" in printed
 
 
