@@ -62,7 +62,7 @@ class Prometheus:
     def running(cls, program: str, folder: Path, rules: Mapping[str, Any]) -> Iterator[Prometheus]:
         """Run Prometheus until the context ends."""
         prometheus = cls(f"http://127.0.0.1:{_free_port()}", folder / "targets.json")
-        prometheus.scrape({})
+        prometheus._write_targets({})
         (folder / "rules.yaml").write_text(yaml.safe_dump(dict(rules)))
         (folder / "prometheus.yaml").write_text(yaml.safe_dump(_config(folder)))
         command = [
@@ -81,7 +81,15 @@ class Prometheus:
             process.wait(30)
 
     def scrape(self, targets: Mapping[str, Mapping[str, str]]) -> None:
-        """Replace the targets: labels by address, as monitors would add them."""
+        """Replace the targets, and wait until each was scraped.
+
+        Args:
+            targets: labels by address, as monitors would add them.
+        """
+        self._write_targets(targets)
+        eventually(self._scraped_addresses, lambda scraped: scraped == targets.keys())
+
+    def _write_targets(self, targets: Mapping[str, Mapping[str, str]]) -> None:
         entries = [{"targets": [address], "labels": dict(to)} for address, to in targets.items()]
         replacement = self._targets_file.with_suffix(".new")
         replacement.write_text(json.dumps(entries))
@@ -96,6 +104,14 @@ class Prometheus:
             if "reason" in labels
             else labels["alertname"]
             for labels in firing
+        }
+
+    def _scraped_addresses(self) -> set[str]:
+        targets = httpx.get(f"{self._url}/api/v1/targets", trust_env=False).json()["data"]
+        return {
+            target["discoveredLabels"]["__address__"]
+            for target in targets["activeTargets"]
+            if target["health"] == "up"
         }
 
     def _is_ready(self, process: subprocess.Popen[bytes]) -> bool:

@@ -130,6 +130,7 @@ class Router:
 
     def counted(self) -> tuple[float, float]:
         """Return the number of calls and of colocated computations so far."""
+        self.metrics.windows.before_taking()
         return read_metric(self.metrics, "calls"), read_metric(self.metrics, "colocated")
 
     def warm(self) -> None:

@@ -126,9 +126,9 @@ def test_mapped_functions_take_the_native_path(
     wait_until(lambda: len(overflow_of(dispatcher).mapped) == len(missing))
     wait_until(lambda: len(native.connector.mailboxes()) == 1)
     run(dispatcher, store)  # publishes the routes
-    layers_before = native._totals.layers
+    layers_before = native._calls.left().layers
     run(dispatcher, store)
-    assert native._totals.layers - layers_before == len(store.manifest.layers)
+    assert native._calls.left().layers - layers_before == len(store.manifest.layers)
 
 
 def test_a_function_is_released_once_it_has_an_address(

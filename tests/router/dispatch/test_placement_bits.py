@@ -72,9 +72,9 @@ def compute(store: Store, folder: Path) -> Iterator[Callable[..., Tensor]]:
         outputs: list[Tensor] = []
 
         def is_native() -> bool:  # once what is computed in this process is mapped
-            n_before = native._totals.layers
+            n_before = native._calls.left().layers
             outputs.append(dispatcher.compute(LAYER, *arguments))
-            return native._totals.layers == n_before + 1
+            return native._calls.left().layers == n_before + 1
 
         wait_until(is_native)
         return outputs[-1]
