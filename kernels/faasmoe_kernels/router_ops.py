@@ -164,7 +164,7 @@ class ScorePlaces:
         scores: address of the scores, float32 [N, V].
         peaks: address of the highest score of each, NaN if one is, float32 [N].
         tokens: address of the first index of that score, int32 [N]; of the token if it is drawn.
-        draws: which rows' tokens are drawn.
+        draws: which rows' tokens are drawn, at most one of a row.
     """
 
     n_rows: int
@@ -220,7 +220,7 @@ class TokenDrawer:
             scores: address of the scores, float32 [N, V].
             rows: number of rows N.
             vocabulary: scores V per row.
-            draws: the draws.
+            draws: the draws, at most one of a row.
             tokens: address of the tokens, int32 [N]; those of other rows are not written.
             n_threads: threads to use at most, the caller's included.
 
