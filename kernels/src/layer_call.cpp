@@ -855,7 +855,8 @@ FK_EXPORT int32_t fk_calls_begin(void *calls, int64_t layer, int64_t rows, int64
                                         top_k_weight);
   if (status) return status;
   try {
-    return self->compute_locals() ? FK_CALLS_DONE : self->general();
+    if (!self->compute_locals()) return self->general();
+    return fk_calls_n_in_flight(self) ? FK_CALLS_DONE : FK_CALLS_LOCAL;
   } catch (const std::bad_alloc &) {
     return self->general();
   }

@@ -20,7 +20,7 @@ extern "C" {
 
 typedef struct fk_calls fk_calls;
 
-enum fk_calls_result { FK_CALLS_DONE = 0, FK_CALLS_GENERAL = 1, FK_CALLS_ERROR = -1 };
+enum fk_calls_result { FK_CALLS_DONE = 0, FK_CALLS_GENERAL = 1, FK_CALLS_LOCAL = 2, FK_CALLS_ERROR = -1 };
 
 #define FK_MAX_REPLICAS 8
 #define FK_N_SIZE_CLASSES 16
@@ -124,7 +124,8 @@ int32_t fk_calls_finish_dtype(fk_calls *calls, int64_t layer, void *out, int32_t
 
 // The same in float32, for programs that call through pointers.
 // `fk_calls_begin` also computes the functions of this process: they keep one core busy, as sandboxes
-// do, and what the caller does before `fk_calls_finish` can be divided.
+// do, and what the caller does before `fk_calls_finish` can be divided. FK_CALLS_LOCAL: they are all
+// that the layer has, and used all threads.
 int32_t fk_calls_begin(void *calls, int64_t layer, int64_t rows, int64_t hidden_size, int64_t top_k,
                        const float *hidden, const int64_t *top_k_index, const float *top_k_weight);
 int32_t fk_calls_finish(void *calls, int64_t layer, float *out);

@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <memory>
 #include <new>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -18,6 +19,8 @@ namespace fk {
 int32_t check_batch(const fk_attention &a, const fk_attention_batch &b, int64_t rows);
 
 namespace {
+
+constexpr int32_t kBegunHere = 2;  // by a port's `begin`: no other process computes
 
 constexpr int64_t kSerialProduct = 1 << 20;  // multiplications below which one thread is faster
 
@@ -238,8 +241,14 @@ struct fk_program {
   const fk_layer *pending = nullptr;
   int64_t pending_rows = 0;
   int32_t n_threads = 1;
+  bool is_local = false;         // whether this process alone computed the last layer's experts
+  std::optional<fk::Call> call;  // held while no sandbox needs the cores of this process's workers
 
   int32_t run(const fk_step &step) {
+    struct End {
+      std::optional<fk::Call> &call;
+      ~End() { call.reset(); }
+    } end{call};
     ops = &fk::router_ops();
     n_threads = std::max(1, step.n_threads);
     for (int64_t i = 0; i < step.n_layers; ++i) {
@@ -270,7 +279,7 @@ struct fk_program {
   int32_t attention(const fk_layer &l, const fk_step &step) {
     const fk_attention &a = l.attention;
     int64_t rows = step.rows, q = a.n_heads * a.head_dim, kv = a.n_kv_heads * a.head_dim;
-    fk::Call call(n_threads);  // workers wait between the loops of attention; experts may need their cores
+    if (!call) call.emplace(n_threads);
     normalize_hidden(l.input_norm, step);
     if (int32_t e = fk::multiply({{l.query, b.query}, {l.key, b.key}, {l.value, b.value}}, b.normed, rows, n_threads))
       return e;
@@ -325,16 +334,22 @@ struct fk_program {
                          b.factors);
     b.experts.resize(rows * hidden_size);
     int32_t status = 1;
+    if (!is_local) call.reset();  // as in the layer before
     if (port.begin && port.finish) {
       status = port.begin(port.context, l.moe_layer, rows, hidden_size, k, b.normed.data(), b.index.data(), b.weight.data());
-      if (!status) {
+      is_local = status == fk::kBegunHere;
+      if (!is_local) call.reset();
+      if (!status || is_local) {
         if (int32_t e = overlap()) return e;
         status = port.finish(port.context, l.moe_layer, b.experts.data());
       }
     }
-    if (status == 1)
+    if (status == 1) {
+      is_local = false;
+      call.reset();
       status = port.compute(port.compute_context, l.moe_layer, rows, hidden_size, k, b.normed.data(), b.index.data(),
                             b.weight.data(), b.experts.data());
+    }
     return status;
   }
 

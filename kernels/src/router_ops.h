@@ -98,8 +98,9 @@ typedef struct fk_layer {
 
 // Computes the routed experts of a layer. `begin` starts and `finish` writes out[rows, hidden], each
 // row's weighted sum. Both return 0, a negative value for an error, or 1 where the general path has to
-// be taken: `compute`, which does everything and may call fk_program_overlap meanwhile. `begin` and
-// `finish` may be NULL; `compute` returns 0, or a negative value for an error.
+// be taken: `compute`, which does everything and may call fk_program_overlap meanwhile. `begin` returns
+// 2 instead of 0 where no other process computes meanwhile: then this one's workers need not make room.
+// `begin` and `finish` may be NULL; `compute` returns 0, or a negative value for an error.
 typedef struct fk_experts_port {
   void *context;
   int32_t (*begin)(void *context, int64_t layer, int64_t rows, int64_t hidden_size, int64_t top_k,

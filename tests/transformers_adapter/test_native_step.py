@@ -4,7 +4,7 @@ import asyncio
 import ctypes
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -96,12 +96,19 @@ class DrawingSampler(ArgmaxSampler):
         raise AssertionError("nothing is left to sample")
 
 
-class NativeExperts(FixedExperts):
-    """Computes layers through C function pointers, except for the layer `declined`."""
+BEGUN_HERE = 2  # see fk_experts_port
 
-    def __init__(self, declined: int = -1) -> None:
+
+class NativeExperts(FixedExperts):
+    """Computes layers through C function pointers, except for the layer `declined`.
+
+    `local` are the layers that no other process computes for.
+    """
+
+    def __init__(self, declined: int = -1, local: Collection[int] = ()) -> None:
         super().__init__()
         self.declined = declined
+        self.local = local
         self.begun: list[int] = []
         self.general: list[int] = []
         self.n_passes = self.n_finished_passes = 0
@@ -137,7 +144,7 @@ class NativeExperts(FixedExperts):
             view(index, ctypes.c_int64, torch.int64, rows, k),
             view(weight, ctypes.c_float, torch.float32, rows, k),
         )
-        return 0
+        return BEGUN_HERE if layer in self.local else 0
 
     def _finish_layer(self, context: int, layer: int, out: int) -> int:
         assert context == 7
@@ -395,11 +402,15 @@ def test_a_chunk_computed_again_sees_the_window_as_it_was(
 
 
 @pytest.mark.parametrize("declined", [-1, 1])
+@pytest.mark.parametrize("local", [(), (0,), (0, 1)])
 def test_native_functions_compute_the_experts(
-    loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch, declined: int
+    loop: asyncio.AbstractEventLoop,
+    monkeypatch: pytest.MonkeyPatch,
+    declined: int,
+    local: tuple[int, ...],
 ) -> None:
     expected = generate(build("qwen2_moe"), loop, compute="torch")[0]
-    experts = NativeExperts(declined)
+    experts = NativeExperts(declined, local)
     model = build("qwen2_moe", experts)
     use_native_linears(model, load())
     tokens, errors, _ = generate(model, loop)

@@ -5,8 +5,9 @@ both sides a scheduling turn, about a millisecond of processor time next to matr
 stream weights, by measurement. Computing a function in the router saves that, but takes a core from
 its other work. Which effect wins depends on cores, model and batch, so it is measured in operation:
 paired trials of two consecutive forward passes, one that calls all functions and one that computes
-some in the router (docs/performance-log.md, "hot blocks"). At most half of a layer's functions are
-colocated, so the router never becomes the whole model.
+some in the router (docs/performance-log.md, "hot blocks"). Some are at most half of a layer's
+functions, or all of them where the model has few: then a layer waits for no other process, and all
+its products share this process's threads.
 
 Only functions whose sandboxes run on this machine qualify. They map the same pages of the store, so
 nothing is in memory twice, and a function that scales to zero is released here too. The sandboxes
@@ -42,14 +43,28 @@ logger = logging.getLogger(__name__)
 
 
 MAX_COLOCATED_FUNCTIONS = 4
+"""Of a layer, if not all of them are."""
+
+MAX_MODEL_FUNCTIONS = 256
+"""Of all layers, if all of them are colocated. Each costs objects, address space and page
+tables, whether it is computed here or not."""
+
 MAX_COLOCATED_ROWS = 64
 """Larger batches colocate nothing: products of many rows occupy all cores."""
+
+PASSES_BEFORE_MAPPING = 16
+"""Forward passes with the same routing, before functions are mapped for it: what maps them takes
+time from a first token, and from a model that answers one short request and goes to zero."""
 
 MIN_TRIALS = 5
 """Trials of a choice before its result counts."""
 
 MAX_KEPT_TRIALS = 9
 PASSES_BETWEEN_TRIALS = 64
+PASSES_BETWEEN_FIRST_TRIALS = 4
+"""The same while a choice of another batch size is assumed. Prompts are few passes, so that they
+would otherwise be trials for long."""
+
 MIN_GAIN = 0.02
 """Fraction of the baseline's time by which a choice must beat the current one to replace it."""
 
@@ -84,6 +99,7 @@ class ColocatedFunctions:
         self._mapping_executor = ThreadPoolExecutor(1, thread_name_prefix="colocation")
         self._selection: Mapping[tuple[int, FunctionSpec], ExpertFunction] = {}
         self._selection_state: object = None  # what the selection was made from
+        self._n_passes = 0  # since the routing changed
         self._n_rows = 0
         self._elapsed_s = 0.0
         self._is_valid_sample = False
@@ -93,6 +109,12 @@ class ColocatedFunctions:
         """Functions that are mapped now; safe from any thread."""
         with self._lock:
             return frozenset(self._mapped)
+
+    @property
+    def wanted(self) -> Collection[FunctionSpec]:
+        """Functions that are mapped, or will be; safe from any thread."""
+        with self._lock:
+            return self._wanted
 
     def start_pass(self, routing: RoutingIndex, n_rows: int) -> None:
         """Start a forward pass with this routing."""
@@ -112,7 +134,8 @@ class ColocatedFunctions:
         hot = self._ranking.hottest(layer, n_colocated, self._same_node[layer])
         specs = [functions[i].spec for i in hot]
         self._layer_functions = {s: f for s in specs if (f := self._mapped.get(s)) is not None}
-        self._is_valid_sample = self._is_valid_sample and len(self._layer_functions) == n_colocated
+        n_expected = min(n_colocated, len(functions))
+        self._is_valid_sample = self._is_valid_sample and len(self._layer_functions) == n_expected
         return [
             i
             for i, group in enumerate(groups)
@@ -137,7 +160,7 @@ class ColocatedFunctions:
                     if specs[i] in mapped
                 }
             selection = self._selection
-        n_expected = n_colocated * len(self._specs_by_layer)
+        n_expected = sum(min(n_colocated, len(specs)) for specs in self._specs_by_layer)
         self._is_valid_sample = self._is_valid_sample and len(selection) == n_expected
         return selection
 
@@ -174,8 +197,12 @@ class ColocatedFunctions:
             return
         if self._is_valid_sample:
             self._policy.record_pass(self._n_rows, self._elapsed_s)
-        if self._ranking.finish_pass():
-            self._select_hottest()
+        self._n_passes += 1
+        is_ranked = self._ranking.finish_pass()
+        if self._n_passes == PASSES_BEFORE_MAPPING or (
+            is_ranked and self._n_passes > PASSES_BEFORE_MAPPING
+        ):
+            self._set_wanted(self._find_hottest())
         self._is_valid_sample = False
 
     def release_unassigned(self, routing: RoutingIndex) -> None:
@@ -195,7 +222,8 @@ class ColocatedFunctions:
         specs_by_layer = tuple(tuple(f.spec for f in layer.functions) for layer in routing.layers)
         if specs_by_layer != self._specs_by_layer:  # the first table, or other blocks
             self._specs_by_layer = specs_by_layer
-            self._policy = ColocationPolicy(max(map(len, specs_by_layer), default=0))
+            n_functions = max(map(len, specs_by_layer), default=0)
+            self._policy = ColocationPolicy(n_functions, len(specs_by_layer))
             n_hot = self._policy.choices[-1]
             self._ranking = FunctionRanking([len(layer) for layer in specs_by_layer], n_hot)
             self._corrupted = set()
@@ -207,7 +235,8 @@ class ColocatedFunctions:
             )
             for layer in routing.layers
         ]
-        self._select_hottest()
+        self._n_passes = 0
+        self._set_wanted(self._wanted & self._find_hottest())
 
     def _find_same_node(self, addresses: Collection[str]) -> Mapping[str, bool]:
         """Return for each address whether its sandbox runs on this machine."""
@@ -220,16 +249,14 @@ class ColocatedFunctions:
             )
         return is_same_node
 
-    def _select_hottest(self) -> None:
+    def _find_hottest(self) -> frozenset[FunctionSpec]:
         max_functions = self._policy.choices[-1]
-        self._set_wanted(
-            frozenset(
-                specs[i]
-                for layer, specs in enumerate(self._specs_by_layer)
-                for i in self._ranking.hottest(layer, max_functions, self._same_node[layer])
-            )
-            - self._corrupted
+        hottest = frozenset(
+            specs[i]
+            for layer, specs in enumerate(self._specs_by_layer)
+            for i in self._ranking.hottest(layer, max_functions, self._same_node[layer])
         )
+        return hottest - self._corrupted
 
     def _set_wanted(self, specs: frozenset[FunctionSpec]) -> None:
         """Keep exactly these functions; new ones are mapped in the background."""
@@ -258,10 +285,11 @@ class ColocationPolicy:
 
     Args:
         n_functions: number of functions in the layer with the most.
+        n_layers: number of layers.
     """
 
-    def __init__(self, n_functions: int) -> None:
-        self.choices = colocation_choices(n_functions)
+    def __init__(self, n_functions: int, n_layers: int) -> None:
+        self.choices = colocation_choices(n_functions, n_layers)
         self._trials: dict[int, PairedTrials] = {}
 
     def n_colocated(self, n_rows: int) -> int:
@@ -274,16 +302,28 @@ class ColocationPolicy:
             self._trials_for(n_rows).record_pass(elapsed_s)
 
     def _trials_for(self, n_rows: int) -> PairedTrials:
-        trials = self._trials.get(n_rows.bit_length())
+        size = n_rows.bit_length()
+        trials = self._trials.get(size)
         if trials is None:
-            trials = self._trials[n_rows.bit_length()] = PairedTrials(len(self.choices))
+            trials = self._trials[size] = PairedTrials(len(self.choices))
+        if not trials.is_decided:
+            decided = [other for other, known in self._trials.items() if known.is_decided]
+            if decided:
+                nearest = min(decided, key=lambda other: abs(other - size))
+                trials.assume(self._trials[nearest].best)
         return trials
 
 
-def colocation_choices(n_functions: int) -> tuple[int, ...]:
-    """Return how many of a layer's functions may be colocated, ascending from 0."""
+def colocation_choices(n_functions: int, n_layers: int) -> tuple[int, ...]:
+    """Return how many of a layer's functions may be colocated, ascending from 0.
+
+    Args:
+        n_functions: number of functions in the layer with the most.
+        n_layers: number of layers.
+    """
     half = min(n_functions // 2, MAX_COLOCATED_FUNCTIONS)
-    return (0, *(n for n in (1, 2, 4) if n <= half))
+    some = (0, *(n for n in (1, 2, 4) if n <= half))
+    return (*some, n_functions) if 0 < n_functions * n_layers <= MAX_MODEL_FUNCTIONS else some
 
 
 class PairedTrials:
@@ -294,21 +334,33 @@ class PairedTrials:
 
     Args:
         n_choices: number of choices; the first is the baseline.
+
+    Attributes:
+        best: the fastest choice so far.
+        is_decided: whether there were enough trials of every choice.
     """
 
     def __init__(self, n_choices: int) -> None:
+        self.best = 0
+        self.is_decided = n_choices < 2
         self._ratios = [deque[float](maxlen=MAX_KEPT_TRIALS) for _ in range(n_choices)]
-        self._best = 0
+        self._is_assumed = False
         self._n_passes = 0
         self._candidate = 0  # 0: no trial is running
         self._baseline_s: float | None = None  # of the running trial
         self._rotation = 0
 
+    def assume(self, best: int) -> None:
+        """Use this choice until the trials decide, which are rarer then."""
+        if not self._is_assumed:
+            self._is_assumed, self._candidate, self._baseline_s = True, 0, None
+        self.best = best
+
     @property
     def choice(self) -> int:
         """The choice for the next pass; constant until `record_pass`."""
         if not self._candidate:
-            return self._best
+            return self.best
         return 0 if self._baseline_s is None else self._candidate
 
     def record_pass(self, elapsed_s: float) -> None:
@@ -321,23 +373,30 @@ class PairedTrials:
         else:
             self._ratios[self._candidate].append(elapsed_s / self._baseline_s)
             self._candidate, self._baseline_s, self._n_passes = 0, None, 0
-            self._best = self._find_best()
+            self.is_decided = not self._undersampled()
+            self.best = self._find_best()
             self._candidate = self._next_candidate()
 
     def _next_candidate(self) -> int:
         candidates = range(1, len(self._ratios))
-        undersampled = [i for i in candidates if len(self._ratios[i]) < MIN_TRIALS]
-        if undersampled:
-            return min(undersampled, key=lambda i: len(self._ratios[i]))
+        if not self.is_decided:
+            if self._is_assumed and self._n_passes < PASSES_BETWEEN_FIRST_TRIALS:
+                return 0
+            return min(self._undersampled(), key=lambda i: len(self._ratios[i]))
         if not candidates or self._n_passes < PASSES_BETWEEN_TRIALS:
             return 0
         self._rotation = self._rotation % len(candidates) + 1
         return self._rotation
 
+    def _undersampled(self) -> list[int]:
+        return [i for i in range(1, len(self._ratios)) if len(self._ratios[i]) < MIN_TRIALS]
+
     def _find_best(self) -> int:
+        if not self.is_decided:
+            return self.best
         ratios = [1.0, *(self._median_ratio(i) for i in range(1, len(self._ratios)))]
         fastest = min(range(len(ratios)), key=ratios.__getitem__)
-        return fastest if ratios[fastest] < ratios[self._best] - MIN_GAIN else self._best
+        return fastest if ratios[fastest] < ratios[self.best] - MIN_GAIN else self.best
 
     def _median_ratio(self, choice: int) -> float:
         ratios = self._ratios[choice]

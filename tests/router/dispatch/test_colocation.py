@@ -25,6 +25,7 @@ from faasmoe_expert.functions import ExpertFunction
 from faasmoe_router.dispatch import Dispatcher
 from faasmoe_router.dispatch.colocation import (
     MAX_COLOCATED_ROWS,
+    PASSES_BEFORE_MAPPING,
     ColocatedFunctions,
     ColocationPolicy,
 )
@@ -34,6 +35,7 @@ from faasmoe_router.dispatch.metrics import DispatchMetrics
 
 TOKEN = "a-token"
 N_LAYERS = 3
+N_FUNCTIONS = 3 * N_LAYERS
 PATIENT = DispatchTimeouts(DEADLINE_S, DEADLINE_S, DEADLINE_S)  # for a busy machine
 
 
@@ -133,10 +135,15 @@ class Router:
         self.metrics.windows.before_taking()
         return read_metric(self.metrics, "calls"), read_metric(self.metrics, "colocated")
 
+    def run_until_mapping(self) -> None:
+        """Run the passes after which functions are mapped."""
+        for _ in range(PASSES_BEFORE_MAPPING):
+            self.run(4)
+
     def warm(self) -> None:
-        """Run until the hot functions are mapped."""
-        self.run(4)
-        wait_until(lambda: self.n_mapped == N_LAYERS)
+        """Run until the functions are mapped."""
+        self.run_until_mapping()
+        wait_until(lambda: self.n_mapped == N_FUNCTIONS)
 
 
 def read_metric(metrics: DispatchMetrics, name: str) -> float:
@@ -177,6 +184,29 @@ def test_colocated_results_equal_those_of_sandboxes(
     assert 0 < n_colocated <= N_LAYERS or n_rows < 7  # few rows may not hit the hot function
 
 
+def test_model_that_answers_a_short_request_maps_nothing(router: OpenRouter) -> None:
+    short = router()
+    for _ in range(PASSES_BEFORE_MAPPING - 1):
+        short.run(4)
+    assert short.colocated is not None
+    assert short.colocated.wanted == frozenset()
+    short.run(4)
+    assert len(short.colocated.wanted) == N_FUNCTIONS
+
+
+def test_all_functions_of_each_layer_may_be_colocated(
+    router: OpenRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ColocationPolicy, "n_colocated", lambda self, n_rows: 3)
+    monkeypatch.setattr(ColocationPolicy, "record_pass", lambda self, n_rows, elapsed_s: None)
+    hot, functions = router(), router(placement="functions")
+    hot.warm()
+    calls = hot.counted()[0]
+    for got, expected in zip(hot.run(9), functions.run(9), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert hot.counted()[0] == calls
+
+
 def test_passes_are_timed_once_their_hot_functions_are_mapped(
     router: OpenRouter, one_colocated: list[tuple[int, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,10 +218,11 @@ def test_passes_are_timed_once_their_hot_functions_are_mapped(
 
     monkeypatch.setattr("faasmoe_router.dispatch.colocation.map_function", map_when_released)
     hot = router()
+    hot.run_until_mapping()
     hot.run(5)
     assert one_colocated == []  # nothing is mapped yet
     go.set()
-    wait_until(lambda: hot.n_mapped == N_LAYERS)
+    wait_until(lambda: hot.n_mapped == N_FUNCTIONS)
     hot.run(5)
     hot.run(9)
     assert [n_rows for n_rows, _ in one_colocated] == [5, 9]
@@ -209,7 +240,7 @@ def test_pass_with_a_failure_is_not_recorded(
     hot.run(40)
     assert one_colocated == []
     hot.dispatcher.update_addresses(2, {last.spec.id: last.addresses})
-    # The function may have to be mapped again.
+    # The function may have to be mapped again, after some passes.
     wait_until(lambda: bool(hot.run(40) and one_colocated))
 
 
@@ -218,7 +249,7 @@ def test_load_of_a_function_does_not_depend_on_colocation(
 ) -> None:
     hot, functions = router(), router(placement="functions")
     hot.warm()
-    functions.run(4)
+    functions.run_until_mapping()
     for each in (hot, functions):
         each.run(11)
     now_s = time.monotonic()
@@ -235,8 +266,7 @@ def test_functions_of_other_machines_are_not_colocated(
     router: OpenRouter, folder: Path, tmp_path: Path, one_colocated: list[tuple[int, float]]
 ) -> None:
     remote = router(folder=tmp_path)  # without Unix sockets of sandboxes
-    for _ in range(3):
-        remote.run(7)
+    remote.run_until_mapping()
     assert remote.n_mapped == 0
     assert remote.counted()[1] == 0
 
@@ -248,7 +278,7 @@ def test_nothing_is_colocated_where_disabled_or_impossible(
     options: dict[str, Any], router: OpenRouter, one_colocated: list[tuple[int, float]]
 ) -> None:
     uncolocated = router(**options)
-    uncolocated.run(7)
+    uncolocated.run_until_mapping()
     assert uncolocated.colocated is None
     assert uncolocated.counted()[1] == 0
 
@@ -276,7 +306,7 @@ def test_function_that_scales_to_zero_is_released(
     hot.dispatcher.replace_table(without_addresses)  # an idle router releases them too
     assert hot.n_mapped == 0
     # The thread that mapped the last one may hold it a little longer.
-    wait_until(lambda: [ref() for ref in mapped] == [None] * N_LAYERS)
+    wait_until(lambda: [ref() for ref in mapped] == [None] * N_FUNCTIONS)
     hot.run(1)  # from the store, as no sandbox has them
     assert hot.n_mapped == 0
     hot.dispatcher.replace_table(table)
@@ -301,7 +331,7 @@ def test_corrupted_functions_are_called_at_their_sandboxes(
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert read_metric(hot.metrics, "local") == 0
     hot.run(40)
-    assert hot.n_mapped < N_LAYERS
+    assert hot.n_mapped < N_FUNCTIONS
 
 
 def test_function_released_while_it_is_being_mapped_is_not_kept(
@@ -319,7 +349,7 @@ def test_function_released_while_it_is_being_mapped_is_not_kept(
 
     monkeypatch.setattr("faasmoe_router.dispatch.colocation.map_function", map_slowly)
     hot = router()
-    hot.run(4)
+    hot.run_until_mapping()
     assert started.wait(DEADLINE_S)
     without_addresses = replace(
         table, functions=tuple(replace(f, addresses=()) for f in table.functions)
@@ -331,4 +361,4 @@ def test_function_released_while_it_is_being_mapped_is_not_kept(
     assert hot.n_mapped == 0
     hot.dispatcher.replace_table(table)
     hot.warm()
-    assert len(mapped) == 1 + N_LAYERS  # those still queued at the release were not mapped then
+    assert len(mapped) == 1 + N_FUNCTIONS  # those still queued at the release were not mapped then

@@ -9,10 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from faasmoe_router.dispatch.colocation import (
+    MAX_COLOCATED_FUNCTIONS,
     MAX_COLOCATED_ROWS,
+    MAX_MODEL_FUNCTIONS,
     MIN_GAIN,
     MIN_LEAD,
     MIN_TRIALS,
+    PASSES_BETWEEN_FIRST_TRIALS,
     PASSES_BETWEEN_RANKINGS,
     PASSES_BETWEEN_TRIALS,
     ColocationPolicy,
@@ -23,21 +26,32 @@ from faasmoe_router.dispatch.colocation import (
 
 
 @pytest.mark.parametrize(
-    ("n_functions", "choices"),
-    [(0, (0,)), (1, (0,)), (2, (0, 1)), (3, (0, 1)), (4, (0, 1, 2)), (9, (0, 1, 2, 4))],
+    ("n_functions", "n_layers", "choices"),
+    [
+        (0, 0, (0,)),
+        (1, 1, (0, 1)),
+        (2, 40, (0, 1, 2)),
+        (3, 85, (0, 1, 3)),
+        (3, 86, (0, 1)),
+        (4, 64, (0, 1, 2, 4)),
+        (9, 24, (0, 1, 2, 4, 9)),
+        (9, 60, (0, 1, 2, 4)),
+    ],
 )
-def test_at_most_half_of_a_layers_functions_are_colocated(
-    n_functions: int, choices: tuple[int, ...]
+def test_half_of_a_layers_functions_or_all_of_few_are_colocated(
+    n_functions: int, n_layers: int, choices: tuple[int, ...]
 ) -> None:
-    assert colocation_choices(n_functions) == choices
+    assert colocation_choices(n_functions, n_layers) == choices
 
 
-@given(st.integers(0, 1000))
-def test_choices_are_few_and_start_at_zero(n_functions: int) -> None:
-    choices = colocation_choices(n_functions)
+@given(st.integers(0, 1000), st.integers(0, 100))
+def test_choices_are_few_and_start_at_zero(n_functions: int, n_layers: int) -> None:
+    *some, most = choices = colocation_choices(n_functions, n_layers)
     assert choices[0] == 0
-    assert len(choices) <= 4
-    assert 2 * choices[-1] <= n_functions
+    assert len(choices) <= 5
+    assert sorted(set(choices)) == list(choices)
+    assert all(2 * n <= n_functions and n <= MAX_COLOCATED_FUNCTIONS for n in some)
+    assert 2 * most <= n_functions or n_functions * n_layers <= MAX_MODEL_FUNCTIONS
 
 
 def run_passes(
@@ -106,20 +120,46 @@ def test_outliers_decide_no_trial() -> None:
 
 
 def test_each_batch_size_is_decided_by_its_own_times() -> None:
-    policy = ColocationPolicy(3)
+    policy = ColocationPolicy(3, 1)
     for _ in range(200):
-        policy.record_pass(1, (1.0, 0.8)[policy.n_colocated(1)])
-        policy.record_pass(20, (1.0, 1.2)[policy.n_colocated(20)])
+        policy.record_pass(1, {0: 1.0, 1: 0.8, 3: 0.9}[policy.n_colocated(1)])
+        policy.record_pass(20, {0: 1.0, 1: 1.2, 3: 1.2}[policy.n_colocated(20)])
     assert [policy.n_colocated(1) for _ in range(3)] == [1, 1, 1]
     choices_made = []
     for _ in range(PASSES_BETWEEN_TRIALS):
         choices_made.append(policy.n_colocated(20))
-        policy.record_pass(20, (1.0, 1.2)[choices_made[-1]])
+        policy.record_pass(20, {0: 1.0, 1: 1.2, 3: 1.2}[choices_made[-1]])
     assert choices_made.count(0) >= PASSES_BETWEEN_TRIALS - 1
 
 
+def test_batch_size_without_trials_uses_what_pays_for_the_nearest() -> None:
+    policy = ColocationPolicy(3, 1)
+    policy.record_pass(20, 1.0)  # before any is decided
+    for _ in range(100):
+        policy.record_pass(1, {0: 1.0, 1: 0.8, 3: 0.7}[policy.n_colocated(1)])
+        policy.record_pass(60, {0: 1.0, 1: 0.8, 3: 1.2}[policy.n_colocated(60)])
+    assert (policy.n_colocated(1), policy.n_colocated(60)) == (3, 1)
+    assert policy.n_colocated(20) == 1
+    assert policy.n_colocated(3) == 3
+
+
+def test_assumed_choice_is_used_between_its_first_trials_and_dropped_if_it_does_not_pay() -> None:
+    trials = PairedTrials(2)
+    trials.assume(1)
+    n_first = MIN_TRIALS * (2 + PASSES_BETWEEN_FIRST_TRIALS)
+    first = run_passes(trials, n_first, (1.0, 1.1).__getitem__)
+    assert first == [*[1] * PASSES_BETWEEN_FIRST_TRIALS, 0, 1] * MIN_TRIALS
+    assert trials.is_decided
+    assert trials.best == 0
+    kept = PairedTrials(2)
+    kept.assume(1)
+    run_passes(kept, n_first, (1.0, 0.9).__getitem__)
+    assert kept.is_decided
+    assert kept.best == 1
+
+
 def test_large_batches_are_never_colocated() -> None:
-    policy = ColocationPolicy(4)
+    policy = ColocationPolicy(4, 1)
     for _ in range(300):
         assert policy.n_colocated(MAX_COLOCATED_ROWS + 1) == 0
         policy.record_pass(MAX_COLOCATED_ROWS + 1, 1.0)

@@ -290,7 +290,7 @@ class ExpertsSpec(ApiModel):
     placement: Literal["auto", "functions"] | None = Field(
         None,
         description="auto, the default, runs colocated functions in the router process where that "
-        "was measured to be faster, at most half of those of a layer; functions never does.",
+        "was measured to be faster, some of a layer's or all; functions never does.",
         json_schema_extra=PROCESS_ONLY,
     )
     resize: Literal["auto", "none"] = Field(
