@@ -120,11 +120,9 @@ def _as_seen(
     holders: Sequence[MemoryHolder], idle_since: float | None, is_leaving: bool
 ) -> Sequence[MemoryHolder]:
     if idle_since is not None:
-        holders = [
-            replace(h, is_idle=True, last_used=min(h.last_used, idle_since)) for h in holders
-        ]
+        holders = [h.changed(is_idle=True, last_used=min(h.last_used, idle_since)) for h in holders]
     return [
-        replace(h, is_leaving=True, is_evictable=False) if is_leaving and not h.is_pinned else h
+        h.changed(is_leaving=True, is_evictable=False) if is_leaving and not h.is_pinned else h
         for h in holders
     ]
 
@@ -245,8 +243,8 @@ class MemoryPool:
         if not (self._claims.get(other) and self._is_in_use(other)):
             return functions
         if self._turns.get(other, 0) < self._turns.get(model, 0):
-            return [replace(holder, is_evictable=False) for holder in functions]
-        return [replace(h, is_idle=True, last_used=0.0) for h in functions]
+            return [holder.changed(is_evictable=False) for holder in functions]
+        return [h.changed(is_idle=True, last_used=0.0) for h in functions]
 
     def _observed(self, now: float) -> list[RouterMemory]:
         """Return the routers as they are planned with: evicted ones are not wanted."""
@@ -434,6 +432,6 @@ class MemoryPool:
             if router.is_running:
                 holder = router.holder(now)
                 if name in self._evicted_routers:
-                    holder = replace(holder, is_leaving=True)
+                    holder = holder.changed(is_leaving=True)
                 found.setdefault(router.model, []).append(holder)
         return found
