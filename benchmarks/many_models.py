@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT / "tests" / "integration"))
 from faasmoe_up import FaasmoeUp, running_up
 
 MAX_TOKENS = 8
-SAMPLE_S = 0.5
+SAMPLE_S = 2.0  # a sample takes 0.1 s of a processor, which models that start would have
 SWAP_S = 0.5  # to the first token, above which a request has waited for a router or functions
 WARM_REQUESTS = 3
 SANDBOX_FUNCTIONS = 30  # three sandboxes of the demo model, as `faasmoe up MODEL` lays it out
@@ -58,6 +58,25 @@ class Served:
     answers: list[Answer] = field(default_factory=list)
     tokens: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class MemorySamples:
+    """What routers and functions held while tenants called them.
+
+    Attributes:
+        sizes: bytes, in the order of the samples.
+        cpu_s: processor seconds that sampling took.
+    """
+
+    sizes: list[int] = field(default_factory=list)
+    cpu_s: float = 0.0
+
+    def add(self, up: FaasmoeUp) -> None:
+        """Take a sample."""
+        started_s = time.thread_time()
+        self.sizes.append(held_bytes(up))
+        self.cpu_s += time.thread_time() - started_s
 
 
 def main() -> int:
@@ -100,7 +119,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     options, log = ("--memory", str(limit_bytes)), folder / "up.log"
     with (
         running_up(files, log, *options, timeout_s=START_TIMEOUT_S) as up,
-        sampled_bytes(up) as samples,
+        sampled_memory(up) as samples,
         followed_log(log) as timeline,
     ):
         launcher = psutil.Process(up.process.pid)
@@ -118,8 +137,10 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "failures": sorted(set(served.failures))[:5],
         "one_model_mb": round(one_bytes / 1e6, 1),
         "limit_mb": round(limit_bytes / 1e6, 1),
-        "memory_peak_over_limit": round(max(samples) / limit_bytes, 3),
-        "memory_median_over_limit": round(percentile(samples, 50) / limit_bytes, 3),
+        "memory_peak_over_limit": round(max(samples.sizes) / limit_bytes, 3),
+        "memory_median_over_limit": round(percentile(samples.sizes, 50) / limit_bytes, 3),
+        "memory_samples": len(samples.sizes),
+        "sampling_cpu_s": round(samples.cpu_s, 1),
         "swaps": len(swaps),
         "swap_p50_s": round(percentile(swaps, 50), 3) if swaps else None,
         "swap_p99_s": round(percentile(swaps, 99), 3) if swaps else None,
@@ -217,10 +238,11 @@ def _has_content(chunk: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def sampled_bytes(up: FaasmoeUp) -> Iterator[list[int]]:
+def sampled_memory(up: FaasmoeUp) -> Iterator[MemorySamples]:
     """Sample the memory of routers and sandboxes within the context."""
-    samples = [held_bytes(up)]
-    with polling(lambda: samples.append(held_bytes(up)), interval_s=SAMPLE_S):
+    samples = MemorySamples()
+    samples.add(up)
+    with polling(lambda: samples.add(up), interval_s=SAMPLE_S):
         yield samples
 
 

@@ -25,7 +25,7 @@ SUPPORTED_VERSIONS = {"torch": ">=2.13,<2.15", "transformers": ">=5.23,<5.24"}
 ROUTER_MODULES = (
     *("attention", "batch_inputs", "continuous_batching", "dtypes", "error_isolation"),
     *("experts_backend", "fast_import", "meta_model", "native_attention", "native_linear"),
-    *("native_step", "observation", "onednn", "prefix_cache", "scheduler"),
+    *("native_step", "observation", "onednn", "prefix_cache", "scheduler", "tensor_places"),
 )
 CHECKPOINT_MODULES = ("dtypes", "gguf_tokenizer", "model_skeleton", "weight_conversion")
 SANDBOX_MODULES = ("lazy_import", "meta_model", "onednn")

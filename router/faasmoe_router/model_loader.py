@@ -12,7 +12,8 @@ layers and embeddings as they lie in the files, mapped: the kernels compute with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,8 +36,7 @@ from faasmoe_router.referenced_tensors import (
     map_referenced_tensors,
     watch_model,
 )
-from faasmoe_router.skeletons import SKELETONS
-from faasmoe_transformers.dtypes import ParameterDtypes
+from faasmoe_router.skeletons import SKELETONS, Skeleton
 from faasmoe_transformers.errors import UnsupportedModel
 from faasmoe_transformers.experts_backend import (
     EXPERTS_IMPLEMENTATION,
@@ -45,8 +45,9 @@ from faasmoe_transformers.experts_backend import (
     register_implementation,
 )
 from faasmoe_transformers.meta_model import build_from_config, move_buffers
-from faasmoe_transformers.native_linear import stored_weight_names, use_matrix, use_native_linears
+from faasmoe_transformers.native_linear import use_matrix, use_native_linears
 from faasmoe_transformers.native_step import ComputeMode
+from faasmoe_transformers.tensor_places import TensorPlaces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -85,15 +86,16 @@ def load_router_model(
     """
     register_implementation()
     stored_dtype: torch.dtype = getattr(torch, store.manifest.model.dtype)
-    model = SKELETONS.take(store, dtype or stored_dtype)
-    if model is None:
-        model = build_skeleton(store, dtype or stored_dtype)
+    skeleton = SKELETONS.take(store, dtype or stored_dtype)
+    if skeleton is None:
+        skeleton = build_skeleton(store, dtype or stored_dtype)
+    model, places = skeleton.model, skeleton.places
     uses_kernels = compute != "torch"
     kernels = _find_kernels(device, dtype or stored_dtype) if uses_kernels else None
     convert = None
     if dtype is not None and dtype != stored_dtype:
-        kept = set() if kernels is None else stored_weight_names(model)
-        convert = _dtype_converter(model, dtype, kept)
+        kept = set() if kernels is None else places.stored_weights
+        convert = partial(places.converted, kept=kept)
     tensors: dict[str, Tensor] = {}
     quantized = store.manifest.router.quantized
     native = {} if kernels is None else _native_modules(model, quantized)
@@ -105,18 +107,18 @@ def load_router_model(
         tensors |= dequantize_weights(read, quantized, dtype=dtype or stored_dtype)
     referenced, watch = _map_referenced(store, device, convert)
     tensors |= referenced
-    _assign_tensors(model, tensors, store)
+    _assign_tensors(places, tensors, store)
     model.tie_weights()
     if kernels is not None:
         for module, quantization in native.items():
             _use_codes(model.get_submodule(module), module, quantization, codes, kernels)
-    _check_all_assigned(model, tensors, store)
+    _check_all_assigned(places, tensors, store)
     move_buffers(model, device)  # those that are computed, such as rotary frequencies
     if kernels is not None:
         use_native_linears(model, kernels)
     bind_experts(model, [layer.name for layer in store.manifest.layers], dispatcher)
     watch_model(model, watch)
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def _find_kernels(device: torch.device, dtype: torch.dtype) -> KernelLibrary | None:
@@ -135,8 +137,13 @@ def prepare_skeleton(store: Store, dtype: torch.dtype) -> None:
     SKELETONS.prepare(store, dtype, build_skeleton)
 
 
-def build_skeleton(store: Store, dtype: torch.dtype) -> PreTrainedModel:
+def build_skeleton(store: Store, dtype: torch.dtype) -> Skeleton:
     """Build the family's model with parameters on the meta device; raises ModelLoadError."""
+    model = _build_model(store, dtype).eval().requires_grad_(False)
+    return Skeleton(model, TensorPlaces(model, dtype))
+
+
+def _build_model(store: Store, dtype: torch.dtype) -> PreTrainedModel:
     entry, folder = store.manifest.model, store.path / "model"
     config = _load_config(folder)
     try:
@@ -163,20 +170,6 @@ def _load_config(folder: Path) -> PreTrainedConfig:
 
 TensorConverter = Callable[[str, Tensor], Tensor]
 """Takes a stored tensor and its name; returns the tensor to compute with."""
-
-
-def _dtype_converter(
-    model: PreTrainedModel, dtype: torch.dtype, kept: Collection[str]
-) -> TensorConverter:
-    """Return a converter to the model's dtypes, except for tensors of the names `kept`."""
-    dtypes, expected = ParameterDtypes(model, dtype), model.state_dict()
-
-    def convert(name: str, tensor: Tensor) -> Tensor:
-        if name in kept or name not in expected or not tensor.is_floating_point():
-            return tensor
-        return tensor.to(dtypes.dtype_of(name, expected[name]))
-
-    return convert
 
 
 def _read_tensors(
@@ -307,30 +300,24 @@ def dequantize_weights(
     return weights
 
 
-def _assign_tensors(model: nn.Module, tensors: dict[str, Tensor], store: Store) -> None:
+def _assign_tensors(places: TensorPlaces, tensors: Mapping[str, Tensor], store: Store) -> None:
     try:
-        incompatible_keys = model.load_state_dict(tensors, strict=False, assign=True)
-    except RuntimeError as error:
+        unexpected = places.assign(tensors)
+    except ValueError as error:
         raise ModelLoadError(
             f"{store.path}: router tensors do not fit the model: {error}"
         ) from error
-    if incompatible_keys.unexpected_keys:
+    if unexpected:
         raise ModelLoadError(
-            f"{store.path}: got the tensor {incompatible_keys.unexpected_keys[0]!r} and "
-            f"{len(incompatible_keys.unexpected_keys) - 1} more that the model does not have"
+            f"{store.path}: got the tensor {unexpected[0]!r} and {len(unexpected) - 1} more that "
+            "the model does not have"
         )
 
 
-def _check_all_assigned(model: nn.Module, tensors: Mapping[str, Tensor], store: Store) -> None:
-    """Raise ModelLoadError if a tensor outside the experts was not loaded.
-
-    An unassigned parameter is still on meta; a buffer never is, so buffers are checked by name.
-    """
+def _check_all_assigned(places: TensorPlaces, tensors: Mapping[str, Tensor], store: Store) -> None:
+    """Raise ModelLoadError if a tensor outside the experts was not loaded."""
     expert_prefixes = tuple(f"{layer.name}." for layer in store.manifest.layers)
-    unassigned = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    buffers = dict(model.named_buffers())
-    unassigned += [n for n in model.state_dict() if n in buffers and n not in tensors]
-    missing = [name for name in unassigned if not name.startswith(expert_prefixes)]
+    missing = [n for n in places.unassigned(tensors) if not n.startswith(expert_prefixes)]
     if missing:
         raise ModelLoadError(
             f"{store.path}: no tensor for {missing[0]!r} and {len(missing) - 1} more of the model"

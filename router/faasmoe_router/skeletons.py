@@ -8,12 +8,14 @@ as it was built.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from faasmoe_contracts.store import Store
 from faasmoe_router.file_contents import CONTENTS
+from faasmoe_transformers.tensor_places import TensorPlaces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +24,19 @@ MAX_SKELETONS = 4
 CONFIG_NAMES = ("config.json", "generation_config.json")
 
 Key = tuple[str, torch.dtype, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A model without weights.
+
+    Attributes:
+        model: the model, to be evaluated only.
+        places: where its tensors belong.
+    """
+
+    model: PreTrainedModel
+    places: TensorPlaces
 
 
 class SkeletonCache:
@@ -33,34 +48,34 @@ class SkeletonCache:
 
     def __init__(self, *, size: int = MAX_SKELETONS) -> None:
         self._size = size
-        self._models: dict[Key, PreTrainedModel] = {}  # the one used last is the last
+        self._skeletons: dict[Key, Skeleton] = {}  # the one used last is the last
 
     def prepare(
         self,
         store: Store,
         dtype: torch.dtype,
-        build: Callable[[Store, torch.dtype], PreTrainedModel],
+        build: Callable[[Store, torch.dtype], Skeleton],
     ) -> None:
         """Build a store's model unless there is one of the same files; raises what `build` does.
 
         Runs no parallel region, after whose threads a process must not fork.
         """
         key = _key(store, dtype)
-        model = self._models.pop(key, None)
-        if model is None:
+        skeleton = self._skeletons.pop(key, None)
+        if skeleton is None:
             n_threads = torch.get_num_threads()
             torch.set_num_threads(1)
             try:
-                model = build(store, dtype)
+                skeleton = build(store, dtype)
             finally:
                 torch.set_num_threads(n_threads)
-        self._models[key] = model
-        while len(self._models) > self._size:
-            del self._models[next(iter(self._models))]
+        self._skeletons[key] = skeleton
+        while len(self._skeletons) > self._size:
+            del self._skeletons[next(iter(self._skeletons))]
 
-    def take(self, store: Store, dtype: torch.dtype) -> PreTrainedModel | None:
+    def take(self, store: Store, dtype: torch.dtype) -> Skeleton | None:
         """Remove and return a store's model; None if there is none of its files."""
-        return self._models.pop(_key(store, dtype), None) if self._models else None
+        return self._skeletons.pop(_key(store, dtype), None) if self._skeletons else None
 
 
 def _key(store: Store, dtype: torch.dtype) -> Key:

@@ -21,6 +21,7 @@ from faasmoe_contracts.store.tensors import (
 )
 
 MANIFEST_NAME = "manifest.json"
+MAX_MANIFESTS = 8  # that a process keeps; one of 30 layers takes 8 ms to parse
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Store:
             StoreError: there is no complete store, or a file or a field is invalid.
         """
         folder = Path(path)
-        store = cls(folder, _read_manifest(folder))
+        store = cls(folder, MANIFESTS.read(folder))
         for name in store.manifest.files:
             store._check_size(name)
         if checkpoint := store.manifest.checkpoint:
@@ -160,13 +161,45 @@ def sha256_of_file(path: Path) -> str:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _read_manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST_NAME
+class ManifestCache:
+    """The manifests that were parsed last, by the content of their files.
+
+    A process that opens a store again reads its manifest and parses nothing; nor does a process
+    that was forked after its parent had opened it, or one of equal content.
+
+    Args:
+        size: how many are kept.
+    """
+
+    def __init__(self, *, size: int = MAX_MANIFESTS) -> None:
+        self._size = size
+        self._manifests: dict[bytes, Manifest] = {}  # the one used last is the last
+
+    def read(self, folder: Path) -> Manifest:
+        """Return the manifest in a folder; raises StoreError."""
+        path = folder / MANIFEST_NAME
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise StoreError(f"{path}: not found: no store, or prepare has not finished") from None
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read: {error}") from error
+        digest = hashlib.sha256(content).digest()
+        manifest = self._manifests.pop(digest, None) or _parse_manifest(path, content)
+        self._manifests[digest] = manifest
+        while len(self._manifests) > self._size:
+            self._manifests.pop(next(iter(self._manifests)), None)
+        return manifest
+
+
+MANIFESTS = ManifestCache()
+"""This process's; a forked one has what its parent had."""
+
+
+def _parse_manifest(path: Path, content: bytes) -> Manifest:
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise StoreError(f"{path}: not found: no store, or prepare has not finished") from None
-    except (OSError, UnicodeDecodeError) as error:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
         raise StoreError(f"{path}: cannot be read: {error}") from error
     try:
         return Manifest.from_json(json.loads(text))

@@ -45,7 +45,8 @@ from faasmoe_expert.server.attachments import (
 )
 from faasmoe_expert.server.batcher import DynamicBatcher, SenderTracker
 from faasmoe_expert.server.http import FRAME_CONTENT_TYPE, HttpRequest, HttpResponse, RequestHandler
-from faasmoe_expert.server.runtime import BackgroundLoader, SandboxRuntime
+from faasmoe_expert.server.loader import BackgroundLoader
+from faasmoe_expert.server.runtime import SandboxRuntime
 
 logger = logging.getLogger(__name__)
 
@@ -249,19 +250,24 @@ class SandboxRoutes:
         self, request: HttpRequest, attachments: Sequence[Attachment]
     ) -> HttpResponse:
         """Attach functions one after the other; one that is refused keeps none from the others."""
+        refusals_or_statuses = (
+            [self._attached_at_once(attachment) for attachment in attachments]
+            if self._loader is None
+            else await self._loader.attach_all(attachments)
+        )
         results = []
-        for attachment in attachments:
-            try:
-                results.append(await self._attached(attachment))
-            except Exception as error:
-                refusal = self._refusal(request, error)
-                results.append({"id": attachment.spec.id, **refusal.to_json()})
+        for attachment, result in zip(attachments, refusals_or_statuses, strict=True):
+            if isinstance(result, Exception):
+                refusal = self._refusal(request, result)
+                result = {"id": attachment.spec.id, **refusal.to_json()}
+            results.append(result)
         return HttpResponse.json_response(200, {"functions": results})
 
-    async def _attached(self, attachment: Attachment) -> dict[str, Any]:
-        if self._loader is None:
+    def _attached_at_once(self, attachment: Attachment) -> dict[str, Any] | Exception:
+        try:
             return self._runtime.attach(attachment.spec, **attachment.source)[0]
-        return (await self._loader.attach(attachment.spec, **attachment.source))[0]
+        except Exception as error:
+            return error
 
 
 async def _frame_response(pending: Awaitable[list[Buffer]]) -> HttpResponse:

@@ -1,19 +1,16 @@
 """The functions attached to a sandbox: attach, detach, compute, and their metrics.
 
 Knows nothing of HTTP. Reading and verifying a block takes tens of milliseconds from the page cache
-and seconds from a disk, so `BackgroundLoader` does it in a thread, one function at a time, while
-the event loop computes frames of other functions. Only the event loop changes the set of attached
-functions.
+and seconds from a disk, so `BackgroundLoader` (loader.py) does it in a thread, one function after
+the other, while the event loop computes frames of other functions. Only the event loop changes the
+set of attached functions.
 """
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import os
 import time
 from collections.abc import Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +37,7 @@ from faasmoe_expert.functions.function import function_size_bytes, request_batch
 from faasmoe_expert.functions.native_kernel import describe_kernels
 from faasmoe_expert.functions.transfer import Uploader, uploader_for
 from faasmoe_expert.functions.verification import file_identity, process_verified_blocks
+from faasmoe_expert.server.attachments import Attachment
 from faasmoe_expert.server.mailboxes import MailboxServer
 from faasmoe_expert.server.memory_budget import SandboxMemoryBudget, memory_budget_for
 from faasmoe_expert.server.metrics import SandboxMetrics
@@ -170,10 +168,45 @@ class SandboxRuntime:
         self._check_capacity(spec, attached)
         return None
 
-    def load(self, spec: FunctionSpec, *, store: Path, model_digest: str) -> LoadedFunction:
+    @property
+    def n_loadable(self) -> int:
+        """Number of functions that can be loaded before the first of them is attached.
+
+        One where functions are copied to a device: what that takes is known once it is done.
+        """
+        return 1 if self._uploader is not None else self.config.capacity - len(self._functions)
+
+    def load_all(self, attachments: Sequence[Attachment]) -> list[LoadedFunction | Exception]:
+        """Load functions one after the other; return what each is, or why it is refused.
+
+        May run in another thread, as `load`.
+        """
+        loaded: list[LoadedFunction | Exception] = []
+        loading_bytes = 0
+        for attachment in attachments:
+            try:
+                function = self.load(
+                    attachment.spec, **attachment.source, loading_bytes=loading_bytes
+                )
+            except Exception as error:
+                loaded.append(error)
+            else:
+                loading_bytes += function.function.size_bytes
+                loaded.append(function)
+        return loaded
+
+    def load(
+        self, spec: FunctionSpec, *, store: Path, model_digest: str, loading_bytes: int = 0
+    ) -> LoadedFunction:
         """Read and verify a function's block without attaching it.
 
         May run in another thread than the other methods, but not concurrently with itself.
+
+        Args:
+            spec: id, layers and experts of the function.
+            store: directory of the store.
+            model_digest: expected digest of the store's manifest.
+            loading_bytes: size of functions that are loaded, but not attached yet.
 
         Raises:
             BadAttachment: a field is invalid.
@@ -188,7 +221,7 @@ class SandboxRuntime:
                 opened = self._open_store(store, model_digest)
                 is_copied = self._uploader is not None
                 self._memory_budget.check_fits(
-                    function_size_bytes(spec, opened, is_dequantized=is_copied)
+                    loading_bytes + function_size_bytes(spec, opened, is_dequantized=is_copied)
                 )
                 function = self._load_function(spec, opened)
         except BaseException:
@@ -359,26 +392,3 @@ def _unknown_function(function_id: str) -> UnknownFunction:
     return UnknownFunction(
         f"id: got {short_repr(function_id)}, expected an attached function", field="id"
     )
-
-
-class BackgroundLoader:
-    """Attaches functions in a background thread, started with the first attachment."""
-
-    def __init__(self, runtime: SandboxRuntime) -> None:
-        self._runtime = runtime
-        self._lock = asyncio.Lock()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="attach")
-
-    async def attach(
-        self, spec: FunctionSpec, *, store: Path, model_digest: str
-    ) -> tuple[dict[str, Any], bool]:
-        """Attach a function as `SandboxRuntime.attach` does, after earlier attachments finish."""
-        async with self._lock:
-            attached = self._runtime.find_attached(spec, model_digest)
-            if attached is not None:
-                return attached, False
-            load = functools.partial(
-                self._runtime.load, spec, store=store, model_digest=model_digest
-            )
-            loaded = await asyncio.get_running_loop().run_in_executor(self._executor, load)
-            return self._runtime.add(loaded), True

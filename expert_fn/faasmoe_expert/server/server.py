@@ -31,7 +31,8 @@ from faasmoe_expert.functions.native_kernel import describe_kernels
 from faasmoe_expert.server.api import HeapTrimmer, SandboxRoutes
 from faasmoe_expert.server.connection import HttpConnection
 from faasmoe_expert.server.http import ReadLimits
-from faasmoe_expert.server.runtime import BackgroundLoader, SandboxRuntime
+from faasmoe_expert.server.loader import BackgroundLoader
+from faasmoe_expert.server.runtime import SandboxRuntime
 
 logger = logging.getLogger(__name__)
 

@@ -40,6 +40,13 @@ MODEL_NAMES: tuple[PrivateName, ...] = (
         "native_linear",
         "keeps 16-bit weights out of a float32 model's parameters",
     ),
+    # tensor_places
+    *names(
+        "torch.nn:Module.",
+        "_load_from_state_dict _load_state_dict_pre_hooks _load_state_dict_post_hooks",
+        "tensor_places",
+        "tells whether a family takes part in loading its tensors",
+    ),
     # experts_backend
     *names(
         "transformers.integrations.moe:ALL_EXPERTS_FUNCTIONS.",

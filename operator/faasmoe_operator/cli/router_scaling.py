@@ -8,6 +8,7 @@ functions. A router ends only once no gateway has a request of it.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -24,6 +25,7 @@ from faasmoe_operator.platforms.memory import pss_bytes
 
 TICK_S = 1.0
 PID_INTERVAL_S = 0.2
+MAX_MEASURED_AGE_S = 60.0  # of a router that ends, and may have run several times within it
 SPARE_IDLE_S = 1e-3  # of each further router of a model: of equally idle ones the last ends first
 
 
@@ -63,6 +65,7 @@ class RouterSlot:
         self.is_leaving = False
         self.is_ending = False
         self.may_run = may_run
+        self._measured_s = -math.inf
 
     @property
     def name(self) -> str:
@@ -74,10 +77,18 @@ class RouterSlot:
         """Process id; None while it does not run."""
         return None if self.child is None else self.child.pid
 
-    def measure(self) -> None:
-        """Measure the memory that it has now, which is less the more routers share with it."""
-        if self.pid is not None and self.is_ready and (measured := pss_bytes(self.pid)):
-            self.size_bytes = measured
+    def measure(self, *, max_age_s: float = 0.0) -> None:
+        """Measure the memory that it has now, which is less the more routers share with it.
+
+        Args:
+            max_age_s: how old an earlier measurement may be that does as well; one takes some ten
+                milliseconds of a processor.
+        """
+        now_s = time.monotonic()
+        if self.pid is None or not self.is_ready or now_s - self._measured_s < max_age_s:
+            return
+        if measured := pss_bytes(self.pid):
+            self.size_bytes, self._measured_s = measured, now_s
 
 
 RouterState = tuple[bool, int, tuple[tuple[SupervisedChild | None, bool], ...]]
@@ -210,7 +221,7 @@ class ScaledRouters:
                 tasks += [failure, asyncio.create_task(self._probe(slot, child))]
                 await self._until_ended(slot, tasks)
                 why = "no requests" if slot.may_run else "others need its memory"
-                slot.measure()  # for the next start
+                slot.measure(max_age_s=MAX_MEASURED_AGE_S)  # for the next start
                 slot.is_ending, ending_s = True, time.monotonic()
                 self._changed.notify()
             print_progress(f"{name} has ended in {time.monotonic() - ending_s:.2f} s: {why}")

@@ -43,6 +43,7 @@ class BackgroundTasks:
         self._popularity_file = popularity_file
         self._saved_popularity: dict[str, float] = {}
         self._last_summary = ""
+        self._logged_revision = -1
 
     async def run(self) -> None:
         """Run all tasks until cancelled, then save the popularity a last time."""
@@ -102,6 +103,9 @@ class BackgroundTasks:
 
     def _log_if_changed(self) -> None:
         controller = self._controller
+        if controller.revision == self._logged_revision:
+            return
+        self._logged_revision = controller.revision
         functions, autoscalers = controller.model.functions, controller.autoscalers
         states = controller.fleet.sandbox_states()
         ready = controller.fleet.ready_replicas()

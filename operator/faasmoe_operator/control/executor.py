@@ -169,7 +169,12 @@ class ActionExecutor:
         self._context.on_change()
 
     def sync_sandboxes(self, sandboxes: Sequence[Sandbox]) -> None:
-        """Replace the fleet's sandboxes by those that the platform lists; missing ones are lost."""
+        """Replace the fleet's sandboxes by those that the platform lists; missing ones are lost.
+
+        A pass is made only if there is anything to plan with: a sandbox that starts or ends is
+        listed several times on its way.
+        """
+        version = self._fleet.version
         for record in self._fleet.sync(sandboxes, now=self._context.clock()):
             if record.state not in (SandboxState.DRAINING, SandboxState.FAILED):
                 how = "deleted by others" if record.sandbox.terminating else "lost"
@@ -177,7 +182,8 @@ class ActionExecutor:
                 sandbox, state = record.sandbox.id, record.state.value
                 logger.log(level, "sandbox %s was %s while %s", sandbox, how, state)
                 self._count_failure("lost", was_ready=record.was_ready)
-        self._context.on_change()
+        if self._fleet.version != version:
+            self._context.on_change()
 
     def record_sandbox_ready(self) -> None:
         """Record that a sandbox became ready."""
@@ -218,6 +224,7 @@ class ActionExecutor:
             sandboxes = await self._context.platform.list()
             self._fleet.finish_creation(name)
             self.sync_sandboxes(sandboxes)
+            self._context.on_change()
 
     def _delete(self, action: Delete) -> None:
         if action.reason is ActionReason.START_TIMED_OUT:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from faasmoe_operator.control.autoscalers import ObservedReplicas
 from faasmoe_operator.control.functions import ManagedFunction
@@ -88,13 +88,22 @@ class Fleet:
         return self._records.get(sandbox_id)
 
     def sync(self, sandboxes: Iterable[Sandbox], *, now: float) -> list[SandboxRecord]:
-        """Replace the sandboxes by those that the platform lists; return the removed ones."""
-        self.version += 1
+        """Replace the sandboxes by those that the platform lists; return the removed ones.
+
+        That one has become ready changes nothing here: its functions have to be read back first.
+        """
         observed = {sandbox.id: sandbox for sandbox in sandboxes}
         removed = [self._records.pop(name) for name in list(self._records) if name not in observed]
+        is_changed = bool(removed)
         for name, sandbox in observed.items():
-            record = self._records.setdefault(name, SandboxRecord(sandbox, now))
+            record = self._records.get(name)
+            if record is None:
+                record = self._records[name] = SandboxRecord(sandbox, now)
+                is_changed = True
+            elif record.sandbox != sandbox:
+                is_changed |= replace(record.sandbox, ready=sandbox.ready) != sandbox
             record.sandbox = sandbox
+        self.version += is_changed
         return removed
 
     def awaiting_read_back(self) -> list[SandboxRecord]:

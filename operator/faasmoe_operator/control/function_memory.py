@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from faasmoe_operator.control.executor import ActionExecutor
 from faasmoe_operator.control.fleet import Fleet
@@ -62,9 +62,13 @@ class FunctionMemory:
             if (function := functions.get(holder.name)) is None:
                 yield holder  # a function of an earlier plan
                 continue
-            yield replace(
-                holder,
-                size_bytes=function.size_bytes + private_bytes,
+            yield MemoryHolder(
+                holder.key,
+                function.size_bytes + private_bytes,
+                holder.last_used,
+                is_evictable=holder.is_evictable,
+                is_leaving=holder.is_leaving,
+                is_pinned=holder.is_pinned,
                 content=function.content,
                 private_bytes=private_bytes,
             )

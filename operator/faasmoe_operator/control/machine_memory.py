@@ -120,11 +120,9 @@ def _as_seen(
     holders: Sequence[MemoryHolder], idle_since: float | None, is_leaving: bool
 ) -> Sequence[MemoryHolder]:
     if idle_since is not None:
-        holders = [
-            replace(h, is_idle=True, last_used=min(h.last_used, idle_since)) for h in holders
-        ]
+        holders = [h.changed(is_idle=True, last_used=min(h.last_used, idle_since)) for h in holders]
     return [
-        replace(h, is_leaving=True, is_evictable=False) if is_leaving and not h.is_pinned else h
+        h.changed(is_leaving=True, is_evictable=False) if is_leaving and not h.is_pinned else h
         for h in holders
     ]
 
@@ -147,6 +145,7 @@ class MemoryPool:
         self._members: dict[str, MemoryMember] = {}
         self._claims: dict[str, tuple[MemoryClaim, ...]] = {}
         self._routers: dict[str, RouterMemory] = {}
+        self._names: dict[str, list[str]] = {}  # of the routers, by model
         self._started_at: dict[str, float] = {}  # of routers that do not answer yet
         self._turns: dict[str, int] = {}  # of models with routers, ascending
         self._n_turns = 0
@@ -210,9 +209,10 @@ class MemoryPool:
     def update_routers(self, routers: Iterable[RouterMemory]) -> frozenset[str]:
         """Take the state of all routers; return those that may go on or start."""
         now = self._clock()
-        self._routers = {}
+        self._routers, self._names = {}, {}
         for router in routers:
             self._routers[router.name] = router.within(self.limit_bytes)
+            self._names.setdefault(router.model, []).append(router.name)
             self._warn_if_larger(router)
         self._release_functions()
         self._end_reservations(now)
@@ -245,8 +245,8 @@ class MemoryPool:
         if not (self._claims.get(other) and self._is_in_use(other)):
             return functions
         if self._turns.get(other, 0) < self._turns.get(model, 0):
-            return [replace(holder, is_evictable=False) for holder in functions]
-        return [replace(h, is_idle=True, last_used=0.0) for h in functions]
+            return [holder.changed(is_evictable=False) for holder in functions]
+        return [h.changed(is_idle=True, last_used=0.0) for h in functions]
 
     def _observed(self, now: float) -> list[RouterMemory]:
         """Return the routers as they are planned with: evicted ones are not wanted."""
@@ -265,7 +265,7 @@ class MemoryPool:
 
     def _start(self, router: RouterMemory, models: dict[str, ModelMemory], now: float) -> None:
         """Record that a router starts; the first one of a model brings its functions."""
-        is_first = not any(r.is_running for r in self._routers.values() if r.model == router.model)
+        is_first = not any(r.is_running for r in self._routers_of(router.model))
         self._routers[router.name] = replace(router, is_running=True)
         self._started_at[router.name] = now
         if is_first:
@@ -295,10 +295,12 @@ class MemoryPool:
 
     def _has_kept_router(self, model: str) -> bool:
         return any(
-            router.is_running and name not in self._evicted_routers
-            for name, router in self._routers.items()
-            if router.model == model
+            router.is_running and router.name not in self._evicted_routers
+            for router in self._routers_of(model)
         )
+
+    def _routers_of(self, model: str) -> list[RouterMemory]:
+        return [self._routers[name] for name in self._names.get(model, ())]
 
     def _end_reservations(self, now: float) -> None:
         """Forget what has come, and what was kept too long or of a router that has ended."""
@@ -413,15 +415,16 @@ class MemoryPool:
         """Return whether a router of a model runs and has requests."""
         now = self._clock()
         return any(
-            router.is_running and name not in self._evicted_routers and not router.is_idle(now)
-            for name, router in self._routers.items()
-            if router.model == model
+            router.is_running
+            and router.name not in self._evicted_routers
+            and not router.is_idle(now)
+            for router in self._routers_of(model)
         )
 
     def _idle_since(self, model: str) -> float | None:
         """Return when a model last had a request; None if it has one, or that is not known."""
         now = self._clock()
-        routers = [r for r in self._routers.values() if r.model == model]
+        routers = self._routers_of(model)
         if not routers or not all(router.is_idle(now) for router in routers):
             return None
         return math.floor(max(r.last_used for r in routers) / IDLE_STEP_S) * IDLE_STEP_S
@@ -434,6 +437,6 @@ class MemoryPool:
             if router.is_running:
                 holder = router.holder(now)
                 if name in self._evicted_routers:
-                    holder = replace(holder, is_leaving=True)
+                    holder = holder.changed(is_leaving=True)
                 found.setdefault(router.model, []).append(holder)
         return found

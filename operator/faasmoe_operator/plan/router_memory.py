@@ -208,7 +208,7 @@ def joined_holders(
     if len(routers) != 1 or not routers[0].is_idle or not _may_leave(routers[0]):
         return [*routers, *functions]
     joined_bytes = sum(f.size_bytes for f in functions if _may_leave(f))
-    router = replace(routers[0], size_bytes=routers[0].size_bytes + joined_bytes)
+    router = routers[0].changed(size_bytes=routers[0].size_bytes + joined_bytes)
     return [router, *(f for f in functions if not _may_leave(f))]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from faasmoe_operator.plan.fleet import MemoryHolder
 
@@ -48,4 +47,4 @@ class SharedFunctions:
             return holder
         shared_bytes = holder.size_bytes - holder.private_bytes
         part_bytes = 0 if holder.is_leaving and n_staying else -(-shared_bytes // n_sharing)
-        return replace(holder, size_bytes=holder.private_bytes + part_bytes)
+        return holder.changed(size_bytes=holder.private_bytes + part_bytes)

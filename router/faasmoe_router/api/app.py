@@ -13,7 +13,6 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import BaseRoute
 
 from faasmoe_router.api.admission import AlwaysActivated, RequestActivator
 from faasmoe_router.api.body import BodyReader
@@ -25,6 +24,7 @@ from faasmoe_router.api.completions import (
     completion_routes,
 )
 from faasmoe_router.api.content_encoding import ContentEncodingMiddleware, HeadMiddleware
+from faasmoe_router.api.documented_routes import add_routes, new_router
 from faasmoe_router.api.errors import ApiError, add_error_handlers
 from faasmoe_router.api.http_metrics import HttpMetrics, HttpMetricsMiddleware
 from faasmoe_router.api.metrics_server import MetricsServer, metrics_routes
@@ -103,10 +103,8 @@ def create_app(
             yield
 
     app = FastAPI(title="FaaSMoE router", lifespan=lifespan, docs_url="/docs", redoc_url=None)
-    routes = list(app.routes)  # all of them, once the routers are included
     _add_middleware(
         app,
-        routes=routes,
         max_body_bytes=body_limits.max_bytes,
         tenancy=tenancy,
         registry=registry,
@@ -123,16 +121,15 @@ def create_app(
     )
     bodies = BodyReader(body_limits, queue, HeldBytes())
     defaults = sampling_defaults or SamplingDefaults()
-    for router in (
+    routers = (
         *_generation_routes(engine, generator, bodies, queue, defaults, model_name),
         model_routes(model_name=model_name, max_model_len=engine.limits.max_model_len),
         usage_routes(tenant_admission),
         not_implemented_routes(),
         health_routes(engine, activator=activator),
         *(() if metrics_server is not None else (metrics_routes(registry),)),
-    ):
-        app.include_router(router)
-        routes += router.routes
+    )
+    add_routes(app, routers)
     install_openapi(app, requires_api_key=tenancy is not None)
     return app
 
@@ -169,7 +166,6 @@ def _body_limits(engine: Engine, max_body_bytes: int | None) -> BodyLimits:
 def _add_middleware(
     app: FastAPI,
     *,
-    routes: Sequence[BaseRoute],
     max_body_bytes: int,
     tenancy: TenantService | None,
     registry: CollectorRegistry,
@@ -187,7 +183,7 @@ def _add_middleware(
     if tracer.is_enabled:
         app.add_middleware(TracingMiddleware, tracer=tracer)
     app.add_middleware(RefusalMetricsMiddleware, counter=refusal_counter(registry))
-    app.add_middleware(HttpMetricsMiddleware, metrics=HttpMetrics(registry), routes=routes)
+    app.add_middleware(HttpMetricsMiddleware, metrics=HttpMetrics(registry), routes=app.routes)
     app.add_middleware(ResumptionMiddleware, front_token=front_token)
     if cors_origins:
         _add_cors(app, cors_origins)  # covers errors and needs no API key
@@ -205,7 +201,7 @@ def _add_cors(app: FastAPI, origins: Sequence[str]) -> None:
 
 def health_routes(engine: Engine, *, activator: RequestActivator) -> APIRouter:
     """Return the routes for probes."""
-    router = APIRouter()
+    router = new_router()
 
     @router.get("/health", response_model=None, responses=json_responses(HealthResponse, 500, 503))
     async def health() -> dict[str, str]:
@@ -236,7 +232,7 @@ def health_routes(engine: Engine, *, activator: RequestActivator) -> APIRouter:
 
 def not_implemented_routes() -> APIRouter:
     """Return OpenAI's endpoints that this server does not implement; each answers 501."""
-    router = APIRouter()
+    router = new_router()
     for path, reason in _NOT_IMPLEMENTED_ENDPOINTS.items():
         _add_not_implemented(router, path, reason)
     return router

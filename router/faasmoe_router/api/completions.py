@@ -31,6 +31,7 @@ from faasmoe_router.api.chat_choices import ChatChoiceFormatter
 from faasmoe_router.api.chat_templates import template_notes
 from faasmoe_router.api.choices import ChoiceFormatter
 from faasmoe_router.api.completion_choices import CompletionChoiceFormatter
+from faasmoe_router.api.documented_routes import new_router
 from faasmoe_router.api.errors import model_not_found
 from faasmoe_router.api.middleware import get_caller
 from faasmoe_router.api.openapi import (
@@ -104,7 +105,7 @@ def completion_routes(
     bodies: BodyReader,
 ) -> APIRouter:
     """Return the routes that generate text."""
-    router = APIRouter()
+    router = new_router()
 
     async def prepare_completion(request: Request, caller: Caller) -> PreparedRequest:
         async with bodies.reading(request, CompletionRequest, caller) as body:

@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from faasmoe_router.api.admission import TenantAdmission
+from faasmoe_router.api.documented_routes import new_router
 from faasmoe_router.api.errors import ApiError, model_not_found
 from faasmoe_router.api.middleware import get_caller
 from faasmoe_router.api.openapi import (
@@ -24,7 +25,7 @@ def model_routes(*, model_name: str, max_model_len: int) -> APIRouter:
         model_name: the model's own name; a tenant may have an alias for it.
         max_model_len: the engine's context length in tokens; a tenant's may be shorter.
     """
-    router = APIRouter()
+    router = new_router()
     created_s = int(time.time())
 
     def model_card(name: str, caller: Caller) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def model_routes(*, model_name: str, max_model_len: int) -> APIRouter:
 
 def usage_routes(tenant_admission: TenantAdmission) -> APIRouter:
     """Return the route that reports a tenant's usage."""
-    router = APIRouter()
+    router = new_router()
 
     @router.get(
         "/v1/usage", response_model=None, responses=json_responses(TenantUsageResponse, 404, 500)

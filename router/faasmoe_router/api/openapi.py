@@ -12,6 +12,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, Field
 from pydantic.json_schema import models_json_schema
 
+from faasmoe_router.api.documented_routes import documented_routes
+
 # For probes. Only /v1 and /{tenant}/v1 are exposed to tenants.
 UNAUTHENTICATED_PATHS = frozenset({"/health", "/ping", "/load", "/version"})
 
@@ -386,7 +388,7 @@ def install_openapi(app: FastAPI, *, requires_api_key: bool) -> None:
 
 
 def _build_schema(app: FastAPI, *, requires_api_key: bool) -> dict[str, Any]:
-    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    schema = get_openapi(title=app.title, version=app.version, routes=documented_routes(app.routes))
     for path, methods in schema["paths"].items():
         for operation in methods.values():
             # FastAPI's validation error; this app answers 400 instead.

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 
 from faasmoe_router.api.body import BodyReader
 from faasmoe_router.api.chat_templates import template_variables
+from faasmoe_router.api.documented_routes import new_router
 from faasmoe_router.api.errors import invalid_value, model_not_found
 from faasmoe_router.api.middleware import get_caller
 from faasmoe_router.api.openapi import (
@@ -74,7 +75,7 @@ def tokenization_routes(
     engine: Engine, *, model_name: str, bodies: BodyReader, encoder: PromptEncoder
 ) -> APIRouter:
     """Return the routes that tokenize and detokenize."""
-    router = APIRouter()
+    router = new_router()
 
     @router.post(
         "/tokenize",

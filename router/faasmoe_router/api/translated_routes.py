@@ -9,6 +9,7 @@ from fastapi.responses import Response
 from pydantic import ValidationError
 
 from faasmoe_router.api.completions import ERROR_STATUSES, ChatService
+from faasmoe_router.api.documented_routes import new_router
 from faasmoe_router.api.errors import ApiError, from_validation_errors
 from faasmoe_router.api.messages_endpoint import (
     CountTokensRequest,
@@ -37,7 +38,7 @@ _MESSAGES_NAMES: Mapping[str, str] = {"max_completion_tokens": "max_tokens"}
 
 def translated_routes(chats: ChatService) -> APIRouter:
     """Return the routes of POST /v1/responses, /v1/messages and /v1/messages/count_tokens."""
-    router = APIRouter()
+    router = new_router()
 
     @router.post(
         "/v1/responses",

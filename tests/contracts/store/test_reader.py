@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from faasmoe_contracts.store import Store, StoreError, manifest_digest
+from faasmoe_contracts.store.reader import ManifestCache
 
 LAYER = "experts/00001.safetensors"
 
@@ -17,6 +19,50 @@ def test_opens_a_complete_store(store_path: Path) -> None:
     store.verify()
     assert len(store.manifest.layers) == 2
     assert store.router_files() == [store_path / "router/model-00001-of-00001.safetensors"]
+
+
+def test_parses_equal_manifests_once(store_path: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(store_path, tmp_path / "copy")
+    first = Store.open(store_path)
+    assert Store.open(store_path).manifest is first.manifest
+    assert Store.open(other).manifest is first.manifest
+    assert Store.open(other).path == other
+
+
+def test_reads_a_manifest_that_has_changed(store_path: Path) -> None:
+    before = Store.open(store_path).manifest
+    value = before.to_json()
+    value["model"]["source"] = "org/other"
+    value["digest"] = manifest_digest(value)
+    (store_path / "manifest.json").write_text(json.dumps(value))
+    assert Store.open(store_path).manifest.model.source == "org/other"
+    (store_path / "manifest.json").write_text("{")
+    with pytest.raises(StoreError, match=r"manifest\.json: invalid JSON"):
+        Store.open(store_path)
+
+
+def test_checks_the_files_of_a_store_whose_manifest_is_known(store_path: Path) -> None:
+    Store.open(store_path)
+    (store_path / LAYER).unlink()
+    with pytest.raises(StoreError, match="cannot be read: No such file"):
+        Store.open(store_path)
+
+
+def test_keeps_the_manifests_that_were_used_last(store_path: Path, tmp_path: Path) -> None:
+    cache, folders = ManifestCache(size=2), []
+    for name in ("a", "b", "c"):
+        folders.append(tmp_path / name)
+        folders[-1].mkdir()
+        value = Store.open(store_path).manifest.to_json()
+        value["model"]["source"] = name
+        value["digest"] = manifest_digest(value)
+        (folders[-1] / "manifest.json").write_text(json.dumps(value))
+    first, second = cache.read(folders[0]), cache.read(folders[1])
+    assert cache.read(folders[0]) is first
+    cache.read(folders[2])
+    assert cache.read(folders[0]) is first
+    assert cache.read(folders[1]) is not second
+    assert cache.read(folders[1]) == second
 
 
 def test_rejects_a_directory_without_manifest(store_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,14 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+from fake_copy_streams import FakeCopyStream
 from raw_http import DEADLINE_S, TOKEN, request_frame
 from sandbox_processes import StartSandbox, make_function_spec
 
 from faasmoe_contracts.routing_table import FunctionSpec
 from faasmoe_contracts.store import MANIFEST_NAME, Store
 from faasmoe_expert.config import SandboxConfig
-from faasmoe_expert.errors import AttachRefused, BadAttachment
-from faasmoe_expert.server.runtime import BackgroundLoader, LoadedFunction, SandboxRuntime
+from faasmoe_expert.errors import AttachRefused, BadAttachment, OutOfMemory
+from faasmoe_expert.functions.function import function_size_bytes
+from faasmoe_expert.functions.transfer import Uploader
+from faasmoe_expert.server.attachments import Attachment
+from faasmoe_expert.server.loader import BackgroundLoader
+from faasmoe_expert.server.runtime import LoadedFunction, SandboxRuntime
 
 
 @dataclass
@@ -147,6 +152,94 @@ def test_failed_attachment_does_not_block_the_next(
 
     run(scenario)
     assert good.id in function_ids(runtime)
+
+
+def attachments(store: Store, specs: Sequence[FunctionSpec]) -> list[Attachment]:
+    return [Attachment(spec, store.path, store.manifest.digest) for spec in specs]
+
+
+def attach_all(
+    runtime: SandboxRuntime, attached: Sequence[Attachment]
+) -> list[dict[str, Any] | Exception]:
+    results: list[dict[str, Any] | Exception] = []
+
+    async def scenario() -> None:
+        results.extend(await BackgroundLoader(runtime).attach_all(attached))
+
+    run(scenario)
+    return results
+
+
+def test_loads_several_functions_before_it_attaches_the_first(
+    runtime: SandboxRuntime, store: Store, spec: FunctionSpec, gate: LoadGate
+) -> None:
+    specs = [make_function_spec(store, [1], [expert]) for expert in range(2)]
+
+    async def scenario() -> None:
+        pending = asyncio.create_task(
+            BackgroundLoader(runtime).attach_all(attachments(store, specs))
+        )
+        gate.permits.release()
+        await wait_until(lambda: gate.started == [s.id for s in specs])
+        assert function_ids(runtime) == [spec.id]
+        gate.permits.release()
+        statuses = await pending
+        assert [s["id"] for s in statuses if isinstance(s, dict)] == [s.id for s in specs]
+
+    run(scenario)
+    assert function_ids(runtime) == [spec.id, *(s.id for s in specs)]
+
+
+def test_attaches_no_more_functions_than_its_capacity(
+    runtime: SandboxRuntime, store: Store, spec: FunctionSpec
+) -> None:
+    specs = [spec, *(make_function_spec(store, [1], [expert]) for expert in range(3))]
+    *attached, refused = attach_all(runtime, attachments(store, specs))
+    assert all(isinstance(status, dict) for status in attached)
+    assert isinstance(refused, AttachRefused)
+    assert len(function_ids(runtime)) == 3
+
+
+def test_counts_functions_that_are_being_loaded_for_the_memory(
+    store: Store, spec: FunctionSpec
+) -> None:
+    one, two = (make_function_spec(store, [1], [expert]) for expert in range(2))
+    config = SandboxConfig(capacity=3, memory_bytes=function_size_bytes(one, store) * 3 // 2)
+    runtime = SandboxRuntime(config, torch.device("cpu"))
+    attached, refused = attach_all(runtime, attachments(store, (one, two)))
+    assert isinstance(attached, dict)
+    assert isinstance(refused, OutOfMemory)
+    assert function_ids(runtime) == [one.id]
+
+
+def test_attaches_a_function_once_that_is_asked_for_twice(
+    runtime: SandboxRuntime, store: Store
+) -> None:
+    one = make_function_spec(store, [1], [0])
+    bad = make_function_spec(store, [9], [0])
+    first, refused, again = attach_all(runtime, attachments(store, (one, bad, one)))
+    assert first == again
+    assert isinstance(refused, BadAttachment)
+    assert function_ids(runtime).count(one.id) == 1
+
+
+def test_loads_one_at_a_time_where_copies_take_a_device_s_memory(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copying = SandboxRuntime(
+        SandboxConfig(capacity=3), torch.device("cpu"), uploader=Uploader(FakeCopyStream())
+    )
+    specs = [make_function_spec(store, [1], [expert]) for expert in range(2)]
+    attached_when_loaded: list[list[str]] = []
+    load = SandboxRuntime.load
+
+    def noted(*args: Any, **source: Any) -> LoadedFunction:
+        attached_when_loaded.append(function_ids(copying))
+        return load(*args, **source)
+
+    monkeypatch.setattr(SandboxRuntime, "load", noted)
+    attach_all(copying, attachments(store, specs))
+    assert attached_when_loaded == [[], [specs[0].id]]
 
 
 def test_sandbox_process_answers_frames_while_loading(

@@ -1,13 +1,23 @@
+import asyncio
 import json
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
-from faasmoe_operator.cli.router import Endpoint, environment, zygote_command, zygote_key
+from faasmoe_operator.cli.router import (
+    Endpoint,
+    environment,
+    wait_until_healthy,
+    zygote_command,
+    zygote_key,
+)
 from faasmoe_operator.control.local_model import LocalModel
+from faasmoe_operator.errors import CommandError
 
 WriteModel = Callable[..., Path]
 ENDPOINT = Endpoint("127.0.0.1", 8000)
@@ -97,3 +107,37 @@ def test_environment_contains_placement(
     experts: str, placement: str, write_model: WriteModel
 ) -> None:
     assert router_environment(write_model(experts))["FAASMOE_PLACEMENT"] == placement
+
+
+def test_a_router_is_healthy_once_it_listens_and_says_so(tmp_path: Path) -> None:
+    path, statuses = tmp_path / "router.sock", iter((503, 200))
+    with socket.socket(socket.AF_UNIX) as earlier:  # of a router that has ended
+        earlier.bind(str(path))
+
+    async def health(_: web.Request) -> web.Response:
+        return web.Response(status=next(statuses))
+
+    async def scenario() -> None:
+        healthy = asyncio.create_task(
+            wait_until_healthy(ENDPOINT, progress=lambda _: None, socket_path=path)
+        )
+        await asyncio.sleep(0)  # probe what does not listen
+        app = web.Application()
+        app.add_routes([web.get("/health", health)])
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.UnixSite(runner, str(path)).start()
+        async with asyncio.timeout(60):
+            await healthy
+        await runner.cleanup()
+
+    asyncio.run(scenario())
+    assert not list(statuses)
+
+
+def test_a_router_that_never_listens_is_not_healthy_in_time(tmp_path: Path) -> None:
+    waiting = wait_until_healthy(
+        ENDPOINT, progress=lambda _: None, timeout_s=0.0, socket_path=tmp_path / "router.sock"
+    )
+    with pytest.raises(CommandError, match="not healthy within 0 s"):
+        asyncio.run(waiting)

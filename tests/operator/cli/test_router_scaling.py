@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Never
+from typing import Any, Never, NoReturn
 
 import pytest
 
@@ -351,3 +353,27 @@ def test_routers_are_told_over_how_many_of_them_concurrency_is_split(tmp_path: P
     write_router_count(file, 0)  # who starts next is told when it runs
     write_router_count(None, 3)
     assert json.loads(file.read_text()) == {"version": 1, "tenants": [], "routerReplicas": 2}
+
+
+def test_a_router_is_not_measured_again_within_the_age_that_is_given() -> None:
+    async def nobody() -> None:
+        raise AssertionError("nobody asks for its health")
+
+    def start() -> NoReturn:
+        raise AssertionError("it runs already")
+
+    slot = RouterSlot(0, start, nobody, size_bytes=1)
+    slot.child = SupervisedChild("router")
+    slot.measure()
+    assert slot.size_bytes == 1  # there is no process
+    slot.child.pid = os.getpid()
+    slot.measure(max_age_s=math.inf)
+    assert slot.size_bytes == 1  # it does not answer yet
+    slot.is_ready = True
+    slot.measure(max_age_s=60.0)
+    assert slot.size_bytes > 1 << 20
+    slot.size_bytes = 2
+    slot.measure(max_age_s=60.0)
+    assert slot.size_bytes == 2
+    slot.measure()
+    assert slot.size_bytes > 1 << 20

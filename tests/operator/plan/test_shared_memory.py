@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given
 
 from faasmoe_operator.plan.fleet import MachineMemory, MemoryClaim, MemoryHolder
@@ -89,3 +91,16 @@ def test_own_sizes_are_those_that_are_held() -> None:
     limit = machine_limit(machine, 90, 90)
     assert (limit.used_bytes, limit.planned_bytes) == (30, 30)
     assert MemoryAdmission((limit,), [], 0.0).admit(MemoryClaim("b", 70, 10.0))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="nothing"),
+        pytest.param({"size_bytes": 0, "last_used": 0.0}, id="numbers"),
+        pytest.param({"is_leaving": True, "is_evictable": False, "is_idle": True}, id="flags"),
+    ],
+)
+def test_a_holder_keeps_all_but_what_is_changed(changes: dict[str, Any]) -> None:
+    holder = MemoryHolder(("s", "f"), 10, 2.0, is_pinned=True, content="c", private_bytes=3)
+    assert holder.changed(**changes) == replace(holder, **changes)
