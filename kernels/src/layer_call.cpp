@@ -22,8 +22,8 @@ using namespace fk;
 
 namespace {
 
-constexpr int64_t kFirstSliceNs = 2000000;  // of a wait, before the peer's life is checked
-constexpr int64_t kMaxSliceNs = 50000000;
+constexpr int64_t kSliceNs = 2000000;  // of a wait, after which the peer's life is checked
+constexpr int64_t kMaxStoppedCheckNs = 50000000;  // between checks whether it is stopped, which read a file
 constexpr int64_t kIdleNs = 100000000;     // after which the peer's life is checked before a call
 constexpr size_t kMaxEvents = 8192;  // the oldest are dropped if nobody takes them
 
@@ -613,7 +613,8 @@ bool fk_calls::compute_locals() {
 fk_call_end fk_calls::wait(Part *part) {
   OwnMailbox &mailbox = *part->mailbox;
   Slot &slot = mailbox.memory.slot(part->slot);
-  int64_t late_ns = part->sent_ns + int64_t(std::min(part->late_s, 3600.0) * 1e9), slice_ns = kFirstSliceNs;
+  int64_t late_ns = part->sent_ns + int64_t(std::min(part->late_s, 3600.0) * 1e9);
+  int64_t began_ns = monotonic_ns(), stopped_check_ns = kSliceNs;  // since it began
   for (;;) {
     uint32_t state = slot.state.load();
     if (state == kDone) return FK_CALL_OK;
@@ -622,12 +623,14 @@ fk_call_end fk_calls::wait(Part *part) {
     if (remaining_ns <= 0) return mailbox.check_dead() ? FK_CALL_DEAD : FK_CALL_LATE;
     slot.router_waits.store(1);
     int64_t before_ns = monotonic_ns();
-    futex_wait(&slot.state, state, std::min(slice_ns, remaining_ns));
+    futex_wait(&slot.state, state, std::min(kSliceNs, remaining_ns));
     slot.router_waits.store(0);
-    if (monotonic_ns() - before_ns < slice_ns || slot.state.load() == kDone) continue;
+    int64_t now_ns = monotonic_ns();
+    if (now_ns - before_ns < kSliceNs || slot.state.load() == kDone) continue;
     if (mailbox.check_dead()) return FK_CALL_DEAD;
+    if (now_ns - began_ns < stopped_check_ns) continue;
     if (mailbox.is_stopped()) return FK_CALL_STOPPED;
-    slice_ns = std::min(2 * slice_ns, kMaxSliceNs);
+    stopped_check_ns += std::min(stopped_check_ns, kMaxStoppedCheckNs);
   }
 }
 
