@@ -74,9 +74,10 @@ struct OwnMailbox {
     return name_end && name_end + 2 < text + size && std::strchr("Tt", name_end[2]);
   }
 
-  bool is_usable() const {
-    return !is_dead && memory.header().sandbox_state.load(std::memory_order_relaxed) == kServing;
-  }
+  // A sandbox says so before it closes a mailbox: one that is dead and was serving was killed.
+  bool was_serving() const { return memory.header().sandbox_state.load(std::memory_order_relaxed) == kServing; }
+
+  bool is_usable() const { return !is_dead && was_serving(); }
 
   // A free slot; -1 if there is none, or if the sandbox still owes an answer that came too late.
   int find_slot() const {
@@ -251,7 +252,7 @@ struct fk_calls {
   void release_memory();
   bool compute_local(Part *part);
   bool compute_locals();
-  bool collect(Part *part);
+  fk_call_end collect(Part *part);
   fk_call_end wait(Part *part);
   fk_call_end verify(const Part &part, uint32_t *status, char *detail);
   void abandon(Part *part);
@@ -333,7 +334,8 @@ fk_call_event fk_calls::take_event() {
 
 void fk_calls::add_dead_event(const OwnMailbox &mailbox) {
   std::lock_guard<std::mutex> lock(mutex);
-  add_event({mailbox.handle, 0.0, int32_t(layer), 0, FK_CALL_DEAD, kOk, {}});
+  SlotStatus status = mailbox.was_serving() ? kOk : kSandboxDraining;
+  add_event({mailbox.handle, 0.0, int32_t(layer), 0, FK_CALL_DEAD, int32_t(status), {}});
 }
 
 // Groups the functions with pairs by who computes them; false if one cannot be reached natively.
@@ -677,15 +679,16 @@ void fk_calls::abandon(Part *part) {
   slot.state.compare_exchange_strong(state, kFree);
 }
 
-// Waits for a part's answer and verifies it; false if the layer takes the general path.
-bool fk_calls::collect(Part *part) {
+// Waits for a part's answer and verifies it; unless it is FK_CALL_OK, the layer takes the general path.
+fk_call_end fk_calls::collect(Part *part) {
   char detail[sizeof Slot::detail] = "";
   uint32_t status = kOk;
   fk_call_end end = wait(part);
   if (end == FK_CALL_OK) end = verify(*part, &status, detail);
   if (end == FK_CALL_BROKEN || end == FK_CALL_DEAD) part->mailbox->is_dead = true;
+  if (end == FK_CALL_DEAD && !part->mailbox->was_serving()) status = kSandboxDraining;
   record(*part, end, status, detail);
-  return end == FK_CALL_OK;
+  return end;
 }
 
 int32_t fk_calls::finish(int64_t l, uint8_t *out, int32_t dtype) {
@@ -693,8 +696,13 @@ int32_t fk_calls::finish(int64_t l, uint8_t *out, int32_t dtype) {
   if (l != layer) return set_calls_error("finish: got layer %lld, expected %lld", (long long)l, (long long)layer);
   if (!out || dtype < FK_FLOAT32 || dtype > FK_FLOAT16) return set_calls_error("finish: out or dtype is out of range");
   if (!compute_locals()) return general();
-  for (size_t i = 0; i < n_parts; ++i)
-    if (parts[i].mailbox && !collect(&parts[i])) return general();
+  bool is_sandbox_lost = false;  // then the others' answers free their slots for another try
+  for (size_t i = 0; i < n_parts; ++i) {
+    fk_call_end end = parts[i].mailbox ? collect(&parts[i]) : FK_CALL_OK;
+    if (end != FK_CALL_OK && end != FK_CALL_DEAD && end != FK_CALL_STOPPED) return general();
+    is_sandbox_lost |= end != FK_CALL_OK;
+  }
+  if (is_sandbox_lost) return general();
   int64_t size = n_rows * hidden_size;
   float *sum = reinterpret_cast<float *>(out);
   if (dtype == FK_FLOAT32) {
