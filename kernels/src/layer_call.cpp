@@ -22,8 +22,8 @@ using namespace fk;
 
 namespace {
 
-constexpr int64_t kFirstSliceNs = 2000000;  // of a wait, before the peer's life is checked
-constexpr int64_t kMaxSliceNs = 50000000;
+constexpr int64_t kSliceNs = 2000000;  // of a wait, after which the peer's life is checked
+constexpr int64_t kMaxStoppedCheckNs = 50000000;  // between checks whether it is stopped, which read a file
 constexpr int64_t kIdleNs = 100000000;     // after which the peer's life is checked before a call
 constexpr size_t kMaxEvents = 8192;  // the oldest are dropped if nobody takes them
 
@@ -74,9 +74,10 @@ struct OwnMailbox {
     return name_end && name_end + 2 < text + size && std::strchr("Tt", name_end[2]);
   }
 
-  bool is_usable() const {
-    return !is_dead && memory.header().sandbox_state.load(std::memory_order_relaxed) == kServing;
-  }
+  // A sandbox says so before it closes a mailbox: one that is dead and was serving was killed.
+  bool was_serving() const { return memory.header().sandbox_state.load(std::memory_order_relaxed) == kServing; }
+
+  bool is_usable() const { return !is_dead && was_serving(); }
 
   // A free slot; -1 if there is none, or if the sandbox still owes an answer that came too late.
   int find_slot() const {
@@ -251,7 +252,7 @@ struct fk_calls {
   void release_memory();
   bool compute_local(Part *part);
   bool compute_locals();
-  bool collect(Part *part);
+  fk_call_end collect(Part *part);
   fk_call_end wait(Part *part);
   fk_call_end verify(const Part &part, uint32_t *status, char *detail);
   void abandon(Part *part);
@@ -333,7 +334,8 @@ fk_call_event fk_calls::take_event() {
 
 void fk_calls::add_dead_event(const OwnMailbox &mailbox) {
   std::lock_guard<std::mutex> lock(mutex);
-  add_event({mailbox.handle, 0.0, int32_t(layer), 0, FK_CALL_DEAD, kOk, {}});
+  SlotStatus status = mailbox.was_serving() ? kOk : kSandboxDraining;
+  add_event({mailbox.handle, 0.0, int32_t(layer), 0, FK_CALL_DEAD, int32_t(status), {}});
 }
 
 // Groups the functions with pairs by who computes them; false if one cannot be reached natively.
@@ -613,7 +615,8 @@ bool fk_calls::compute_locals() {
 fk_call_end fk_calls::wait(Part *part) {
   OwnMailbox &mailbox = *part->mailbox;
   Slot &slot = mailbox.memory.slot(part->slot);
-  int64_t late_ns = part->sent_ns + int64_t(std::min(part->late_s, 3600.0) * 1e9), slice_ns = kFirstSliceNs;
+  int64_t late_ns = part->sent_ns + int64_t(std::min(part->late_s, 3600.0) * 1e9);
+  int64_t began_ns = monotonic_ns(), stopped_check_ns = kSliceNs;  // since it began
   for (;;) {
     uint32_t state = slot.state.load();
     if (state == kDone) return FK_CALL_OK;
@@ -622,12 +625,14 @@ fk_call_end fk_calls::wait(Part *part) {
     if (remaining_ns <= 0) return mailbox.check_dead() ? FK_CALL_DEAD : FK_CALL_LATE;
     slot.router_waits.store(1);
     int64_t before_ns = monotonic_ns();
-    futex_wait(&slot.state, state, std::min(slice_ns, remaining_ns));
+    futex_wait(&slot.state, state, std::min(kSliceNs, remaining_ns));
     slot.router_waits.store(0);
-    if (monotonic_ns() - before_ns < slice_ns || slot.state.load() == kDone) continue;
+    int64_t now_ns = monotonic_ns();
+    if (now_ns - before_ns < kSliceNs || slot.state.load() == kDone) continue;
     if (mailbox.check_dead()) return FK_CALL_DEAD;
+    if (now_ns - began_ns < stopped_check_ns) continue;
     if (mailbox.is_stopped()) return FK_CALL_STOPPED;
-    slice_ns = std::min(2 * slice_ns, kMaxSliceNs);
+    stopped_check_ns += std::min(stopped_check_ns, kMaxStoppedCheckNs);
   }
 }
 
@@ -674,15 +679,16 @@ void fk_calls::abandon(Part *part) {
   slot.state.compare_exchange_strong(state, kFree);
 }
 
-// Waits for a part's answer and verifies it; false if the layer takes the general path.
-bool fk_calls::collect(Part *part) {
+// Waits for a part's answer and verifies it; unless it is FK_CALL_OK, the layer takes the general path.
+fk_call_end fk_calls::collect(Part *part) {
   char detail[sizeof Slot::detail] = "";
   uint32_t status = kOk;
   fk_call_end end = wait(part);
   if (end == FK_CALL_OK) end = verify(*part, &status, detail);
   if (end == FK_CALL_BROKEN || end == FK_CALL_DEAD) part->mailbox->is_dead = true;
+  if (end == FK_CALL_DEAD && !part->mailbox->was_serving()) status = kSandboxDraining;
   record(*part, end, status, detail);
-  return end == FK_CALL_OK;
+  return end;
 }
 
 int32_t fk_calls::finish(int64_t l, uint8_t *out, int32_t dtype) {
@@ -690,8 +696,13 @@ int32_t fk_calls::finish(int64_t l, uint8_t *out, int32_t dtype) {
   if (l != layer) return set_calls_error("finish: got layer %lld, expected %lld", (long long)l, (long long)layer);
   if (!out || dtype < FK_FLOAT32 || dtype > FK_FLOAT16) return set_calls_error("finish: out or dtype is out of range");
   if (!compute_locals()) return general();
-  for (size_t i = 0; i < n_parts; ++i)
-    if (parts[i].mailbox && !collect(&parts[i])) return general();
+  bool is_sandbox_lost = false;  // then the others' answers free their slots for another try
+  for (size_t i = 0; i < n_parts; ++i) {
+    fk_call_end end = parts[i].mailbox ? collect(&parts[i]) : FK_CALL_OK;
+    if (end != FK_CALL_OK && end != FK_CALL_DEAD && end != FK_CALL_STOPPED) return general();
+    is_sandbox_lost |= end != FK_CALL_OK;
+  }
+  if (is_sandbox_lost) return general();
   int64_t size = n_rows * hidden_size;
   float *sum = reinterpret_cast<float *>(out);
   if (dtype == FK_FLOAT32) {

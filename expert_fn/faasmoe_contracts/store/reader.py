@@ -15,6 +15,7 @@ from faasmoe_contracts.store.references import TensorReference
 from faasmoe_contracts.store.tensors import (
     MappedFile,
     MappedLayer,
+    MappedPieces,
     TensorView,
     map_range,
     map_tensors,
@@ -85,32 +86,25 @@ class Store:
     def _map_references(self, references: Mapping[str, TensorReference]) -> MappedLayer:
         """Map what references point to: of each file, the part from the first to the last byte."""
         checkpoint = self.manifest.checkpoint
-        ranges: dict[int, tuple[int, int]] = {}
-        for reference in references.values():
-            n_bytes = reference.piece_bytes  # of all pieces, which may be thousands
-            for file, offset in reference.pieces:
-                start, end = ranges.get(file, (offset, 0))
-                ranges[file] = min(start, offset), max(end, offset + n_bytes)
-        position: dict[int, int] = {}
-        files: list[MappedFile] = []
-        for file, (start, end) in sorted(ranges.items()):
+        files: dict[int, tuple[int, MappedFile]] = {}
+        for position, (file, (start, end)) in enumerate(sorted(_byte_ranges(references).items())):
             assert checkpoint is not None
             path, entry = checkpoint.check_file(self.path, file), checkpoint.files[file]
-            position[file] = len(files)
-            files.append(map_range(path, size_bytes=entry.size_bytes, start=start, end=end))
+            mapped = map_range(path, size_bytes=entry.size_bytes, start=start, end=end)
+            files[file] = position, mapped
         tensors = {
             name: TensorView(
                 reference.dtype,
                 reference.shape,
-                tuple(
-                    files[position[file]].piece(offset, n_bytes, index=position[file])
-                    for file, offset in reference.pieces
-                ),
+                MappedPieces(reference.pieces, reference.piece_bytes, files),
             )
             for name, reference in references.items()
-            for n_bytes in (reference.piece_bytes,)
         }
-        return MappedLayer(tensors, sum(view.nbytes for view in tensors.values()), tuple(files))
+        return MappedLayer(
+            tensors,
+            sum(view.nbytes for view in tensors.values()),
+            tuple(mapped for _, mapped in files.values()),
+        )
 
     def layer_entry(self, index: int) -> LayerEntry:
         """Return the manifest entry of the MoE layer `index`; raises StoreError if out of range."""
@@ -159,6 +153,16 @@ def sha256_of_file(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _byte_ranges(references: Mapping[str, TensorReference]) -> dict[int, tuple[int, int]]:
+    """Return the offsets of the first byte and behind the last one, by the index of the file."""
+    ranges: dict[int, tuple[int, int]] = {}
+    for reference in references.values():
+        for file, (first, last) in reference.outer_offsets().items():
+            start, end = ranges.get(file, (first, 0))
+            ranges[file] = min(start, first), max(end, last + reference.piece_bytes)
+    return ranges
 
 
 class ManifestCache:

@@ -66,6 +66,17 @@ class TensorReference:
         """Bytes of each piece."""
         return self.size_bytes // len(self.pieces)
 
+    def outer_offsets(self) -> dict[int, tuple[int, int]]:
+        """Return the offsets of the first and the last piece in each file, by the file's index."""
+        if len({file for file, _ in self.pieces}) == 1:  # as a rule, of thousands of pieces
+            offsets = [offset for _, offset in self.pieces]
+            return {self.pieces[0][0]: (min(offsets), max(offsets))}
+        outer: dict[int, tuple[int, int]] = {}
+        for file, offset in self.pieces:
+            first, last = outer.get(file, (offset, offset))
+            outer[file] = min(first, offset), max(last, offset)
+        return outer
+
     @classmethod
     def from_json(
         cls, value: object, *, files: tuple[CheckpointFile, ...], path: str

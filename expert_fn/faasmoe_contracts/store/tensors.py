@@ -14,10 +14,10 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from faasmoe_contracts.store.json_fields import JsonFields, StoreError
 
@@ -76,12 +76,12 @@ class TensorView:
 
     dtype: str
     shape: tuple[int, ...]
-    pieces: tuple[TensorPiece, ...]
+    pieces: Sequence[TensorPiece]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
-        return sum(piece.buffer.nbytes for piece in self.pieces)
+        return math.prod(self.shape) * DTYPE_SIZES[self.dtype]
 
     @property
     def is_contiguous(self) -> bool:
@@ -111,7 +111,7 @@ class TensorView:
             stride = self.nbytes // n_experts
             return (self.pieces[0].part(expert * stride, stride),)
         count = len(self.pieces) // n_experts
-        return self.pieces[expert * count : (expert + 1) * count]
+        return tuple(self.pieces[expert * count : (expert + 1) * count])
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +132,47 @@ class MappedFile:
         """Return bytes of the file, which is `MappedLayer.files[index]`."""
         start = offset - self.offset
         return TensorPiece(memoryview(self.mapping)[start : start + size_bytes], offset, index)
+
+
+class MappedPieces(Sequence[TensorPiece]):
+    """Pieces of equal size in mapped files; made when they are read.
+
+    A layer may have thousands, of which a function reads those of its own experts.
+
+    Args:
+        places: index of the file and offset in it, of each piece.
+        piece_bytes: bytes of each.
+        files: the mapped files by the index in `places`, each with its index in
+            `MappedLayer.files`.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[tuple[int, int]],
+        piece_bytes: int,
+        files: Mapping[int, tuple[int, MappedFile]],
+    ) -> None:
+        self._places = places
+        self._piece_bytes = piece_bytes
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> TensorPiece: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[TensorPiece, ...]: ...
+    def __getitem__(self, index: int | slice) -> TensorPiece | tuple[TensorPiece, ...]:
+        """Return one piece, or several."""
+        if isinstance(index, slice):
+            return tuple(map(self._piece, self._places[index]))
+        return self._piece(self._places[index])
+
+    def _piece(self, place: tuple[int, int]) -> TensorPiece:
+        file, offset = place
+        position, mapped = self._files[file]
+        return mapped.piece(offset, self._piece_bytes, index=position)
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,27 +76,31 @@ class ActivationWaiter:
     ) -> None:
         self.routing_changed = threading.Event()
         self.absences = AbsenceTracker(settings.timeout_s)
-        self._lost_at_s: dict[str, float] = {}  # functions that have lost their last address
+        self._lost_at_s: dict[str, float] = {}  # functions that have lost all of their addresses
         self._settings = settings
         self._health = health
         self._load = load
         self._metrics = metrics
 
     def record_routing(self, before: RoutingIndex, after: RoutingIndex, now_s: float) -> None:
-        """Note which functions have lost their last address with a new routing."""
+        """Note which functions have lost all of their addresses with a new routing."""
         self.absences.retain(after.entries)
         self._lost_at_s = {
             name: lost_at_s
             for name, lost_at_s in self._lost_at_s.items()
-            if now_s - lost_at_s < LOST_S and not _has_address(after, name)
+            if now_s - lost_at_s < LOST_S and name in after.entries
         }
-        for name in before.entries:
-            if _has_address(before, name) and not _has_address(after, name):
+        for name, entry in before.entries.items():
+            if entry.addresses and not set(entry.addresses) & set(_addresses(after, name)):
                 self._lost_at_s[name] = now_s
 
     def was_lost(self, function_id: str, now_s: float) -> bool:
-        """Return whether a function has lost its last address shortly before."""
-        return now_s - self._lost_at_s.get(function_id, -math.inf) < LOST_S
+        """Return whether a function has lost all of its addresses shortly before.
+
+        It may have others since. Not yet while calls wait for these.
+        """
+        lost_for_s = now_s - self._lost_at_s.get(function_id, -math.inf)
+        return self._settings.replacement_timeout_s <= lost_for_s < LOST_S
 
     def wait(
         self,
@@ -201,9 +205,9 @@ class ActivationWaiter:
             self._metrics.queued.set(0)
 
 
-def _has_address(routing: RoutingIndex, function_id: str) -> bool:
+def _addresses(routing: RoutingIndex, function_id: str) -> Sequence[str]:
     entry = routing.entries.get(function_id)
-    return entry is not None and bool(entry.addresses)
+    return () if entry is None else entry.addresses
 
 
 @dataclass(slots=True)

@@ -229,6 +229,11 @@ class Dispatcher:
             return SentLayer(layer, hidden, top_k_index, top_k_weight, False)
         if layer == 0:
             self.start_pass(len(hidden))
+        return self._begin(layer, hidden, top_k_index, top_k_weight)
+
+    def _begin(
+        self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weight: Tensor
+    ) -> SentLayer:
         if self.native is None or hidden.dtype not in WIRE_DTYPES:
             return SentLayer(layer, hidden, top_k_index, top_k_weight, False)
         rows = hidden.detach().contiguous()  # [T, H]
@@ -243,19 +248,23 @@ class Dispatcher:
             if while_waiting is not None:
                 while_waiting()
             return torch.zeros_like(sent.hidden)
-        if sent.is_in_flight:
-            assert self.native is not None
-            output = torch.empty_like(sent.hidden)  # [T, H]
-            if self.native.finish(sent.layer, output, while_waiting):
-                return output
-            while_waiting = None
+        if (output := self._finish(sent, while_waiting)) is not None:
+            return output
         return self.compute_general(
             sent.layer,
             sent.hidden,
             sent.top_k_index,
             sent.top_k_weight,
-            while_waiting=while_waiting,
+            while_waiting=None if sent.is_in_flight else while_waiting,
         )
+
+    def _finish(self, sent: SentLayer, while_waiting: OverlappedWork | None) -> Tensor | None:
+        """Return the output of a layer that is in flight; None for the general path."""
+        if not sent.is_in_flight:
+            return None
+        assert self.native is not None
+        output = torch.empty_like(sent.hidden)  # [T, H]
+        return output if self.native.finish(sent.layer, output, while_waiting) else None
 
     def compute_general(
         self,
@@ -266,15 +275,26 @@ class Dispatcher:
         *,
         while_waiting: OverlappedWork | None = None,
     ) -> Tensor:
-        """Return the same as `compute`, over the general path; for a pass that was started."""
+        """Return the same as `compute`, for a layer of a pass that was not computed natively.
+
+        Over the general path, unless what made it necessary is over: a sandbox that was lost, or
+        routes that have changed since the pass began.
+        """
+        self._executor.apply_routing()
         if self.native is not None:
             self.native.settle_before(layer)
+            if self.native.refresh(layer):
+                sent = self._begin(layer, hidden, top_k_index, top_k_weight)
+                if (output := self._finish(sent, while_waiting)) is not None:
+                    return output
+                while_waiting = None if sent.is_in_flight else while_waiting
+                self.native.settle_before(layer)
         with self._metrics.layer_seconds.time():
             output = self._compute_generally(
                 layer, hidden, top_k_index, top_k_weight, while_waiting
             )
         if self.native is not None:
-            self.native.avoid_ejected(layer)
+            self.native.refresh(layer + 1)
         return output
 
     def _compute_generally(

@@ -391,6 +391,11 @@ class EndpointHealth:
         self._outlier_detector.record_hung(address, now_s)
         self._update_ejected_gauge()
 
+    def record_exited(self, address: str, now_s: float) -> None:
+        """Eject an address whose process has ended: it accepts no connections."""
+        self._outlier_detector.record_failure(address, Fault.UNREACHABLE, now_s)
+        self._update_ejected_gauge()
+
     def run_health_checks(self, now_s: float) -> None:
         """Collect finished probes of ejected addresses and submit those that are due."""
         if not self._outlier_detector.ejected and not self._suspects:

@@ -101,6 +101,7 @@ class LayerExecutor:
             self._local_functions,
             health=self.health,
             was_lost=_never_lost if waiter is None else waiter.was_lost,
+            wait_s=0.0 if activation is None else activation.replacement_timeout_s,
         )
         self._layer_timeout_s = (timeouts or DispatchTimeouts()).layer_timeout_s
         self._failure_logger = RateLimitedLogger()
@@ -113,7 +114,7 @@ class LayerExecutor:
 
     def start_pass(self, n_rows: int) -> None:
         """Start a forward pass of `n_rows` rows, before its first layer."""
-        self._forget_removed()
+        self.apply_routing()
         self.health.run_health_checks(time.monotonic())
         self.load.forward_passes += 1
         if self._colocated is not None:
@@ -141,7 +142,7 @@ class LayerExecutor:
             StoreUnreadable: local fallback is needed, and the store lacks the function.
             StoreCorrupted: local fallback is needed, and the function's bytes fail verification.
         """
-        self._forget_removed()
+        self.apply_routing()
         self.health.run_health_checks(time.monotonic())
         started_s = time.monotonic()
         deadline_s = started_s + self._layer_timeout_s
@@ -308,8 +309,8 @@ class LayerExecutor:
         """Unmap what was computed in place of sandboxes, when idle; safe from any thread."""
         self._local_functions.release()
 
-    def _forget_removed(self) -> None:
-        """Drop the state of addresses and functions that left the routing."""
+    def apply_routing(self) -> None:
+        """Drop the state of addresses and functions that left the routing, if that changed."""
         routing = self.routing
         if routing is not self._applied_routing:
             addresses = routing.addresses()

@@ -112,6 +112,11 @@ class MailboxConnector:
         with self._changed:
             return dict(self._open)
 
+    def opening(self) -> frozenset[str]:
+        """Return the wanted addresses whose sandboxes have not been asked yet; from any thread."""
+        with self._changed:
+            return self._wanted - self._open.keys() - self._retries.keys()
+
     def want(self, addresses: Collection[str]) -> None:
         """Open mailboxes at these addresses and close all others; safe from any thread."""
         local = frozenset(a for a in addresses if _is_loopback(a))
@@ -125,14 +130,19 @@ class MailboxConnector:
                 self._thread.start()
             self._changed.notify_all()
 
-    def drop(self, address: str, mailbox: int, *, retry_s: float = FIRST_RETRY_S) -> None:
-        """Close a mailbox that failed, and open another after `retry_s`; safe from any thread."""
+    def drop(self, address: str, mailbox: int, *, retry_s: float = FIRST_RETRY_S) -> bool:
+        """Close a mailbox that failed, and open another after `retry_s`; safe from any thread.
+
+        Returns:
+            Whether it was open, so that its failure is the sandbox's.
+        """
         with self._changed:
             if self._open.get(address) != mailbox:
-                return
+                return False
             self._remove(address)
             self._retries[address] = _Retry(time.monotonic() + retry_s, retry_s)
             self._changed.notify_all()
+            return True
 
     def wait_until_open(self, addresses: Collection[str], timeout_s: float) -> bool:
         """Wait until all addresses have a mailbox; return whether they do."""

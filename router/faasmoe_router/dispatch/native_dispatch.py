@@ -8,8 +8,9 @@ a call failed, and before a layer that takes the general path. In each layer tha
 as sending and receiving it.
 
 A layer that is not ordinary (a function without mailbox, a late or refused answer, many rows) takes
-the general path as a whole: calls are pure. Programs that compute without Python call the functions
-of `program` themselves, between `start_pass` and `finish_pass`.
+the general path as a whole: calls are pure. One whose sandbox was lost is computed natively again,
+with what that served in this process (takeover.py). Programs that compute without Python call the
+functions of `program` themselves, between `start_pass` and `finish_pass`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from faasmoe_router.dispatch.overflow import OverflowFunctions, Selection
 from faasmoe_router.dispatch.retry_policy import RateLimitedLogger
 from faasmoe_router.dispatch.routing import RoutingIndex
 from faasmoe_router.dispatch.takeover import TakenOverFunctions
-from faasmoe_router.dispatch.transport import CallError, CallTimeout
+from faasmoe_router.dispatch.transport import CallError, CallTimeout, ConnectError
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,8 @@ class NativeDispatch:
         self._addresses: dict[int, str] = {}  # of mailboxes, also of closed ones
         self._published_routing: RoutingIndex | None = None
         self._published_state: object = None  # what else the native routes were built from
-        self._published_ejected: frozenset[str] = frozenset()
+        self._mapped_routing: RoutingIndex | None = None  # of which lost functions were mapped
+        self._mapped_state: object = None  # what else decided which these are
         self._n_routes: list[int] = []
         self._configured_state: object = None  # what the settings of calls were made from
         self._max_rows_per_expert = 0  # not limited until a sandbox declines
@@ -191,18 +193,26 @@ class NativeDispatch:
         self._publish_routes(self._routing)
         self._configure()
 
-    def avoid_ejected(self, layer: int) -> None:
-        """Let the layers after this one avoid what was ejected in it, and have what that served."""
-        routing = self._published_routing
-        if routing is None or frozenset(self._health.ejected) == self._published_ejected:
-            return
-        now_s = time.monotonic()
-        self._taken_over.map_lost(routing, now_s, first_layer=layer + 1)
+    def refresh(self, layer: int) -> bool:
+        """Bring the native tables up to date within a pass, before this layer.
+
+        What only sandboxes served that are ejected or no longer routed to is mapped.
+
+        Returns:
+            Whether they changed, so that a layer that could not be computed natively may be now.
+        """
+        if self._published_routing is None:
+            return False
+        routing, opening = self._routing, self.connector.opening()
+        now_s, state = time.monotonic(), (opening, frozenset(self._health.ejected))
+        if routing is not self._mapped_routing or state != self._mapped_state:
+            self._mapped_routing, self._mapped_state = routing, state
+            self._taken_over.map_lost(routing, now_s, opening=opening, first_layer=layer)
         self._select_taken_over(routing, now_s)
-        self._publish_routes(routing)
+        return self._publish_routes(routing)
 
     def _select_taken_over(self, routing: RoutingIndex, now_s: float) -> None:
-        taken_over = self._taken_over.selection(routing, now_s)
+        taken_over = self._taken_over.selection(routing, now_s, self.connector.opening())
         self._locals.update(self._select_local(taken_over))
         self._watch_taken_over(taken_over)
 
@@ -338,12 +348,13 @@ class NativeDispatch:
         _, functions = self._calls.totals(len(self._numbers))
         return sum(functions[number].calls for number in self._taken_numbers)
 
-    def _publish_routes(self, routing: RoutingIndex) -> None:
-        mailboxes = self.connector.mailboxes()
+    def _publish_routes(self, routing: RoutingIndex) -> bool:
+        """Publish the routes unless they are; return whether they were not."""
+        opening, mailboxes = self.connector.opening(), self.connector.mailboxes()
         handles, ejected = self._locals.handles(), frozenset(self._health.ejected)
-        state = (self._suspensions.version, mailboxes, handles, ejected)
+        state = (self._suspensions.version, opening, mailboxes, handles, ejected)
         if routing is self._published_routing and state == self._published_state:
-            return
+            return False
         if routing is not self._published_routing:
             addresses = routing.addresses()
             self._suspensions.retain(addresses)
@@ -352,7 +363,7 @@ class NativeDispatch:
         layers = build_routes(
             routing,
             mailboxes=mailboxes,
-            excluded=self._health.excluded_addresses,
+            excluded=lambda addresses: self._health.excluded_addresses(addresses) | opening,
             is_suspended=self._suspensions.is_suspended,
             local=handles,
             numbers=self._numbers,
@@ -360,7 +371,7 @@ class NativeDispatch:
         self._n_routes = [len(layer.routes) for layer in layers]
         self._calls.publish(routing.version, layers)
         self._published_routing, self._published_state = routing, state
-        self._published_ejected = ejected
+        return True
 
     def _configure(self) -> None:
         """Hand over after how long an answer is late, or without a budget, a sandbox hangs."""
@@ -455,8 +466,10 @@ class NativeDispatch:
                 error = CallTimeout(f"{address}: no answer in the mailbox in time")
         elif event.end is CallEnd.STOPPED:
             self._health.record_stopped(address, now_s)
-        elif event.end is CallEnd.DEAD:  # the general path finds out why
-            self.connector.drop(address, event.mailbox)
+        elif event.end is CallEnd.DEAD:
+            was_open = self.connector.drop(address, event.mailbox)
+            if was_open and event.status is not SlotStatus.DRAINING:  # it did not say so before
+                self._record_exited(address, now_s)
         elif event.end is CallEnd.BROKEN:
             self.connector.drop(address, event.mailbox, retry_s=BROKEN_RETRY_S)
             error = CallError(f"{address}: bad response frame in the mailbox: {event.detail}")
@@ -471,6 +484,12 @@ class NativeDispatch:
             self._failure_logger.log_failure(
                 address, self._health.record_failure(address, error, now_s), now_s
             )
+
+    def _record_exited(self, address: str, now_s: float) -> None:
+        self._metrics.failed_calls.inc()
+        self._health.record_exited(address, now_s)
+        error = ConnectError(f"{address}: the sandbox exited")
+        self._failure_logger.log_failure(address, error, now_s)
 
     def _record_pairs(self) -> None:
         assert self._colocated is not None

@@ -3,8 +3,8 @@
 Until they are replaced, the general path computes them from the store (local_functions.py), and
 with them every layer that needs one would take that path as a whole. What it has computed joins the
 native path here, for as long as it would compute it at once: while every address of the function is
-ejected, or for a while after it has lost the last one. Whoever needs a function later than that
-waits for its activation, which only the general path does.
+ejected, for a while after it has lost the last one, and until its replacement's mailbox is open.
+Whoever needs a function later than that waits for its activation, which only the general path does.
 
 A sandbox that is lost has functions of many layers, and each would send its layer to the general
 path once. So the first of these layers maps what the others need, too, as far as that is quick.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 from faasmoe_contracts.routing_table import FunctionEndpoints, FunctionSpec
 from faasmoe_expert.functions import ExpertFunction
@@ -31,7 +31,7 @@ MAP_BUDGET_S = 0.03
 verified."""
 
 WasLost = Callable[[str, float], bool]
-"""Whether a function without an address has lost the last one, shortly before a monotonic time."""
+"""Whether a function has lost all of its addresses, shortly before a monotonic time."""
 
 
 class TakenOverFunctions:
@@ -42,30 +42,46 @@ class TakenOverFunctions:
     Args:
         functions: what the general path has computed from the store.
         health: says which addresses are ejected.
-        was_lost: whether a function was lost; asked only about functions without an address.
+        was_lost: whether a function was lost; asked only about those that have no address, or only
+            such whose mailbox is being opened.
+        wait_s: how long calls wait for another address after an ejection.
     """
 
     def __init__(
-        self, functions: LocalFunctions, *, health: EndpointHealth, was_lost: WasLost
+        self,
+        functions: LocalFunctions,
+        *,
+        health: EndpointHealth,
+        was_lost: WasLost,
+        wait_s: float = 0.0,
     ) -> None:
         self._functions = functions
         self._health = health
         self._was_lost = was_lost
+        self._wait_s = wait_s
         self._taken: dict[FunctionSpec, ExpertFunction] = {}
         self._selection: Selection = {}
 
-    def map_lost(self, routing: RoutingIndex, now_s: float, *, first_layer: int = 0) -> None:
+    def map_lost(
+        self,
+        routing: RoutingIndex,
+        now_s: float,
+        *,
+        opening: Set[str] = frozenset(),
+        first_layer: int = 0,
+    ) -> None:
         """Map the functions that were lost, for no longer than MAP_BUDGET_S; the rest as needed.
 
         Args:
             routing: the current routing.
             now_s: monotonic time.
+            opening: addresses whose mailboxes are being opened.
             first_layer: the layer that will need them first.
         """
         mapped, end_s = set(self._functions.mapped()), time.monotonic() + MAP_BUDGET_S
         for layer in (*routing.layers[first_layer:], *routing.layers[:first_layer]):
             for entry in layer.functions:
-                if entry.spec in mapped or not self._is_lost(entry, entry.spec, now_s):
+                if entry.spec in mapped or not self._is_lost(entry, entry.spec, now_s, opening):
                     continue
                 if len(mapped) >= MAX_MAPPED_FUNCTIONS or time.monotonic() > end_s:
                     return
@@ -84,13 +100,18 @@ class TakenOverFunctions:
         """Functions that are mapped now; safe from any thread."""
         return frozenset(self._functions.mapped())
 
-    def selection(self, routing: RoutingIndex, now_s: float) -> Selection:
-        """Return what this process computes, by layer; replaced when it changes, never modified."""
+    def selection(
+        self, routing: RoutingIndex, now_s: float, opening: Set[str] = frozenset()
+    ) -> Selection:
+        """Return what this process computes, by layer; replaced when it changes, never modified.
+
+        Arguments as for `map_lost`.
+        """
         mapped = self._functions.mapped()
         taken = {
             spec: function
             for spec, function in mapped.items()
-            if self._is_lost(routing.entries.get(spec.id), spec, now_s)
+            if self._is_lost(routing.entries.get(spec.id), spec, now_s, opening)
         }
         if taken != self._taken:
             self._taken = taken
@@ -99,10 +120,18 @@ class TakenOverFunctions:
             }
         return self._selection
 
-    def _is_lost(self, entry: FunctionEndpoints | None, spec: FunctionSpec, now_s: float) -> bool:
+    def _is_lost(
+        self, entry: FunctionEndpoints | None, spec: FunctionSpec, now_s: float, opening: Set[str]
+    ) -> bool:
         if entry is None or entry.spec != spec:
             return False
-        if not entry.addresses:
-            return self._was_lost(spec.id, now_s)
         excluded = self._health.excluded_addresses(entry.addresses)
-        return all(address in excluded for address in entry.addresses)
+        usable = [address for address in entry.addresses if address not in excluded]
+        if not opening.issuperset(usable):
+            return False
+        ejected_at_s = [
+            s for a in entry.addresses if (s := self._health.ejected_at_s(a)) is not None
+        ]
+        if len(usable) < len(entry.addresses) and now_s >= max(ejected_at_s) + self._wait_s:
+            return True
+        return self._was_lost(spec.id, now_s)

@@ -15,6 +15,7 @@ from faasmoe_contracts.store import StoreError
 from faasmoe_contracts.store.referenced_files import FilePlace
 from faasmoe_contracts.store.references import (
     CheckpointEntry,
+    TensorReference,
     checkpoint_root,
     describe_weights,
 )
@@ -57,6 +58,13 @@ def test_round_trips_through_json() -> None:
     assert entry().to_json() == ENTRY
     assert entry().size_bytes == 128 + 16
     assert entry().router_bytes == 16
+
+
+def test_outermost_pieces_of_each_file() -> None:
+    in_one = TensorReference("U8", (3, 8), ((2, 40), (2, 8), (2, 90)))
+    assert in_one.outer_offsets() == {2: (8, 90)}
+    in_two = TensorReference("U8", (4, 8), ((2, 40), (0, 8), (2, 16), (0, 96)))
+    assert in_two.outer_offsets() == {2: (16, 40), 0: (8, 96)}
 
 
 def setting(*path: str | int, to: object) -> Change:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faasmoe_contracts.store import Store, StoreError
-from faasmoe_contracts.store.tensors import map_tensors
+from faasmoe_contracts.store.tensors import MappedPieces, TensorView, map_range, map_tensors
 
 
 def write_safetensors(
@@ -49,6 +49,24 @@ def test_writes_never_reach_the_file(store_path: Path) -> None:
         view.buffer[:] = bytes(view.buffer.nbytes)
     store.verify()
     assert any(store.map_layer(0).tensors["down_proj"].buffer)
+
+
+def test_pieces_are_made_when_they_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    path.write_bytes(bytes(range(64)))
+    mapped = map_range(path, size_bytes=64, start=8, end=64)
+    not_mapped = (9, 0)
+    pieces = MappedPieces([(7, 40), (7, 8), not_mapped, (7, 20)], 4, {7: (1, mapped)})
+    assert len(pieces) == 4
+    assert [bytes(piece.buffer) for piece in pieces[:2]] == [bytes(range(40, 44)), b"\x08\t\n\v"]
+    assert (pieces[-1].offset, pieces[-1].file) == (20, 1)
+    view = TensorView("U8", (2, 8), pieces)
+    assert view.nbytes == 16
+    assert view.expert_pieces(0) == pieces[:2]
+    with pytest.raises(KeyError):
+        view.expert_pieces(1)
+    with pytest.raises(IndexError):
+        pieces[4]
 
 
 def test_data_section_is_page_aligned(store_path: Path) -> None:

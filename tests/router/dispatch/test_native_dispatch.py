@@ -13,7 +13,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from faasmoe_contracts.store import Store
 from faasmoe_contracts.unix_socket import unix_socket_path
 from faasmoe_kernels import KernelsUnavailable, load
 from faasmoe_router.dispatch import Dispatcher, takeover
+from faasmoe_router.dispatch.cold_start import ActivationSettings
 from faasmoe_router.dispatch.fanout import DispatchTimeouts
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.native_dispatch import MAX_NATIVE_ROWS
@@ -331,9 +332,11 @@ def test_functions_of_a_lost_sandbox_go_on_natively_beside_the_others(
         os.kill(other.process.pid, number)
         wait_until(lambda: process_state(other.process.pid) in "TZ")
         try:
-            one.check(16)  # finds out, computes what is lost, and maps it
+            one.check(16)  # finds out, maps what is lost, and computes the layer again
             n_lost, n_mailbox = one.count("local"), one.count("mailbox_calls")
             assert n_lost > 0
+            assert one.count("calls") == n_mailbox  # nothing over HTTP
+            assert one.count("ejected") == 1
             one.check(16)
             assert one.count("mailbox_calls") == n_mailbox + 1  # the other sandbox's
             assert one.count("local") == one.dispatcher.load.local_calls == 2 * n_lost
@@ -360,6 +363,86 @@ def test_layers_after_the_one_that_lost_a_sandbox_stay_native(
         for number, layer in enumerate(range(LAYER + 1, len(store.manifest.layers)), start=1):
             one.check(16, layer)
             assert one.count("mailbox_calls") == n_mailbox + number
+
+
+@contextmanager
+def unanswered(folder: Path) -> Iterator[str]:
+    """Yield the address of a sandbox whose mailbox is being opened for two seconds."""
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as listener:
+        port = tcp.getsockname()[1]
+        listener.bind(str(unix_socket_path(folder, port)))
+        listener.listen()
+        yield f"127.0.0.1:{port}"
+
+
+def test_function_goes_on_natively_until_its_replacements_mailbox_is_open(
+    sandbox: StartSandbox, router: MakeRouter, store: Store, folder: Path
+) -> None:
+    activation = ActivationSettings(lambda names: None)
+    with sandbox(capacity=8, token=TOKEN, socket_dir=folder) as lost:
+        table = lost.attach_blocks(store, 8)
+        one = router(table, activation=activation)
+        one.wait_for_mailboxes(lost.address)
+        one.check()
+        arguments = one.arguments(3)
+        expected = one.general.compute(LAYER + 1, *arguments)
+        os.kill(lost.process.pid, signal.SIGKILL)
+        wait_until(lambda: process_state(lost.process.pid) == "Z")
+        with unanswered(folder) as address:
+            entries = tuple(replace(f, addresses=(address,)) for f in table.functions)
+            one.dispatcher.replace_table(replace(table, version=1, functions=entries))
+            output = one.dispatcher.compute(LAYER + 1, *arguments)  # within the pass
+            torch.testing.assert_close(output, expected)
+            assert one.count("local") == 1
+            assert one.count("calls") == one.count("mailbox_calls") == 1
+
+
+def test_functions_that_have_lost_their_address_between_passes_go_on_natively(
+    sandbox_server: SandboxProcess, router: MakeRouter, sandbox: StartSandbox, store: Store,
+    folder: Path,
+) -> None:  # fmt: skip
+    activation = ActivationSettings(lambda names: None)
+    with sandbox(capacity=64, token=TOKEN, socket_dir=folder) as other:
+        kept, lost = sandbox_server.attach_blocks(store, 3), other.attach_blocks(store, 3)
+        entries = tuple((kept, lost)[i % 2].functions[i] for i in range(len(kept.functions)))
+        one = router(replace(kept, functions=entries), activation=activation)
+        one.wait_for_mailboxes(sandbox_server.address, other.address)
+        one.check(16)
+        left = tuple(
+            replace(f, addresses=()) if f.addresses == (other.address,) else f for f in entries
+        )
+        one.dispatcher.replace_table(replace(kept, version=1, functions=left))
+        one.check(16)
+        assert one.count("local") > 0
+        assert one.count("calls") == one.count("mailbox_calls") == 3
+
+
+def test_layer_of_a_running_pass_takes_new_routes(
+    sandbox_server: SandboxProcess, router: MakeRouter, sandbox: StartSandbox, store: Store,
+    folder: Path,
+) -> None:  # fmt: skip
+    with sandbox(capacity=64, token=TOKEN, socket_dir=folder) as other:
+        before, after = sandbox_server.attach_blocks(store, 8), other.attach_blocks(store, 8)
+        one = router(before)
+        one.wait_for_mailboxes(sandbox_server.address)
+        one.check()
+        one.dispatcher.replace_table(replace(after, version=1))
+        one.wait_for_mailboxes(other.address)
+        one.check(layer=LAYER + 1)
+        assert one.count("calls") == one.count("mailbox_calls") == 2
+
+
+def test_replica_whose_mailbox_is_being_opened_keeps_no_layer_from_the_native_path(
+    sandbox_server: SandboxProcess, router: MakeRouter, store: Store, folder: Path
+) -> None:
+    table = sandbox_server.attach_blocks(store, 8)
+    one = router(table)
+    one.wait_for_mailboxes(sandbox_server.address)
+    with unanswered(folder) as address:
+        addresses = (sandbox_server.address, address)
+        entries = tuple(replace(f, addresses=addresses) for f in table.functions)
+        one.dispatcher.replace_table(replace(table, version=1, functions=entries))
+        assert one.counts_native() == 1
 
 
 def process_state(pid: int) -> str:
@@ -420,6 +503,10 @@ def test_replicas_share_the_calls(
             assert parse_sample(metrics, "faasmoe_expert_mailbox_frames_total") == 4
 
 
+class Closed(Exception):
+    """Raised by an answer: the connection of the mailbox is closed."""
+
+
 class LyingSandbox:
     """Accepts one mailbox and answers its frames with what the test writes."""
 
@@ -446,11 +533,15 @@ class LyingSandbox:
             os.close(descriptor)
             struct.pack_into("<I", memory, 192, 1)  # serving
             connection.sendall(b"HTTP/1.1 201 Created\r\ncontent-length: 0\r\n\r\n")
-            while not self._stop.is_set():
-                for slot in (4096, 5120):
-                    if struct.unpack_from("<I", memory, slot)[0] == 1:
-                        self._answer(memory, slot)
-                self._stop.wait(0.001)
+            with suppress(Closed):
+                self._answer_all(memory)
+
+    def _answer_all(self, memory: mmap.mmap) -> None:
+        while not self._stop.is_set():
+            for slot in (4096, 5120):
+                if struct.unpack_from("<I", memory, slot)[0] == 1:
+                    self._answer(memory, slot)
+            self._stop.wait(0.001)
 
     def close(self) -> None:
         self._stop.set()
@@ -490,6 +581,15 @@ def impossible_size(memory: mmap.mmap, slot: int) -> None:
     struct.pack_into("<I", memory, slot, DONE)
 
 
+def sudden_end(memory: mmap.mmap, slot: int) -> None:
+    raise Closed
+
+
+def announced_end(memory: mmap.mmap, slot: int) -> None:
+    struct.pack_into("<I", memory, 192, 2)  # draining
+    raise Closed
+
+
 @contextmanager
 def lying(folder: Path, answer: Callable[[mmap.mmap, int], None]) -> Iterator[LyingSandbox]:
     sandbox = LyingSandbox(folder, answer)
@@ -519,3 +619,20 @@ def test_garbage_in_a_mailbox_ends_it_and_counts_as_an_error(
         assert "bad response frame in the mailbox" in caplog.text
         assert one.dispatcher.native is not None
         assert not one.dispatcher.native.connector.mailboxes()
+
+
+@pytest.mark.parametrize(("end", "n_ejected"), [(sudden_end, 1), (announced_end, 0)])
+def test_sandbox_that_closes_a_mailbox_unannounced_is_ejected_at_once(
+    router: MakeRouter, store: Store, folder: Path, end: Callable[[mmap.mmap, int], None],
+    n_ejected: int,
+) -> None:  # fmt: skip
+    with lying(folder, end) as sandbox:
+        specs = [make_function_spec(store, [layer], range(8)) for layer in range(3)]
+        entries = tuple(FunctionEndpoints(spec, (sandbox.address,)) for spec in specs)
+        timeouts = DispatchTimeouts(0.2, 0.2, 0.5)
+        one = router(RoutingTable(store.manifest.digest, 0, entries), timeouts=timeouts)
+        one.wait_for_mailboxes(sandbox.address)
+        one.check()
+        assert one.count("local") == 1
+        assert one.count("ejected") == n_ejected
+        assert one.count("calls") == 2 - n_ejected  # over HTTP, too, unless it is ejected

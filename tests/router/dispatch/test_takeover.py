@@ -110,6 +110,51 @@ def test_function_without_address_is_taken_over_for_a_while_after_its_loss(
     assert functions.selection(routing(), 100.0 + LOST_S) == {}
 
 
+def test_function_stays_taken_over_until_a_mailbox_of_its_replacement_is_open(
+    health: EndpointHealth,
+) -> None:
+    waiter = ActivationWaiter(
+        ActivationSettings(lambda names: None),
+        health=health,
+        load=LoadMeter(),
+        metrics=DispatchMetrics(),
+    )
+    functions = taken_over(health, Computed(COMPUTED), waiter)
+    assert functions.selection(routing(FAR), 100.0, {FAR}) == {}  # it has not lost any
+    waiter.record_routing(routing(NEAR), routing(NEAR, FAR), 100.0)
+    assert functions.selection(routing(NEAR, FAR), 100.0, {NEAR, FAR}) == {}
+    waiter.record_routing(routing(NEAR), routing(FAR), 100.0)
+    assert functions.selection(routing(FAR), 100.0, {FAR}).keys() == KEYS
+    assert functions.selection(routing(FAR), 100.0, {NEAR}) == {}
+    assert functions.selection(routing(FAR), 100.0 + LOST_S, {FAR}) == {}
+
+
+def test_function_is_taken_over_if_what_is_not_ejected_has_no_mailbox_yet(
+    health: EndpointHealth,
+) -> None:
+    functions = taken_over(health, Computed(COMPUTED))
+    health.record_exited(NEAR, 0.0)
+    assert functions.selection(routing(NEAR, FAR), 0.0, {FAR}).keys() == KEYS
+    assert functions.selection(routing(NEAR, FAR), 0.0, set()) == {}
+
+
+def test_functions_that_calls_wait_for_are_not_taken_over_before(health: EndpointHealth) -> None:
+    waiter = ActivationWaiter(
+        ActivationSettings(lambda names: None, replacement_timeout_s=2.0),
+        health=health,
+        load=LoadMeter(),
+        metrics=DispatchMetrics(),
+    )
+    computed = cast("LocalFunctions", Computed(COMPUTED))
+    functions = TakenOverFunctions(computed, health=health, was_lost=waiter.was_lost, wait_s=2.0)
+    health.record_exited(NEAR, 100.0)
+    assert functions.selection(routing(NEAR), 101.0) == {}
+    assert functions.selection(routing(NEAR), 102.0).keys() == KEYS
+    waiter.record_routing(routing(NEAR), routing(), 103.0)
+    assert functions.selection(routing(), 104.0) == {}
+    assert functions.selection(routing(), 105.0).keys() == KEYS
+
+
 def test_functions_of_a_lost_sandbox_are_mapped_together(health: EndpointHealth) -> None:
     computed = Computed()
     functions = taken_over(health, computed)

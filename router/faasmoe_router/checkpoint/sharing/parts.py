@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,7 +106,7 @@ def router_parts(store: Store) -> Iterator[tuple[str, TensorView, Part]]:
             yield name, view, Part((name, view.dtype, view.shape), digests.get(name, ""), spans)
 
 
-def _spans(pieces: tuple[TensorPiece, ...], mapped: MappedLayer) -> Spans:
+def _spans(pieces: Sequence[TensorPiece], mapped: MappedLayer) -> Spans:
     return tuple(
         Span(mapped.files[piece.file].path, piece.offset, piece.buffer.nbytes) for piece in pieces
     )
