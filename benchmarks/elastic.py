@@ -1,31 +1,35 @@
 """Elasticity of functions: activation latency, time to first token after idle, and memory.
 
-`python -m benchmarks.elastic [--quick] [--memory] [--layers N]`. Everything runs under `faasmoe
-up`. docs/performance.md has the method and the results.
+`python -m benchmarks.elastic [--quick] [--memory] [--layers N] [--engine vllm]`. Everything runs
+under `faasmoe up`. docs/performance.md has the method and the results.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import string
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import AbstractAsyncContextManager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.activation import measure_activations_s
 from benchmarks.geometry import CheckpointGeometry, qwen_geometry, small_geometry
+from benchmarks.peers.environments import make_vllm_engine_environment
 from benchmarks.report import OUT, Spread, describe_machine, percentile, write_figures
 from benchmarks.static_deployment import make_model_in_subprocess, write_moemodel
 from benchmarks.ttft import TTFTMeasurements, generate, measure_ttft
-from benchmarks.up_process import running_up
+from benchmarks.up_process import UpProcess, running_up
 from benchmarks.worker import ROOT
 
 from faasmoe_contracts.store import Store, StoreError
 from faasmoe_operator.cli.formatting import format_table
+from faasmoe_operator.cli.router import VLLM_PYTHON_VARIABLE
 
 CACHE = Path.home() / ".cache" / "faasmoe-bench"
 DEMO = ROOT / ".faasmoe"
@@ -40,6 +44,25 @@ MAX_MODEL_LEN = 256
 MEMORY_SETTLE_S = 2.0  # sandboxes release request memory one second after a request
 
 Figures = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChoice:
+    """The router's engine in all measurements.
+
+    Attributes:
+        name: value of `spec.router.engine`; the figures of engines other than transformers are in
+            files of their own.
+        variables: environment variables of `faasmoe up`.
+    """
+
+    name: str = "transformers"
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def suffix(self) -> str:
+        """What the names of its files end in."""
+        return "" if self.name == "transformers" else f"_{self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +94,11 @@ def full_plan(layers: int, rounds: int) -> ElasticPlan:
 
 
 def quick_plan() -> ElasticPlan:
-    """Return a smoke test that takes seconds; its figures are meaningless."""
-    return ElasticPlan(small_geometry(), 4, 4, 1, 1, ())
+    """Return a smoke test that takes seconds; its figures are meaningless.
+
+    Its heads are of the least size that vLLM's attention on a CPU has.
+    """
+    return ElasticPlan(replace(small_geometry(), heads=2), 4, 4, 1, 1, ())
 
 
 class ElasticBenchmark:
@@ -82,22 +108,26 @@ class ElasticBenchmark:
         plan: the extent of the benchmark.
         checkpoint: checkpoint of the model of `plan.geometry`.
         store: its store.
+        engine: the router's engine.
 
     Attributes:
         ttft_by_pool: times to first token by warm pool size.
     """
 
-    def __init__(self, plan: ElasticPlan, *, checkpoint: Path, store: Path) -> None:
+    def __init__(
+        self, plan: ElasticPlan, *, checkpoint: Path, store: Path, engine: EngineChoice
+    ) -> None:
         self.ttft_by_pool: dict[int, TTFTMeasurements] = {}
         self._plan = plan
         self._checkpoint = checkpoint
         self._store = store
+        self._engine = engine
 
     async def measure_activation(self, *, pool: int) -> Figures:
         """Measure activation latency and the number of sandboxes that remain when idle."""
         print(f"activation, warm pool of {pool}")
         file = self._moemodel(f"activation-{pool}", pool=pool, window_s=WINDOW_S)
-        async with running_up(file) as model:
+        async with self._running_up(file) as model:
             times_s, n_idle = await measure_activations_s(model, rounds=self._plan.rounds)
             if pool == WARM_POOL and not self._plan.pools:
                 self.ttft_by_pool[pool] = await measure_ttft(
@@ -115,7 +145,7 @@ class ElasticBenchmark:
             pool=0,
             window_s=LONG_WINDOW_S,
         )
-        async with running_up(file) as model:
+        async with self._running_up(file) as model:
             for seed in range(2):
                 await generate(model, _prompts(seed), max_tokens=8)
             await asyncio.sleep(MEMORY_SETTLE_S)
@@ -139,15 +169,18 @@ class ElasticBenchmark:
         """Measure the demo model's time to first token, after idle and warm."""
         print(f"time to first token, warm pool of {pool}")
         await _make_demo_model()
-        async with running_up(self._demo_moemodel(pool)) as model:
+        async with self._running_up(self._demo_moemodel(pool)) as model:
             self.ttft_by_pool[pool] = await measure_ttft(
                 model, rounds=self._plan.first_token_rounds
             )
 
+    def _running_up(self, file: Path) -> AbstractAsyncContextManager[UpProcess]:
+        return running_up(file, variables=self._engine.variables)
+
     def _moemodel(
         self, name: str, *, pool: int, window_s: float, experts_per_function: int | None = None
     ) -> Path:
-        file = self._store.with_name(f"{self._store.name}-{name}.yaml")
+        file = self._store.with_name(f"{self._store.name}-{name}{self._engine.suffix}.yaml")
         write_moemodel(
             file,
             checkpoint=self._checkpoint,
@@ -155,11 +188,12 @@ class ElasticBenchmark:
             experts_per_function=experts_per_function or self._plan.experts_per_function,
             max_model_len=MAX_MODEL_LEN,
             experts={"warmPool": pool, "scaling": _scaling(window_s)},
+            router={"engine": self._engine.name},
         )
         return file
 
     def _demo_moemodel(self, pool: int) -> Path:
-        file = DEMO / f"bench-first-token-{pool}.yaml"
+        file = DEMO / f"bench-first-token-{pool}{self._engine.suffix}.yaml"
         write_moemodel(
             file,
             checkpoint=DEMO / "demo-model",
@@ -171,6 +205,7 @@ class ElasticBenchmark:
                 "warmPool": pool,
                 "scaling": _scaling(WINDOW_S),
             },
+            router={"engine": self._engine.name},
         )
         return file
 
@@ -207,11 +242,11 @@ async def _faasmoe(*arguments: str) -> None:
         raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}")
 
 
-async def measure(plan: ElasticPlan, folder: Path) -> Figures:
+async def measure(plan: ElasticPlan, folder: Path, engine: EngineChoice) -> Figures:
     """Run all measurements; return the content of elastic.json."""
     machine = describe_machine()
     checkpoint, store = await make_model_in_subprocess(plan.geometry, folder)
-    benchmark = ElasticBenchmark(plan, checkpoint=checkpoint, store=store)
+    benchmark = ElasticBenchmark(plan, checkpoint=checkpoint, store=store, engine=engine)
     warm = await benchmark.measure_activation(pool=WARM_POOL)
     empty = await benchmark.measure_activation(pool=0)
     memory = await _measure_memory(benchmark, plan)
@@ -220,6 +255,7 @@ async def measure(plan: ElasticPlan, folder: Path) -> Figures:
     ttft_by_pool = benchmark.ttft_by_pool
     return {
         "machine": machine,
+        "engine": engine.name,
         "geometry": asdict(plan.geometry),
         "experts_per_function": plan.experts_per_function,
         "attach_p50_s": percentile(warm["times_s"], 50),
@@ -237,12 +273,13 @@ async def measure(plan: ElasticPlan, folder: Path) -> Figures:
     }
 
 
-async def measure_memory(plan: ElasticPlan, folder: Path) -> Figures:
+async def measure_memory(plan: ElasticPlan, folder: Path, engine: EngineChoice) -> Figures:
     """Measure memory only; return the content of elastic_memory.json."""
     machine = describe_machine()
     checkpoint, store = await make_model_in_subprocess(plan.geometry, folder)
-    benchmark = ElasticBenchmark(plan, checkpoint=checkpoint, store=store)
-    return {"machine": machine, **await _measure_memory(benchmark, plan)}
+    benchmark = ElasticBenchmark(plan, checkpoint=checkpoint, store=store, engine=engine)
+    memory = await _measure_memory(benchmark, plan)
+    return {"machine": machine, "engine": engine.name, **memory}
 
 
 async def _measure_memory(benchmark: ElasticBenchmark, plan: ElasticPlan) -> Figures:
@@ -292,6 +329,16 @@ def _memory_rows(figures: Figures) -> list[tuple[str, str]]:
     ]
 
 
+def _choose_engine(arguments: argparse.Namespace) -> EngineChoice:
+    """Return the engine; makes the environment of vLLM's if none is given."""
+    if arguments.engine == "transformers":
+        return EngineChoice()
+    python = arguments.vllm_python or make_vllm_engine_environment(
+        arguments.cache.resolve() / "peers" / "venv-vllm"
+    )
+    return EngineChoice(arguments.engine, {VLLM_PYTHON_VARIABLE: str(python)})
+
+
 def main() -> int:
     """Parse the command line and run the benchmark."""
     parser = argparse.ArgumentParser(
@@ -303,19 +350,33 @@ def main() -> int:
     parser.add_argument("--memory", action="store_true", help="measure memory only")
     parser.add_argument("--layers", type=int, default=4, help="MoE layers of the model")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each measurement")
+    parser.add_argument(
+        "--engine",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="the router's; vllm writes elastic_vllm.json or elastic_memory_vllm.json",
+    )
+    parser.add_argument(
+        "--vllm-python",
+        type=Path,
+        default=os.environ.get(VLLM_PYTHON_VARIABLE),
+        help=f"Python with vLLM and our router (${VLLM_PYTHON_VARIABLE}); made below --cache if "
+        "omitted",
+    )
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of generated models")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the figures")
     arguments = parser.parse_args()
     plan = quick_plan() if arguments.quick else full_plan(arguments.layers, arguments.rounds)
     folder, out = arguments.cache.resolve(), arguments.out.resolve()
+    engine = _choose_engine(arguments)
     if arguments.memory:
-        figures = asyncio.run(measure_memory(plan, folder))
+        figures = asyncio.run(measure_memory(plan, folder, engine))
         print(f"\n{format_memory(figures)}")
-        path = write_figures("elastic_memory", figures, folder=out)
+        path = write_figures(f"elastic_memory{engine.suffix}", figures, folder=out)
     else:
-        figures = asyncio.run(measure(plan, folder))
+        figures = asyncio.run(measure(plan, folder, engine))
         print(f"\n{format_results(figures)}")
-        path = write_figures("elastic", figures, folder=out)
+        path = write_figures(f"elastic{engine.suffix}", figures, folder=out)
     print(f"\nfigures: {path}")
     return 0
 

@@ -14,10 +14,6 @@ after they end, in the cache and in the heap.
 
 from __future__ import annotations
 
-import ctypes
-import logging
-import mmap
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,8 +23,7 @@ from torch import Tensor
 from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
-logger = logging.getLogger(__name__)
-
+from faasmoe_transformers.tensor_pages import release_pages
 
 IDLE_RECLAIM_DELAY_S = 1.0
 PREFIX_CACHE_RECLAIM_DELAY_S = 60.0
@@ -79,24 +74,6 @@ class IdleMemoryReclaimer:
             self._evict_cached_blocks()
             release_pages(self._cache)
             self.on_reclaim()
-
-
-def release_pages(tensor: Tensor) -> None:
-    """Release the whole pages within a CPU tensor; they read as zeros when next used.
-
-    Tensors on other devices are left alone. A failure is logged: only memory is lost.
-    """
-    if tensor.device.type != "cpu":
-        return
-    page_bytes = mmap.PAGESIZE
-    start = -(-tensor.data_ptr() // page_bytes) * page_bytes
-    end = (tensor.data_ptr() + tensor.nbytes) // page_bytes * page_bytes
-    if end <= start:
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    pages = (ctypes.c_void_p(start), ctypes.c_size_t(end - start))
-    if libc.madvise(*pages, mmap.MADV_DONTNEED) != 0:
-        logger.warning("madvise on the KV cache failed: %s", os.strerror(ctypes.get_errno()))
 
 
 SCHEDULER_NAME = "faasmoe_fifo"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm_runs import NEEDS_VLLM
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 240
@@ -113,6 +114,20 @@ def test_elastic_figures_are_complete(tmp_path: Path) -> None:
         assert figures[name] > 0
     assert figures["idle_sandboxes"] == {"0": 0, "2": 2}
     assert figures["machine"]["cores"] > 0
+
+
+@pytest.mark.parametrize("engine", [pytest.param("vllm", marks=NEEDS_VLLM)])
+def test_cache_of_vllms_engine_takes_no_memory_before_it_is_used(
+    engine: str, tmp_path: Path
+) -> None:
+    options = ("--quick", "--memory", "--engine", engine)
+    _run_module(
+        "-m", "benchmarks.elastic", *options, "--cache", str(tmp_path), "--out", str(tmp_path)
+    )
+    figures = json.loads((tmp_path / "elastic_memory_vllm.json").read_text())
+    assert figures["engine"] == engine
+    router_mb = figures["memory"]["all_warm"]["beyond_weights_mb"]["router"]
+    assert 0 < router_mb < 2048  # the KV cache may have 2 GiB
 
 
 @pytest.mark.slow

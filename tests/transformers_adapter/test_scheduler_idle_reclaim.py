@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from faasmoe_transformers.scheduler import IdleMemoryReclaimer, release_pages
+from faasmoe_transformers.scheduler import IdleMemoryReclaimer
+from faasmoe_transformers.tensor_pages import release_pages
 
 SIZE_BYTES = 64 << 20
 

@@ -2,10 +2,12 @@
 
 `python generate.py REQUEST` with a JSON object: `checkpoint` or `store`, `tables` (routing tables
 to use in turn, with a store), `prompts` (token ids), `max_tokens`, `dtype` (float32 if omitted),
-`compile`, `workers` (that share each layer; with several, the table is the one in FAASMOE_TABLE).
+`rows_dtype` (to which vLLM's own experts round their inputs; `dtype` if omitted), `compile`,
+`workers` (that share each layer; with several, the table is the one in FAASMOE_TABLE).
 The last line of the output is a list with, for each table, the outputs of the prompts: token ids
-and log-probabilities, those of the second-best tokens, and those of the prompt's own tokens. With a
-store, it is followed by the dispatcher's metrics.
+and log-probabilities, and those of the prompt's own tokens; `tops` and `prompt_tops` have the
+log-probabilities of the likeliest tokens at each position by token id. With a store, it is followed
+by the dispatcher's metrics.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
 }
 
+TOPS = 20  # vLLM's maximum by default
 OPTIONS: dict[str, Any] = {
     "max_model_len": 128,
     "max_num_seqs": 8,
@@ -47,8 +50,8 @@ def main() -> None:
         temperature=0,
         max_tokens=request["max_tokens"],
         ignore_eos=True,
-        logprobs=2,
-        prompt_logprobs=1,
+        logprobs=TOPS,
+        prompt_logprobs=TOPS,
         detokenize=False,
     )
 
@@ -70,7 +73,10 @@ def main() -> None:
     }
     if "checkpoint" in request:
         config = EngineArgs(request["checkpoint"], **options).create_engine_config()
-        print("\n" + json.dumps([generate(LLMEngine.from_vllm_config(config))]))
+        engine = LLMEngine.from_vllm_config(config)
+        if dtype := request.get("rows_dtype"):
+            engine.apply_model(lambda model: _round_rows(model, dtype))
+        print("\n" + json.dumps([generate(engine)]))
         return
     from faasmoe_contracts.routing_table import RoutingTable
     from faasmoe_router.vllm_backend.expert_calls import ExpertCalls, current_calls
@@ -91,16 +97,33 @@ def main() -> None:
 def _described(output: Any) -> dict[str, Any]:
     choice = output.outputs[0]
     chosen = list(zip(choice.token_ids, choice.logprobs, strict=True))
-    given = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+    given = list(zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True))
     return {
         "tokens": list(choice.token_ids),
         "logprobs": [position[token].logprob for token, position in chosen],
-        "seconds": [
-            max(other.logprob for key, other in position.items() if key != token)
-            for token, position in chosen
-        ],
+        "tops": [_by_token(position) for _, position in chosen],
         "prompt_logprobs": [position[token].logprob for token, position in given],
+        "prompt_tops": [_by_token(position) for _, position in given],
     }
+
+
+def _round_rows(model: Any, dtype: str) -> None:
+    """Have the routed experts of a model round their inputs to a dtype."""
+    import torch
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    for layer in model.modules():
+        if isinstance(layer, RoutedExperts):
+            method, compute = layer.quant_method, layer.quant_method.apply
+
+            def apply(*, x: Any, compute: Any = compute, **others: Any) -> Any:
+                return compute(x=x.to(getattr(torch, dtype)).to(x.dtype), **others)
+
+            method.apply = apply
+
+
+def _by_token(position: Any) -> dict[str, float]:
+    return {str(token): entry.logprob for token, entry in position.items()}
 
 
 if __name__ == "__main__":

@@ -117,6 +117,17 @@ class TenantEngine(AsyncLLM):
             run.trace.end()
             run.recorder.finish()
 
+    async def release_cache(self) -> None:
+        """Drop all cached prefixes and free the KV cache's memory, unless a request needs it.
+
+        Requests that arrive meanwhile wait.
+        """
+        if self.gate.n_requests:
+            return
+        with self.gate.pause():
+            if await self.reset_prefix_cache():
+                await self.collective_rpc("faasmoe_release_cache")
+
     def _start_abort(self, request_id: str) -> None:
         task = asyncio.ensure_future(self.abort(request_id))
         self._aborts.add(task)

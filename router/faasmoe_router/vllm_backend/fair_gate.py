@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 
 from faasmoe_router.engine.fair_queue import FairQueue, Share
 from faasmoe_router.errors import EngineQueueFull
@@ -36,6 +36,7 @@ class FairGate:
         self._waiting: dict[str, asyncio.Future[None]] = {}
         self._groups: Mapping[str, str] | None = None
         self._computed: Counter[str] = Counter()
+        self._is_paused = False
         self.last_active_s = float("-inf")
 
     @property
@@ -102,6 +103,16 @@ class FairGate:
             self._queue.remove(request_id)
             self._start_next()
 
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Give no places for the lifetime of the context; requests wait meanwhile."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+            self._start_next()
+
     def charge(self, tenant: str, request_id: str, *, n_computed: int, n_generated: int) -> None:
         """Charge a request for tokens.
 
@@ -121,7 +132,7 @@ class FairGate:
         return drained
 
     def _start_next(self) -> None:
-        while (request_id := self._queue.pop()) is not None:
+        while not self._is_paused and (request_id := self._queue.pop()) is not None:
             place = self._waiting[request_id]
             if not place.done():
                 place.set_result(None)

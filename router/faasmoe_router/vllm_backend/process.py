@@ -49,6 +49,7 @@ from faasmoe_router.vllm_backend.engine_arguments import parse_engine_arguments
 from faasmoe_router.vllm_backend.engine_client import TenantEngine
 from faasmoe_router.vllm_backend.engine_process import EngineProcess
 from faasmoe_router.vllm_backend.fair_gate import FairGate
+from faasmoe_router.vllm_backend.idle_releases import IdleMemory, IdleReleases
 from faasmoe_router.vllm_backend.metrics import JoinedRegistry
 from faasmoe_router.vllm_backend.routing_view import RoutingView
 from faasmoe_router.vllm_backend.tenant_middleware import TenantMiddleware
@@ -60,6 +61,8 @@ logger = logging.getLogger(__name__)
 
 WORKER_POLL_S = 1.0
 IDLE_RELEASE_S = 10.0
+PREFIX_CACHE_RELEASE_S = 60.0
+"""With a prefix cache: cached prompts are worth more than the memory they take."""
 ENGINE_WATCH_S = 0.2
 VLLM_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",  # nothing leaves the machine
@@ -222,6 +225,7 @@ class VllmRouterProcess:
         engine.gate = self._gate
         engine.admission = self._admission
         engine.request_timeout_s = self._request_timeout_s
+        await engine.release_cache()  # vLLM wrote zeros to all of it
         return engine
 
     async def _watch_engine(self) -> None:
@@ -242,9 +246,14 @@ class VllmRouterProcess:
     async def _poll_worker(self) -> None:
         """Fetch the workers' metrics, and the cost of their calls, while they compute.
 
-        Once they have been idle for a while, they free what they keep for the next calls.
+        Once they have been idle for a while, they free what they keep for the next requests.
         """
-        polled_s, is_released = time.monotonic(), True
+        caches_prefixes = self._vllm_config.cache_config.enable_prefix_caching
+        releases = IdleReleases(
+            calls_idle_s=IDLE_RELEASE_S,
+            cache_idle_s=PREFIX_CACHE_RELEASE_S if caches_prefixes else IDLE_RELEASE_S,
+        )
+        polled_s = time.monotonic()
         while True:
             await asyncio.sleep(WORKER_POLL_S)
             engine = self._state.engine
@@ -252,13 +261,14 @@ class VllmRouterProcess:
                 continue
             active_s, now_s = self._gate.last_active_s, time.monotonic()
             if active_s > polled_s:
-                polled_s, is_released = now_s, False
+                polled_s = now_s
                 await self._read_worker(engine)
-            elif (
-                not is_released and now_s - active_s > IDLE_RELEASE_S and not self._gate.n_requests
-            ):
-                is_released = True
-                await engine.collective_rpc("faasmoe_release_memory")
+            elif not self._gate.n_requests:
+                due = releases.due(now_s, active_s)
+                if IdleMemory.CALLS in due:
+                    await engine.collective_rpc("faasmoe_release_memory")
+                if IdleMemory.CACHE in due:
+                    await engine.release_cache()
 
     async def _read_worker(self, engine: TenantEngine) -> None:
         for seconds, gb_seconds in await engine.collective_rpc("faasmoe_cost"):

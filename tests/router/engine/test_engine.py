@@ -32,6 +32,7 @@ from faasmoe_router.errors import (
 )
 from faasmoe_transformers import scheduler
 from faasmoe_transformers.error_isolation import MAX_ISOLATED_FAILURES
+from faasmoe_transformers.tensor_pages import release_pages
 
 DEADLINE_S = 120.0
 GREEDY = DrawParams()
@@ -166,7 +167,6 @@ def test_idle_reclaim_does_not_change_texts(
         released.append(tensor)
         release_pages(tensor)
 
-    release_pages = scheduler.release_pages
     monkeypatch.setattr(scheduler, "release_pages", release)
     monkeypatch.setattr("faasmoe_transformers.scheduler.IDLE_RECLAIM_DELAY_S", 0.0)
     engine = make_engine()

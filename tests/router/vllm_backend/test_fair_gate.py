@@ -128,3 +128,16 @@ def test_cached_prefixes_are_shared_within_a_group_and_with_a_requests_own_salt_
     salts = [gate.cache_salt("a", None), gate.cache_salt("c", None), gate.cache_salt("a", "x")]
     assert len({*salts, gate.cache_salt("c", "x")}) == 4
     assert gate.cache_salt("a", "x") == gate.cache_salt("b", "x")
+
+
+def test_requests_that_arrive_during_a_pause_wait_for_its_end() -> None:
+    async def run() -> None:
+        gate, order = FairGate(slots=2, max_waiting=2), list[str]()
+        with gate.pause():
+            requests = [Request(gate, "a", number, order) for number in range(2)]
+            await asyncio.sleep(0)
+            assert gate.sequence_counts("a") == (0, 2)
+        await asyncio.gather(*(request.started.wait() for request in requests))
+        await run_all(requests)
+
+    asyncio.run(run())
