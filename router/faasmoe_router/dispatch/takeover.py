@@ -127,7 +127,7 @@ class TakenOverFunctions:
             return False
         excluded = self._health.excluded_addresses(entry.addresses)
         usable = [address for address in entry.addresses if address not in excluded]
-        if not opening.issuperset(usable):
+        if not set(usable) <= opening:
             return False
         ejected_at_s = [
             s for a in entry.addresses if (s := self._health.ejected_at_s(a)) is not None
