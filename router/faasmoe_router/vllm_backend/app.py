@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
 from faasmoe_router.api.admission import RequestActivator, TenantAdmission
 from faasmoe_router.api.content_encoding import ContentEncodingMiddleware, HeadMiddleware
+from faasmoe_router.api.documented_routes import documented_routes
 from faasmoe_router.api.errors import add_error_handlers
 from faasmoe_router.api.metrics_server import metrics_routes
 from faasmoe_router.api.middleware import AuthMiddleware, RequestContextMiddleware
@@ -105,8 +106,9 @@ def create_app(
     app.include_router(_probe_routes(state, activator))
     if serves_metrics:
         app.include_router(metrics_routes(registry))
-    app.include_router(model_routes(model_name=model_name, max_model_len=max_model_len))
-    app.include_router(usage_routes(admission))
+    models = model_routes(model_name=model_name, max_model_len=max_model_len)
+    for router in (models, usage_routes(admission)):
+        app.router.routes.extend(documented_routes(router.routes))
     app.mount("/", state)
     return app
 

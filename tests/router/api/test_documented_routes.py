@@ -48,3 +48,11 @@ def test_documents_the_models_of_responses_when_asked() -> None:
     content = operation["responses"]["202"]["content"]["application/json"]
     assert content["schema"] == {"$ref": "#/components/schemas/Answer"}
     assert "text" in schema["components"]["schemas"]["Answer"]["properties"]
+
+
+def test_an_app_with_documented_routes_has_them_in_its_schema_and_serves_them() -> None:
+    app = FastAPI()
+    app.router.routes.extend(documented_routes(new_app().routes))
+    assert "Answer" in app.openapi()["components"]["schemas"]
+    with TestClient(app) as client:
+        assert client.get("/answer/1").json() == {"text": "2"}
