@@ -186,6 +186,15 @@ struct GroupScales {
     int64_t used = std::min(count, (m.k + columns - 1) / columns);
     if (group == columns) {
       to_floats(p, dtype, row * groups, used, to);
+    } else if (group % columns == 0) {  // read at the end of `to`, then repeated from its begin
+      int64_t times = group / columns, n = std::min(groups, (used + times - 1) / times);
+      float *values = to + count - n;
+      to_floats(p, dtype, row * groups, n, values);
+      for (int64_t g = 0, i = 0; g < n; ++g) {
+        float value = values[g];
+        int64_t end = g + 1 < n ? i + times : used;
+        for (; i < end; ++i) to[i] = value;
+      }
     } else {
       float value = 0;
       for (int64_t i = 0, last = -1; i < used; ++i) {
