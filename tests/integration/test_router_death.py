@@ -16,7 +16,7 @@ from engines import RouterEngine
 from faasmoe_up import FaasmoeUp, all_gone, running_up, wait_until
 from moemodel_files import write_moemodel, write_tenants
 
-N_TOKENS = 500
+N_TOKENS = 900  # so that no stream ends before the last one has begun
 N_EVENTS_BEFORE = 5  # that every stream has got when the router is killed
 CHAT: dict[str, Any] = {
     "model": "tiny",
@@ -31,7 +31,7 @@ COMPLETION: dict[str, Any] = {
     "temperature": 0,
 }
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 7}
-TEXT_SCHEMA = {"type": "string", "minLength": 300, "maxLength": 320}
+TEXT_SCHEMA = {"type": "string", "minLength": 600, "maxLength": 620}
 TOOL = {
     "type": "function",
     "function": {
@@ -116,7 +116,7 @@ class Stream(threading.Thread):
 @pytest.fixture(scope="module")
 def up(engine: RouterEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaasmoeUp]:
     folder = tmp_path_factory.mktemp("death")
-    model = engine.save_model(folder / "model", max_model_len=1024)
+    model = engine.save_model(folder / "model", max_model_len=2048)
     spec = {
         "model": {"source": f"file://{model}"},
         "store": {"path": str(folder / "store")},
