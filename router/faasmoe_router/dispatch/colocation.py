@@ -99,6 +99,7 @@ class ColocatedFunctions:
         self._mapping_executor = ThreadPoolExecutor(1, thread_name_prefix="colocation")
         self._selection: Mapping[tuple[int, FunctionSpec], ExpertFunction] = {}
         self._selection_state: object = None  # what the selection was made from
+        self._n_unmapped = 0  # that it lacks
         self._n_passes = 0  # since the routing changed
         self._n_rows = 0
         self._elapsed_s = 0.0
@@ -132,10 +133,9 @@ class ColocatedFunctions:
             self._ranking.record_pairs(layer, group.function_index, len(group.pair_row))
         n_colocated = self._policy.n_colocated(self._n_rows)
         hot = self._ranking.hottest(layer, n_colocated, self._same_node[layer])
-        specs = [functions[i].spec for i in hot]
+        specs = [s for i in hot if (s := functions[i].spec) not in self._corrupted]
         self._layer_functions = {s: f for s in specs if (f := self._mapped.get(s)) is not None}
-        n_expected = min(n_colocated, len(functions))
-        self._is_valid_sample = self._is_valid_sample and len(self._layer_functions) == n_expected
+        self._is_valid_sample = self._is_valid_sample and len(self._layer_functions) == len(specs)
         return [
             i
             for i, group in enumerate(groups)
@@ -153,15 +153,16 @@ class ColocatedFunctions:
             state = (n_colocated, self._ranking.version, self._same_node, mapped)
             if state != self._selection_state:
                 self._selection_state = state
-                self._selection = {
-                    (layer, specs[i]): mapped[specs[i]]
+                hottest = [
+                    (layer, specs[i])
                     for layer, specs in enumerate(self._specs_by_layer)
                     for i in self._ranking.hottest(layer, n_colocated, self._same_node[layer])
-                    if specs[i] in mapped
-                }
-            selection = self._selection
-        n_expected = sum(min(n_colocated, len(specs)) for specs in self._specs_by_layer)
-        self._is_valid_sample = self._is_valid_sample and len(selection) == n_expected
+                    if specs[i] not in self._corrupted
+                ]
+                self._selection = {key: mapped[key[1]] for key in hottest if key[1] in mapped}
+                self._n_unmapped = len(hottest) - len(self._selection)
+            selection, n_unmapped = self._selection, self._n_unmapped
+        self._is_valid_sample = self._is_valid_sample and not n_unmapped
         return selection
 
     @property

@@ -207,6 +207,26 @@ def test_all_functions_of_each_layer_may_be_colocated(
     assert hot.counted()[0] == calls
 
 
+def test_passes_are_timed_although_a_function_is_at_zero(
+    router: OpenRouter, table: RoutingTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial whose passes never count would never end."""
+    passes: list[int] = []
+    monkeypatch.setattr(ColocationPolicy, "n_colocated", lambda self, n_rows: 3)
+    monkeypatch.setattr(
+        ColocationPolicy, "record_pass", lambda self, n_rows, elapsed_s: passes.append(n_rows)
+    )
+    last = table.functions[-1]
+    functions = (*table.functions[:-1], replace(last, addresses=()))
+    hot = router(table=replace(table, functions=functions))
+    hot.run_until_mapping()
+    wait_until(lambda: hot.n_mapped == N_FUNCTIONS - 1)
+    hidden, first_expert = torch.ones(1, 32), torch.zeros(1, 1, dtype=torch.int64)
+    for layer in range(N_LAYERS):
+        hot.dispatcher.compute(layer, hidden, first_expert, torch.ones(1, 1))
+    assert passes[-1:] == [1]
+
+
 def test_passes_are_timed_once_their_hot_functions_are_mapped(
     router: OpenRouter, one_colocated: list[tuple[int, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
