@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from fake_platform import controller_and_platform, eventually, make_model
+from fake_platform import controller_and_platform, eventually, make_model, reporting_load
 
 from faasmoe_contracts.control_messages import FunctionLoad, LoadReport
 from faasmoe_contracts.usage import UsageRecord, UsageReport
@@ -93,9 +93,11 @@ async def test_the_stream_follows_the_model() -> None:
             assert first["functions"]["active"] == 0
             assert [cell[:2] for cell in first["functions"]["cells"]] == [[0, 0], [1, 0], [2, 0]]
             name = next(iter(controller.model.functions))
-            controller.activate([name])
-            while (event := await read_event(response))["functions"]["active"] == 0:
-                pass
+            load = LoadReport("router", {name: FunctionLoad(1.0)})  # idle, it may end unseen
+            async with reporting_load(controller, load):
+                controller.activate([name])
+                while (event := await read_event(response))["functions"]["active"] == 0:
+                    pass
             assert event["memory"]["active_bytes"] > 0
             assert {e["kind"] for e in event["events"]} >= {"activated", "sandbox started"}
             assert event["functions"]["shown_at"] is None  # no calls: no cell says which
