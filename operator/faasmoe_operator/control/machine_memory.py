@@ -376,7 +376,7 @@ class MemoryPool:
         held = {model: self._functions_of(model) for model in self._members}
         before = self._shared.whole
         if held.keys() != before.keys() or any(held[m] is not before[m] for m in held):
-            self._shared = SharedFunctions(held)
+            self._shared = SharedFunctions(held, self._shared)
         return self._shared
 
     def _functions_of(self, model: str) -> Sequence[MemoryHolder]:

@@ -104,3 +104,33 @@ def test_own_sizes_are_those_that_are_held() -> None:
 def test_a_holder_keeps_all_but_what_is_changed(changes: dict[str, Any]) -> None:
     holder = MemoryHolder(("s", "f"), 10, 2.0, is_pinned=True, content="c", private_bytes=3)
     assert holder.changed(**changes) == replace(holder, **changes)
+
+
+HELD = st.lists(
+    st.builds(
+        holder,
+        st.sampled_from("abc"),
+        st.sampled_from(sorted(SIZES)),
+        private=st.integers(0, 9),
+        is_leaving=st.booleans(),
+    ),
+    max_size=4,
+)
+
+
+@given(st.lists(st.tuples(HELD, HELD, st.booleans()), max_size=4))
+def test_parts_follow_from_what_is_held_now_whatever_it_was_before(
+    models: list[tuple[list[MemoryHolder], list[MemoryHolder], bool]],
+) -> None:
+    before = {str(n): held for n, (held, _, _) in enumerate(models)}
+    now = {str(n): held if stays else new for n, (held, new, stays) in enumerate(models)}
+    after = SharedFunctions(now, SharedFunctions(before))
+    assert after.parts == SharedFunctions(now).parts
+
+
+def test_parts_that_have_not_changed_are_not_made_again() -> None:
+    first, second = [holder("a"), holder("b", "y")], [holder("c"), holder("d", "y")]
+    before = SharedFunctions({"m": first, "n": second})
+    after = SharedFunctions({"m": first, "n": second, "o": [holder("e")]}, before)
+    assert [part.size_bytes for part in after.parts["m"]] == [30, 25]
+    assert after.parts["m"][1] is before.parts["m"][1]
