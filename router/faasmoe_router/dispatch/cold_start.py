@@ -153,10 +153,12 @@ class ActivationWaiter:
         self, routing: RoutingIndex, function_ids: Iterable[str], n_rows: int, now_s: float
     ) -> None:
         """Request these functions, and those that the next layers probably need."""
-        needed = dict.fromkeys((*function_ids, *routing.missing_for(n_rows)))
-        due = self.absences.record_missing(
-            [name for name in needed if name in routing.entries], now_s
-        )
+        self.request(routing, (*function_ids, *routing.missing_for(n_rows)), now_s)
+
+    def request(self, routing: RoutingIndex, function_ids: Iterable[str], now_s: float) -> None:
+        """Request those of these functions that have no address, each once a second."""
+        needed = dict.fromkeys(name for name in function_ids if name in routing.entries)
+        due = self.absences.record_missing(needed, now_s)
         unavailable = [name for name in due if not routing.entries[name].addresses]
         if unavailable:
             self._settings.request_activation(unavailable)

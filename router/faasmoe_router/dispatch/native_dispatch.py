@@ -215,6 +215,7 @@ class NativeDispatch:
 
     def _select_taken_over(self, routing: RoutingIndex, now_s: float) -> None:
         taken_over = self._taken_over.selection(routing, now_s, self.connector.opening())
+        self._taken_over.request_replacements(routing, now_s)
         self._locals.update(self._select_local(taken_over))
         self._watch_taken_over(taken_over)
 
