@@ -323,7 +323,7 @@ OwnMailbox *fk_calls::pick(const Route &route, std::shared_ptr<OwnMailbox> *pick
   for (size_t i = 0; all.size() > 1 && i < all.size(); ++i)
     if (all[i]->is_free()) free[n_free++] = i;
   size_t n = n_free ? n_free : all.size();
-  auto replica = [&](size_t i) { return all[n_free ? free[i] : i]; };
+  auto replica = [&](size_t i) -> const std::shared_ptr<OwnMailbox> & { return all[n_free ? free[i] : i]; };
   size_t first = size_t(round_robin % n), chosen = first;
   if (n > 1) {
     random = random * 6364136223846793005u + 1442695040888963407u;

@@ -102,7 +102,11 @@ class LayerExecutor:
             health=self.health,
             was_lost=_never_lost if waiter is None else waiter.was_lost,
             wait_s=0.0 if activation is None else activation.replacement_timeout_s,
-            request=_request_none if waiter is None or overflow is not None else waiter.request,
+            request=(
+                _request_none
+                if waiter is None or overflow is not None
+                else waiter.request_replacements
+            ),
         )
         self._layer_timeout_s = (timeouts or DispatchTimeouts()).layer_timeout_s
         self._failure_logger = RateLimitedLogger()

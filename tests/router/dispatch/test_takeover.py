@@ -64,7 +64,7 @@ def taken_over(
         cast("LocalFunctions", computed),
         health=health,
         was_lost=(lambda *_: False) if waiter is None else waiter.was_lost,
-        request=(lambda *_: None) if waiter is None else waiter.request,
+        request=(lambda *_: None) if waiter is None else waiter.request_replacements,
     )
 
 
@@ -151,7 +151,11 @@ def test_functions_that_calls_wait_for_are_not_taken_over_before(health: Endpoin
     )
     computed = cast("LocalFunctions", Computed(COMPUTED))
     functions = TakenOverFunctions(
-        computed, health=health, was_lost=waiter.was_lost, request=waiter.request, wait_s=2.0
+        computed,
+        health=health,
+        was_lost=waiter.was_lost,
+        request=waiter.request_replacements,
+        wait_s=2.0,
     )
     health.record_exited(NEAR, 100.0)
     assert functions.selection(routing(NEAR), 101.0) == {}
@@ -211,6 +215,7 @@ def test_replacements_of_what_is_taken_over_are_requested_at_once_and_every_seco
     assert not functions.selection(routing(FAR), 103.0)
     functions.request_replacements(routing(FAR), 103.0)
     assert requested == [COMPUTED.id, COMPUTED.id]
+    assert not waiter.absences.is_any_missing  # no call has missed it
 
 
 def test_mapping_that_reads_many_bytes_ends_with_its_budget(health: EndpointHealth) -> None:
