@@ -286,7 +286,7 @@ class LayerCalls:
             rows: number of rows T.
             hidden_size: H.
             top_k: k.
-            hidden: address of [T, H], contiguous.
+            hidden: address of [T, H], contiguous; unchanged until the layer is finished.
             dtype: its type.
             top_k_index: address of int64 [T, k].
             top_k_weight: address of float32 [T, k].

@@ -23,8 +23,8 @@ using namespace fk;
 namespace {
 
 constexpr int64_t kSliceNs = 2000000;  // of a wait, after which the peer's life is checked
-constexpr int64_t kMaxStoppedCheckNs = 50000000;  // between checks whether it is stopped, which read a file
 constexpr int64_t kIdleNs = 100000000;     // after which the peer's life is checked before a call
+constexpr unsigned kExiting = 4;  // PF_EXITING, among the flags in /proc/PID/stat
 constexpr size_t kMaxEvents = 8192;  // the oldest are dropped if nobody takes them
 
 const uint8_t kFrameDtypes[] = {kFloat32, kBfloat16, kFloat16};  // by enum fk_dtype
@@ -38,6 +38,8 @@ int peer_pid(int socket_fd) {
   return getsockopt(socket_fd, SOL_SOCKET, SO_PEERCRED, &credentials, &size) == 0 ? credentials.pid : 0;
 }
 
+enum Life { kRuns, kStopped, kEnds };  // a stopped process answers nothing until it is continued
+
 // A mailbox that this process made.
 struct OwnMailbox {
   Mailbox memory;
@@ -47,6 +49,7 @@ struct OwnMailbox {
   uint32_t sequence = 0;
   int64_t used_ns = 0;  // when its sandbox was last known to live
   std::atomic<bool> is_dead{false};
+  std::atomic<bool> is_silent{false};  // it has not answered a call, and the events of that were not taken yet
 
   ~OwnMailbox() {
     if (socket >= 0) ::close(socket);
@@ -59,25 +62,32 @@ struct OwnMailbox {
     return is_dead;
   }
 
-  // Whether the sandbox's process is stopped, and so answers nothing until it is continued.
-  bool is_stopped() const {
-    if (!pid) return false;
-    char path[32], text[512];
+  // What the sandbox's process does. One that was killed first gives back its memory, and then closes the
+  // connection, milliseconds later.
+  Life life() const {
+    if (!pid) return kRuns;
+    char path[32], text[512], state;
     std::snprintf(path, sizeof path, "/proc/%d/stat", pid);
     int fd = ::open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return false;
+    if (fd < 0) return kRuns;
     ssize_t size = ::read(fd, text, sizeof text - 1);
     ::close(fd);
-    if (size <= 0) return false;
+    if (size <= 0) return kRuns;
     text[size] = 0;
     const char *name_end = std::strrchr(text, ')');
-    return name_end && name_end + 2 < text + size && std::strchr("Tt", name_end[2]);
+    unsigned flags;
+    if (!name_end || std::sscanf(name_end + 1, " %c %*d %*d %*d %*d %*d %u", &state, &flags) != 2) return kRuns;
+    if (flags & kExiting || std::strchr("ZXx", state)) return kEnds;
+    return std::strchr("Tt", state) ? kStopped : kRuns;
   }
 
   // A sandbox says so before it closes a mailbox: one that is dead and was serving was killed.
   bool was_serving() const { return memory.header().sandbox_state.load(std::memory_order_relaxed) == kServing; }
 
   bool is_usable() const { return !is_dead && was_serving(); }
+
+  // Whether it may take another frame where there are other replicas, as far as can be seen in memory.
+  bool is_free() const { return is_usable() && !is_silent && find_slot() >= 0; }
 
   // A free slot; -1 if there is none, or if the sandbox still owes an answer that came too late.
   int find_slot() const {
@@ -114,9 +124,10 @@ struct Part {
   std::shared_ptr<OwnMailbox> mailbox;  // null: this process
   uint32_t slot = 0, sequence = 0;
   bool is_sent = false, is_computed = false;
+  bool is_repeated = false;  // sent after another sandbox did not answer
   FrameHeader header{};
   int64_t sent_ns = 0;
-  double late_s = 0;
+  double late_s = 0, abandon_s = 0;  // after how long to ask another replica, and nobody any more
   std::vector<int32_t> positions;  // of its functions in the layer's routes, ascending
   std::vector<int32_t> rows;       // of the batch, ascending
   std::vector<int32_t> pair_row, pair_expert;
@@ -126,6 +137,12 @@ struct Part {
   std::vector<float> output;        // of this process only: the sums
 
   FrameHeader answer() const { return response_header(header, n_sums); }
+  // Whether its frames fit into a mailbox.
+  bool fits(const Mailbox &memory) const {
+    return header.frame_bytes() <= int64_t(memory.request_bytes) &&
+           answer().frame_bytes() <= int64_t(memory.response_bytes) &&
+           int64_t(header.n_pairs) * header.row_bytes() <= kMaxPairsBytes;
+  }
   const float *sums() const {
     if (!mailbox) return output.data();
     return reinterpret_cast<const float *>(mailbox->memory.response(slot) + kFrameHeaderBytes);
@@ -133,7 +150,7 @@ struct Part {
 
   void reset() {
     mailbox.reset();
-    is_sent = is_computed = false;
+    is_sent = is_computed = is_repeated = false;
     n_sums = n_added = 0;
     positions.clear();
     rows.clear();
@@ -219,6 +236,8 @@ struct fk_calls {
   std::shared_ptr<const Table> pending_table;
   fk_calls_settings now{};  // settings of this layer
   int64_t layer = 0, n_rows = 0, hidden_size = 0, start_ns = 0;
+  const uint8_t *hidden = nullptr;  // of the caller, until the layer is finished
+  int32_t hidden_dtype = FK_FLOAT32;
   std::vector<Part> parts;
   size_t n_parts = 0;
   std::vector<int32_t> part_of;      // by position in the layer's routes
@@ -231,13 +250,16 @@ struct fk_calls {
   ComputeScratch scratch;
   uint64_t random = 0x9e3779b97f4a7c15u, round_robin = 0;
 
-  int32_t begin(int64_t l, int64_t rows, int64_t h, int64_t k, const uint8_t *hidden, int32_t dtype,
+  int32_t begin(int64_t l, int64_t rows, int64_t h, int64_t k, const uint8_t *from, int32_t dtype,
                 const int64_t *index, const float *weight);
   int32_t finish(int64_t l, uint8_t *out, int32_t dtype);
 
   bool count_pairs(const LayerRoutes &routes, int64_t rows, int64_t k, const int64_t *index, const float *weight);
   bool assign_parts(const LayerRoutes &routes);
   OwnMailbox *pick(const Route &route, std::shared_ptr<OwnMailbox> *picked);
+  void set_limits(Part *part, const LayerRoutes &routes) const;
+  bool send_elsewhere(size_t lost);
+  bool divide(size_t lost, size_t first);
   Part &new_part();
   bool reserve_slots();
   bool is_callable(OwnMailbox *mailbox);
@@ -246,13 +268,14 @@ struct fk_calls {
   fk_call_event take_event();
   void collect_pairs(const LayerRoutes &routes, int64_t rows, int64_t k, const int64_t *index,
                      const float *weight);
-  void encode(Part *part, const LayerRoutes &routes, const uint8_t *hidden, int32_t dtype);
+  FrameHeader request(const Part &part) const;
+  void encode(Part *part, const LayerRoutes &routes);
   void send(Part *part);
   void enter_layer();
   void release_memory();
   bool compute_local(Part *part);
   bool compute_locals();
-  fk_call_end collect(Part *part);
+  fk_call_end collect(size_t i, bool *is_elsewhere);
   fk_call_end wait(Part *part);
   fk_call_end verify(const Part &part, uint32_t *status, char *detail);
   void abandon(Part *part);
@@ -292,23 +315,42 @@ bool fk_calls::count_pairs(const LayerRoutes &routes, int64_t rows, int64_t k, c
 }
 
 // Of two different replicas, the one with fewer functions of this layer; null if none can be called.
+// Those that closed, or do not answer, are passed over where there are others.
 OwnMailbox *fk_calls::pick(const Route &route, std::shared_ptr<OwnMailbox> *picked) {
   const auto &all = route.mailboxes;
   if (all.empty()) return nullptr;
-  size_t first = size_t(round_robin % all.size()), chosen = first;
-  if (all.size() > 1) {
+  size_t free[FK_MAX_REPLICAS], n_free = 0;
+  for (size_t i = 0; all.size() > 1 && i < all.size(); ++i)
+    if (all[i]->is_free()) free[n_free++] = i;
+  size_t n = n_free ? n_free : all.size();
+  auto replica = [&](size_t i) -> const std::shared_ptr<OwnMailbox> & { return all[n_free ? free[i] : i]; };
+  size_t first = size_t(round_robin % n), chosen = first;
+  if (n > 1) {
     random = random * 6364136223846793005u + 1442695040888963407u;
-    size_t second = (first + 1 + size_t((random >> 33) % (all.size() - 1))) % all.size();
-    auto load = [&](const OwnMailbox *mailbox) {
-      size_t n = 0;
+    size_t second = (first + 1 + size_t((random >> 33) % (n - 1))) % n;
+    auto load = [&](const std::shared_ptr<OwnMailbox> &mailbox) {
+      size_t sum = 0;
       for (size_t i = 0; i < n_parts; ++i)
-        if (parts[i].mailbox.get() == mailbox) n += parts[i].positions.size();
-      return n;
+        if (parts[i].mailbox == mailbox) sum += parts[i].positions.size();
+      return sum;
     };
-    if (load(all[second].get()) < load(all[first].get())) chosen = second;
+    if (load(replica(second)) < load(replica(first))) chosen = second;
   }
-  *picked = all[chosen];
+  *picked = replica(chosen);
   return picked->get();
+}
+
+// Sets after how long an answer is late: soon where another replica of each function could give it.
+void fk_calls::set_limits(Part *part, const LayerRoutes &routes) const {
+  bool has_others = !part->is_repeated;
+  part->late_s = part->abandon_s = now.call_timeout_s;
+  for (int32_t position : part->positions) {
+    int rows = size_class(n_rows_of[size_t(position)]);
+    has_others &= routes.routes[size_t(position)].mailboxes.size() > 1;
+    part->late_s = std::min(part->late_s, now.hedge_s[rows]);
+    part->abandon_s = std::min(part->abandon_s, now.abandon_s[rows]);
+  }
+  if (!has_others) part->late_s = part->abandon_s;
 }
 
 // Whether a mailbox may be called; tells once that its sandbox closed it.
@@ -353,13 +395,8 @@ bool fk_calls::assign_parts(const LayerRoutes &routes) {
                            (mailbox && parts[i].positions.size() == size_t(kMaxFunctionsPerFrame))))
       ++i;
     Part &part = i < n_parts ? parts[i] : new_part();
-    if (i + 1 == n_parts && part.positions.empty()) {
-      part.mailbox = mailbox;
-      part.late_s = now.call_timeout_s;
-    }
+    if (part.positions.empty()) part.mailbox = mailbox;
     part.positions.push_back(int32_t(position));
-    const double *late_s = route.mailboxes.size() > 1 ? &now.hedge_s[0] : &now.abandon_s[0];
-    part.late_s = std::min(part.late_s, late_s[size_class(n_rows_of[position])]);
     part_of[position] = int32_t(i);
   }
   return true;
@@ -381,11 +418,7 @@ bool fk_calls::reserve_slots() {
     part.slot = uint32_t(slot);
     for (size_t j = 0; j < i; ++j)  // two frames for one sandbox: rare, left to the general path
       if (parts[j].mailbox == part.mailbox) return false;
-    const Mailbox &memory = part.mailbox->memory;
-    if (part.header.frame_bytes() > int64_t(memory.request_bytes) ||
-        part.answer().frame_bytes() > int64_t(memory.response_bytes) ||
-        int64_t(part.header.n_pairs) * part.header.row_bytes() > kMaxPairsBytes)
-      return false;
+    if (!part.fits(part.mailbox->memory)) return false;
   }
   return true;
 }
@@ -413,14 +446,17 @@ void fk_calls::collect_pairs(const LayerRoutes &routes, int64_t rows, int64_t k,
       part.pair_expert.push_back(int32_t(index[j]));
       part.pair_weight.push_back(weight[j]);
     }
-  for (size_t i = 0; i < n_parts; ++i)
-    parts[i].header = {kRequest, kFrameDtypes[now.store_dtype], kReduced, uint16_t(layer),
-                       uint32_t(parts[i].rows.size()), uint32_t(parts[i].pair_row.size()), uint32_t(hidden_size)};
+  for (size_t i = 0; i < n_parts; ++i) parts[i].header = request(parts[i]);
+}
+
+FrameHeader fk_calls::request(const Part &part) const {
+  return {kRequest, kFrameDtypes[now.store_dtype], kReduced, uint16_t(layer),
+          uint32_t(part.rows.size()), uint32_t(part.pair_row.size()), uint32_t(hidden_size)};
 }
 
 // Writes a part's rows in the store's dtype: its frame into the mailbox, or its input.
-void fk_calls::encode(Part *part, const LayerRoutes &routes, const uint8_t *hidden, int32_t dtype) {
-  int64_t row_bytes = part->header.row_bytes(), source_bytes = hidden_size * item_bytes(dtype);
+void fk_calls::encode(Part *part, const LayerRoutes &routes) {
+  int64_t row_bytes = part->header.row_bytes(), source_bytes = hidden_size * item_bytes(hidden_dtype);
   uint8_t *rows;
   if (part->mailbox) {
     uint8_t *frame = part->mailbox->memory.request(part->slot);
@@ -436,7 +472,7 @@ void fk_calls::encode(Part *part, const LayerRoutes &routes, const uint8_t *hidd
     rows = part->input.data();
   }
   for (int32_t row : part->rows) {
-    copy_row(hidden + row * source_bytes, dtype, rows, now.store_dtype, hidden_size);
+    copy_row(hidden + row * source_bytes, hidden_dtype, rows, now.store_dtype, hidden_size);
     rows += row_bytes;
   }
   if (!part->mailbox) return;
@@ -533,12 +569,12 @@ void fk_calls::release_memory() {
   is_releasing = false;
 }
 
-int32_t fk_calls::begin(int64_t l, int64_t rows, int64_t h, int64_t k, const uint8_t *hidden, int32_t dtype,
+int32_t fk_calls::begin(int64_t l, int64_t rows, int64_t h, int64_t k, const uint8_t *from, int32_t dtype,
                         const int64_t *index, const float *weight) {
   if (is_pending) general();  // an earlier layer that nobody finished
   n_parts = 0;
   enter_layer();
-  if (l < 0 || rows < 0 || h < 1 || k < 1 || dtype < FK_FLOAT32 || dtype > FK_FLOAT16 || !hidden || !index || !weight)
+  if (l < 0 || rows < 0 || h < 1 || k < 1 || dtype < FK_FLOAT32 || dtype > FK_FLOAT16 || !from || !index || !weight)
     return is_in_layer = false, set_calls_error("begin: a size, dtype or address is out of range");
   std::shared_ptr<const Table> current;
   {
@@ -550,6 +586,8 @@ int32_t fk_calls::begin(int64_t l, int64_t rows, int64_t h, int64_t k, const uin
   layer = l;
   n_rows = rows;
   hidden_size = h;
+  hidden = from;
+  hidden_dtype = dtype;
   start_ns = monotonic_ns();
   ++round_robin;
   const LayerRoutes &routes = current->layers[size_t(l)];
@@ -575,7 +613,8 @@ int32_t fk_calls::begin(int64_t l, int64_t rows, int64_t h, int64_t k, const uin
   is_pending = true;
   start_load(routes);
   for (size_t i = 0; i < n_parts; ++i) {
-    encode(&parts[i], routes, hidden, dtype);
+    encode(&parts[i], routes);
+    set_limits(&parts[i], routes);
     if (parts[i].mailbox) send(&parts[i]);
   }
   return FK_CALLS_DONE;
@@ -616,7 +655,6 @@ fk_call_end fk_calls::wait(Part *part) {
   OwnMailbox &mailbox = *part->mailbox;
   Slot &slot = mailbox.memory.slot(part->slot);
   int64_t late_ns = part->sent_ns + int64_t(std::min(part->late_s, 3600.0) * 1e9);
-  int64_t began_ns = monotonic_ns(), stopped_check_ns = kSliceNs;  // since it began
   for (;;) {
     uint32_t state = slot.state.load();
     if (state == kDone) return FK_CALL_OK;
@@ -630,9 +668,8 @@ fk_call_end fk_calls::wait(Part *part) {
     int64_t now_ns = monotonic_ns();
     if (now_ns - before_ns < kSliceNs || slot.state.load() == kDone) continue;
     if (mailbox.check_dead()) return FK_CALL_DEAD;
-    if (now_ns - began_ns < stopped_check_ns) continue;
-    if (mailbox.is_stopped()) return FK_CALL_STOPPED;
-    stopped_check_ns += std::min(stopped_check_ns, kMaxStoppedCheckNs);
+    Life life = mailbox.life();
+    if (life != kRuns) return life == kStopped ? FK_CALL_STOPPED : FK_CALL_DEAD;
   }
 }
 
@@ -679,15 +716,80 @@ void fk_calls::abandon(Part *part) {
   slot.state.compare_exchange_strong(state, kFree);
 }
 
-// Waits for a part's answer and verifies it; unless it is FK_CALL_OK, the layer takes the general path.
-fk_call_end fk_calls::collect(Part *part) {
+// Appends parts for a lost one's functions, each for another replica; false if one has none that is free.
+bool fk_calls::divide(size_t lost, size_t first) {
+  const LayerRoutes &routes = pending_table->layers[size_t(layer)];
+  const std::shared_ptr<OwnMailbox> lost_mailbox = parts[lost].mailbox;
+  for (size_t n = 0; n < parts[lost].positions.size(); ++n) {
+    int32_t position = parts[lost].positions[n];
+    std::shared_ptr<OwnMailbox> other;
+    for (const auto &mailbox : routes.routes[size_t(position)].mailboxes)
+      if (!other && mailbox != lost_mailbox && mailbox->is_free()) other = mailbox;
+    if (!other) return false;
+    size_t i = first;
+    while (i < n_parts && parts[i].mailbox != other) ++i;
+    Part &part = i < n_parts ? parts[i] : new_part();
+    part.mailbox = other;
+    part.is_repeated = true;
+    part.slot = uint32_t(other->find_slot());
+    part.positions.push_back(position);
+    part.n_sums += n_rows_of[size_t(position)];
+    part_of[size_t(position)] = int32_t(i);
+  }
+  for (size_t p = 0; p < parts[lost].pair_row.size(); ++p) {
+    const Part &from = parts[lost];
+    Part &part = parts[size_t(part_of[size_t(routes.function_of[size_t(from.pair_expert[p])])])];
+    int32_t row = from.rows[size_t(from.pair_row[p])];
+    if (part.rows.empty() || part.rows.back() != row) part.rows.push_back(row);
+    part.pair_row.push_back(int32_t(part.rows.size()) - 1);
+    part.pair_expert.push_back(from.pair_expert[p]);
+    part.pair_weight.push_back(from.pair_weight[p]);
+  }
+  return true;
+}
+
+// Sends to other replicas what one sandbox has not answered; false if one of its functions has none.
+bool fk_calls::send_elsewhere(size_t lost) {
+  const LayerRoutes &routes = pending_table->layers[size_t(layer)];
+  size_t first = n_parts;
+  if (parts[lost].is_repeated) return false;
+  bool is_sendable = divide(lost, first);
+  for (size_t i = first; i < n_parts; ++i) {
+    parts[i].header = request(parts[i]);
+    is_sendable &= parts[i].fits(parts[i].mailbox->memory);
+  }
+  if (!is_sendable) {  // it may still answer
+    n_parts = first;
+    for (int32_t position : parts[lost].positions) part_of[size_t(position)] = int32_t(lost);
+    return false;
+  }
+  for (size_t i = first; i < n_parts; ++i) {
+    encode(&parts[i], routes);
+    set_limits(&parts[i], routes);
+    send(&parts[i]);
+  }
+  return true;
+}
+
+// Waits for a part's answer and verifies it; what is not FK_CALL_OK has to be computed elsewhere, unless
+// other replicas compute it already.
+fk_call_end fk_calls::collect(size_t i, bool *is_elsewhere) {
   char detail[sizeof Slot::detail] = "";
   uint32_t status = kOk;
-  fk_call_end end = wait(part);
-  if (end == FK_CALL_OK) end = verify(*part, &status, detail);
-  if (end == FK_CALL_BROKEN || end == FK_CALL_DEAD) part->mailbox->is_dead = true;
-  if (end == FK_CALL_DEAD && !part->mailbox->was_serving()) status = kSandboxDraining;
-  record(*part, end, status, detail);
+  fk_call_end end;
+  for (;;) {
+    end = wait(&parts[i]);
+    if (end == FK_CALL_OK || end == FK_CALL_BROKEN) break;
+    *is_elsewhere = send_elsewhere(i);
+    if (*is_elsewhere || end != FK_CALL_LATE || parts[i].late_s >= parts[i].abandon_s) break;
+    parts[i].late_s = parts[i].abandon_s;  // all are busy, and this one is as near to an answer as any
+  }
+  const Part &part = parts[i];
+  if (end == FK_CALL_OK) end = verify(part, &status, detail);
+  if (end == FK_CALL_BROKEN || end == FK_CALL_DEAD) part.mailbox->is_dead = true;
+  if (end == FK_CALL_LATE || end == FK_CALL_STOPPED) part.mailbox->is_silent = true;
+  if (end == FK_CALL_DEAD && !part.mailbox->was_serving()) status = kSandboxDraining;
+  record(part, end, status, detail);
   return end;
 }
 
@@ -697,10 +799,14 @@ int32_t fk_calls::finish(int64_t l, uint8_t *out, int32_t dtype) {
   if (!out || dtype < FK_FLOAT32 || dtype > FK_FLOAT16) return set_calls_error("finish: out or dtype is out of range");
   if (!compute_locals()) return general();
   bool is_sandbox_lost = false;  // then the others' answers free their slots for another try
-  for (size_t i = 0; i < n_parts; ++i) {
-    fk_call_end end = parts[i].mailbox ? collect(&parts[i]) : FK_CALL_OK;
-    if (end != FK_CALL_OK && end != FK_CALL_DEAD && end != FK_CALL_STOPPED) return general();
-    is_sandbox_lost |= end != FK_CALL_OK;
+  for (size_t i = 0; i < n_parts; ++i) {  // more of them while some are sent elsewhere
+    bool is_elsewhere = false;
+    fk_call_end end = parts[i].mailbox ? collect(i, &is_elsewhere) : FK_CALL_OK;
+    if (end == FK_CALL_OK) continue;
+    abandon(&parts[i]);
+    if (is_elsewhere) continue;
+    if (end != FK_CALL_DEAD && end != FK_CALL_STOPPED) return general();
+    is_sandbox_lost = true;
   }
   if (is_sandbox_lost) return general();
   int64_t size = n_rows * hidden_size;
@@ -724,7 +830,7 @@ int32_t fk_calls::finish(int64_t l, uint8_t *out, int32_t dtype) {
   if (dtype != FK_FLOAT32)
     copy_row(reinterpret_cast<const uint8_t *>(sum), FK_FLOAT32, out, dtype, size);
   for (size_t i = 0; i < n_parts; ++i) {
-    if (!parts[i].mailbox) continue;
+    if (!parts[i].is_sent) continue;
     parts[i].mailbox->memory.slot(parts[i].slot).state.store(kFree);
     parts[i].is_sent = false;
   }
@@ -894,6 +1000,8 @@ FK_EXPORT int64_t fk_calls_take_events(fk_calls *calls, fk_call_event *out, int6
   std::lock_guard<std::mutex> lock(calls->mutex);
   int64_t n = std::min<int64_t>(max, int64_t(calls->events.size()));
   for (int64_t i = 0; i < n; ++i) out[i] = calls->take_event();
+  if (calls->events.empty())  // whoever took them decides what is called
+    for (auto &entry : calls->mailboxes) entry.second->is_silent = false;
   return n;
 }
 

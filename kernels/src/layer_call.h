@@ -1,7 +1,8 @@
 // The router's side: computes one MoE layer through mailboxes of sandboxes and local functions.
 //
 // `fk_calls_begin` groups the rows by function and leaves one frame per sandbox in its mailbox;
-// `fk_calls_finish` computes local functions, waits, verifies and adds. Whatever is not ordinary makes
+// `fk_calls_finish` computes local functions, waits, verifies and adds. What a sandbox does not answer in
+// time is sent to other replicas, once, while the others' answers are kept. Whatever is not ordinary makes
 // either return FK_CALLS_GENERAL: the caller then computes the whole layer over the general path,
 // which has retries, hedges and activation. Which function is reached how, and after which time an
 // answer is late, is decided elsewhere and published as tables; what happened is read in bulk.
@@ -114,8 +115,8 @@ int32_t fk_calls_remove_local(fk_calls *calls, int64_t local);
 int32_t fk_calls_publish(fk_calls *calls, int64_t version, const fk_layer_routes *layers, int64_t n_layers);
 void fk_calls_configure(fk_calls *calls, const fk_calls_settings *settings);
 
-// hidden [rows, hidden_size] in `dtype` (enum fk_dtype), contiguous; top_k_index [rows, top_k], others
-// than the layer's experts are skipped; top_k_weight [rows, top_k].
+// hidden [rows, hidden_size] in `dtype` (enum fk_dtype), contiguous, unchanged until the layer is finished;
+// top_k_index [rows, top_k], others than the layer's experts are skipped; top_k_weight [rows, top_k].
 int32_t fk_calls_begin_dtype(fk_calls *calls, int64_t layer, int64_t rows, int64_t hidden_size, int64_t top_k,
                              const void *hidden, int32_t dtype, const int64_t *top_k_index,
                              const float *top_k_weight);

@@ -1,7 +1,8 @@
 """The system under test: the processes of `faasmoe up`, with proxies between them.
 
 Sandboxes use a copy of the store, so that faults can corrupt it while the router has an intact
-store, as if it were on another node.
+store, as if it were on another node. The router's blocks are verified from the start: with
+`faasmoe up`, sandboxes that attach functions verify the store that the router maps, too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from moemodel_files import write_moemodel
 from tests.chaos.proxies import ZygoteProxy
 from tests.chaos.tenants import ChaosTenant, write_tenant_keys
 
+from faasmoe_contracts.store import Store
+from faasmoe_expert.functions.verification import BlockVerifier, VerifiedBlocks
 from faasmoe_operator.cli import control, gateway, router
 from faasmoe_operator.cli.control import ReservedControlPort, StackSecrets
 from faasmoe_operator.cli.logs import LogSinks
@@ -43,6 +46,7 @@ ROUTER_SPEC = {"maxModelLen": 256, "maxNumSeqs": 8, "maxNumBatchedTokens": 12, "
 # Restarts without limit, because the faults kill processes.
 RESTART_POLICY = RestartPolicy(backoff_s=(0.0, 0.1), max_failures=10_000)
 SANDBOX_SOCKET_DIR = "s"
+ROUTER_VERIFIED_DIR = "router-verified"
 PROXY_SOCKET_DIR = "p"  # short, because the path of a Unix socket is limited to 107 bytes
 MODEL_NAME = "chaos"
 RESTART_TIMEOUT_S = 60.0
@@ -172,6 +176,7 @@ async def running_chaos_stack(
         await proxy.open()
         stack.push_async_callback(proxy.close)
         control_child = await processes.control(control_model)
+        await asyncio.to_thread(_verify, store, private_dir / ROUTER_VERIFIED_DIR)
         endpoint = router.Endpoint("127.0.0.1", free_port())
         behind = router.RouterSocket(private_dir / "router.sock", "chaos-front-token")
         router_child = await processes.start_router(router_model, endpoint, behind)
@@ -188,6 +193,14 @@ async def running_chaos_stack(
             folder,
             tuple(tenants),
         )
+
+
+def _verify(folder: Path, marker_dir: Path) -> None:
+    """Verify all blocks of a store, and mark them for the processes that share a folder."""
+    store, verified = Store.open(folder), VerifiedBlocks(marker_dir)
+    for layer in store.manifest.layers:
+        mapped, experts = store.map_layer(layer.index), range(layer.num_experts)
+        BlockVerifier(store, layer, mapped, experts, verified_blocks=verified).verify_if_changed()
 
 
 def _load_moemodel(file: Path, spec: Mapping[str, Any]) -> LocalModel:
@@ -243,7 +256,7 @@ class _ProcessStarter:
         )
         socket_variables = {
             zygote.SOCKET_DIR_VARIABLE: str(self.private_dir / PROXY_SOCKET_DIR),
-            zygote.VERIFIED_DIR_VARIABLE: str(self.private_dir / "router-verified"),
+            zygote.VERIFIED_DIR_VARIABLE: str(self.private_dir / ROUTER_VERIFIED_DIR),
         }
         exact = {"FAASMOE_METRICS_MIN_TOKENS": "1"}  # calls are counted exactly
         environment, log = {**settings, **socket_variables, **exact}, self.logs.sink("router")

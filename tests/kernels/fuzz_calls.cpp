@@ -143,6 +143,35 @@ void overwrite(uint8_t *memory, int64_t size) {
   }
 }
 
+// A mailbox of both sides in this process.
+struct Pair {
+  int fd, sockets[2];
+  int64_t size = fk_mailbox_size(kSlots, kSlotBytes, kSlotBytes), handle, served = -1;
+  uint8_t *memory;
+  fk_calls *calls;
+  fk_sandbox *sandbox;
+
+  Pair(fk_calls *router, fk_sandbox *server) : calls(router), sandbox(server) {
+    fd = memfd_create("fuzz", MFD_CLOEXEC);
+    require(fd >= 0 && !ftruncate(fd, size) && !socketpair(AF_UNIX, SOCK_STREAM, 0, sockets), "resources");
+    handle = fk_calls_add_mailbox(calls, fd, size, kSlots, kSlotBytes, kSlotBytes, sockets[0]);
+    require(handle > 0, "a mailbox is made");
+    memory = static_cast<uint8_t *>(mmap(nullptr, size_t(size), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0));
+  }
+  ~Pair() {
+    if (served > 0) fk_sandbox_close(sandbox, served);
+    fk_calls_remove_mailbox(calls, handle);
+    munmap(memory, size_t(size));
+    close(fd);
+    close(sockets[0]);
+    close(sockets[1]);
+  }
+  void wait_until_served() const {
+    auto *header = reinterpret_cast<fk::MailboxHeader *>(memory);
+    for (int wait = 0; served > 0 && header->sandbox_state != fk::kServing && wait < 10000; ++wait) usleep(100);
+  }
+};
+
 void fuzz_mailbox(int64_t cases) {
   Model model;
   double bounds[FK_N_SECONDS_BUCKETS - 1];
@@ -155,31 +184,29 @@ void fuzz_mailbox(int64_t cases) {
   settings.max_rows = kMaxRows;
   settings.n_threads = 1;
   settings.call_timeout_s = 0.05;
-  for (int i = 0; i < FK_N_SIZE_CLASSES; ++i) settings.hedge_s[i] = settings.abandon_s[i] = 0.05;
-  fk_calls_configure(calls, &settings);
+  for (int i = 0; i < FK_N_SIZE_CLASSES; ++i) settings.abandon_s[i] = 0.05;
   int64_t local = fk_calls_add_local(calls, &model.layer, 1);
   std::vector<int32_t> function_of(kExperts, 0);
   int64_t n_done = 0;
   for (int64_t i = 0; i < cases; ++i) {
-    int64_t size = fk_mailbox_size(kSlots, kSlotBytes, kSlotBytes);
-    int fd = memfd_create("fuzz", MFD_CLOEXEC), sockets[2];
-    require(fd >= 0 && !ftruncate(fd, size) && !socketpair(AF_UNIX, SOCK_STREAM, 0, sockets), "resources");
-    int64_t mailbox = fk_calls_add_mailbox(calls, fd, size, kSlots, kSlotBytes, kSlotBytes, sockets[0]);
-    require(mailbox > 0, "a mailbox is made");
-    auto *memory = static_cast<uint8_t *>(mmap(nullptr, size_t(size), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0));
+    for (double &late_s : settings.hedge_s) late_s = pick(0, 1) ? 0.0 : 0.05;  // sent to the other one at once
+    fk_calls_configure(calls, &settings);
+    Pair first(calls, sandbox), second(calls, sandbox);
     bool is_hostile = pick(0, 3) > 0;
-    if (is_hostile && pick(0, 3) == 0) overwrite(memory, size);
-    int64_t served = fk_sandbox_open(sandbox, fd, size);
-    if (served < 0) require(is_hostile, "an intact mailbox is served");
+    if (is_hostile && pick(0, 3) == 0) overwrite(first.memory, first.size);
+    for (Pair *pair : {&first, &second}) {
+      pair->served = fk_sandbox_open(sandbox, pair->fd, pair->size);
+      if (pair->served < 0) require(is_hostile && pair == &first, "an intact mailbox is served");
+    }
     fk_route route{};
-    route.n_mailboxes = 1;
-    route.mailboxes[0] = mailbox;
+    route.n_mailboxes = pick(1, 2);
+    route.mailboxes[0] = first.handle;
+    route.mailboxes[1] = second.handle;
     route.id[0] = 'f';
     fk_layer_routes layer{function_of.data(), kExperts, &route, 1};
     require(!fk_calls_publish(calls, i, &layer, 1), "routes are published");
-    auto *header = reinterpret_cast<fk::MailboxHeader *>(memory);
-    for (int wait = 0; served > 0 && !is_hostile && header->sandbox_state != fk::kServing && wait < 10000; ++wait)
-      usleep(100);
+    if (!is_hostile) first.wait_until_served();
+    second.wait_until_served();
     for (int64_t call = pick(1, 4); call > 0; --call) {
       int64_t rows = pick(1, kMaxRows);
       std::vector<float> hidden(size_t(rows * kHidden)), weight(size_t(rows * kTopK));
@@ -193,7 +220,7 @@ void fuzz_mailbox(int64_t cases) {
       require(is_hostile || has_begun, "an ordinary layer begins");
       if (!has_begun) continue;
       if (is_hostile)
-        for (int64_t n = pick(0, 3); n > 0; --n) overwrite(memory, size);
+        for (int64_t n = pick(0, 3); n > 0; --n) overwrite(first.memory, first.size);
       if (pick(0, 7) == 0) fk_calls_release_memory(calls);
       if (pick(0, 7) == 0) fk_sandbox_retract(sandbox, "f"), fk_sandbox_publish(sandbox, "f", &model.layer, 1);
       status = fk_calls_finish(calls, 0, out.data());
@@ -211,12 +238,6 @@ void fuzz_mailbox(int64_t cases) {
       require(!std::memcmp(out.data(), expected.data(), 4 * out.size()), "mailbox and local function agree");
       ++n_done;
     }
-    if (served > 0) fk_sandbox_close(sandbox, served);
-    fk_calls_remove_mailbox(calls, mailbox);
-    munmap(memory, size_t(size));
-    close(fd);
-    close(sockets[0]);
-    close(sockets[1]);
   }
   require(n_done > 0, "some layers are computed over the mailbox");
   fk_calls_free(calls);

@@ -57,6 +57,7 @@ class ExpertFunction:
         spec: id, layers and experts of the function.
         store: the store to read it from.
         uploader: copies its experts to a device; None computes on the mapped store.
+        until_s: until when (monotonic clock) to verify bytes of the store.
 
     Attributes:
         spec: id, layers and experts of the function.
@@ -69,6 +70,7 @@ class ExpertFunction:
         BadAttachment: the store has no such layers or experts, or they cannot be computed.
         BlockCorrupted: bytes of the store do not match their digest.
         StoreError: a file of the store is missing or invalid.
+        OutOfTime: not all bytes were verified in time; those that were will not be again.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class ExpertFunction:
         store: Store,
         *,
         uploader: Uploader | None = None,
+        until_s: float = math.inf,
     ) -> None:
         self.spec = spec
         self.store_path = store.path
@@ -93,7 +96,7 @@ class ExpertFunction:
         for index, layer in layers.items():
             mapped = store.map_layer(index)
             verifier = BlockVerifier(store, layer, mapped, spec.experts)
-            verifier.verify_if_changed()
+            verifier.verify_if_changed(until_s=until_s)
             if uploader is None:  # a copy is independent of the file
                 self._verifiers[index] = verifier
             self._kernels[index] = select_kernel(store, layer, mapped, spec.experts, uploader)

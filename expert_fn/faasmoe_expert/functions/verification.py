@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
+import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +38,10 @@ VERIFIED_DIR_ENV = "FAASMOE_VERIFIED_DIR"
 
 FileIdentities = tuple[FileIdentity | None, ...]
 """Identities of the files of a layer; None for one that could not be read."""
+
+
+class OutOfTime(Exception):
+    """Not all bytes could be verified in the time that the caller gave."""
 
 
 def file_identity(path: Path) -> FileIdentity | None:
@@ -201,16 +207,21 @@ class BlockVerifier:
             WeightsFile(str(file.path), file.identity) for file in self._files if file.identity
         )
 
-    def verify_if_changed(self) -> bool:
+    def verify_if_changed(self, *, until_s: float = math.inf) -> bool:
         """Verify the block if its files changed since the last call, and map its pages.
 
         A file that was removed or replaced needs no verification: the mapping keeps the old bytes.
+
+        Args:
+            until_s: after which time (monotonic clock) no verification of an expert is begun.
 
         Returns:
             Whether the block was verified, that is, its bytes may have changed.
 
         Raises:
             BlockCorrupted: a digest does not match; raised by every call until a file changes.
+            OutOfTime: not everything was verified in time. What was is remembered; this verifier
+                accepts nothing until a file changes.
         """
         changed = [file for file in self._files if file.look()]
         damaged = [file for file in self._files if file.is_damaged]
@@ -223,12 +234,13 @@ class BlockVerifier:
             is_changed = True
             for file in changed:
                 file.accept()
-            self._failure = self._find_corruption(is_damaged=bool(damaged))
+            self._failure = "store: the verification was not finished"  # if it raises
+            self._failure = self._find_corruption(is_damaged=bool(damaged), until_s=until_s)
         if self._failure:
             raise BlockCorrupted(self._failure, field="store")
         return is_changed
 
-    def _find_corruption(self, *, is_damaged: bool) -> str:
+    def _find_corruption(self, *, is_damaged: bool, until_s: float) -> str:
         identities = tuple(file.identity for file in self._files)
         digests = self._layer.digests
         blocks = [
@@ -237,7 +249,7 @@ class BlockVerifier:
             if is_damaged or not self._verified_blocks.contains(identities, block, digests[block])
         ]
         self._prefault(block for block in self._blocks if block not in blocks)
-        for block, got in zip(blocks, self._digests(blocks), strict=True):
+        for block, got in zip(blocks, self._digests(blocks, until_s), strict=True):
             if got != digests[block]:
                 return self._describe_corruption(block, got)
             self._verified_blocks.add(identities, block, digests[block])
@@ -267,18 +279,20 @@ class BlockVerifier:
         n_experts = self._layer.num_experts
         self._mapped.prefault(n_experts, (block for block in blocks if block < n_experts))
 
-    def _digests(self, blocks: Sequence[int]) -> Iterator[str]:
-        """Yield the digests of blocks, computed on up to 4 cores.
+    def _digests(self, blocks: Sequence[int], until_s: float) -> Iterator[str]:
+        """Yield the digests of blocks, computed on up to 4 cores; raises OutOfTime.
 
         Threads run in parallel because neither numpy's sums nor SHA-256 hold the GIL.
         """
         n_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)), len(blocks))
         if n_threads < 2:
-            yield from map(self._digest, blocks)
+            yield from (self._digest(block, until_s) for block in blocks)
             return
         with ThreadPoolExecutor(n_threads) as pool:
-            yield from pool.map(self._digest, blocks)
+            yield from pool.map(lambda block: self._digest(block, until_s), blocks)
 
-    def _digest(self, block: int) -> str:
+    def _digest(self, block: int, until_s: float) -> str:
+        if time.monotonic() > until_s:
+            raise OutOfTime
         self._prefault([block])  # while another thread sums
         return page_sum_digest(block_buffers(self._mapped, self._layer.num_experts, block))

@@ -76,6 +76,7 @@ class ActivationWaiter:
     ) -> None:
         self.routing_changed = threading.Event()
         self.absences = AbsenceTracker(settings.timeout_s)
+        self._replaced = AbsenceTracker(0.0)  # functions that calls do not wait for
         self._lost_at_s: dict[str, float] = {}  # functions that have lost all of their addresses
         self._settings = settings
         self._health = health
@@ -85,6 +86,7 @@ class ActivationWaiter:
     def record_routing(self, before: RoutingIndex, after: RoutingIndex, now_s: float) -> None:
         """Note which functions have lost all of their addresses with a new routing."""
         self.absences.retain(after.entries)
+        self._replaced.retain(after.entries)
         self._lost_at_s = {
             name: lost_at_s
             for name, lost_at_s in self._lost_at_s.items()
@@ -160,6 +162,18 @@ class ActivationWaiter:
         unavailable = [name for name in due if not routing.entries[name].addresses]
         if unavailable:
             self._settings.request_activation(unavailable)
+
+    def request_replacements(
+        self, routing: RoutingIndex, function_ids: Iterable[str], now_s: float
+    ) -> None:
+        """Request those of these functions that have no address, each once a second.
+
+        For functions that this process computes meanwhile: no call has missed them.
+        """
+        entries = routing.entries
+        missing = [name for name in function_ids if name in entries and not entries[name].addresses]
+        if due := self._replaced.record_missing(missing, now_s):
+            self._settings.request_activation(due)
 
     def _retry_delay_s(
         self,

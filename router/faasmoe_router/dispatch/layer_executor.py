@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Self
 
 from faasmoe_contracts.routing_table import FunctionEndpoints
@@ -102,6 +102,11 @@ class LayerExecutor:
             health=self.health,
             was_lost=_never_lost if waiter is None else waiter.was_lost,
             wait_s=0.0 if activation is None else activation.replacement_timeout_s,
+            request=(
+                _request_none
+                if waiter is None or overflow is not None
+                else waiter.request_replacements
+            ),
         )
         self._layer_timeout_s = (timeouts or DispatchTimeouts()).layer_timeout_s
         self._failure_logger = RateLimitedLogger()
@@ -333,6 +338,10 @@ class LayerExecutor:
 
 def _never_lost(function_id: str, now_s: float) -> bool:
     return False
+
+
+def _request_none(routing: RoutingIndex, function_ids: Iterable[str], now_s: float) -> None:
+    """Request nothing, where functions are not activated or have no place in memory."""
 
 
 class InFlightTracker:

@@ -6,6 +6,7 @@ store and block errors for every in-process computation, colocated functions inc
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -57,11 +58,11 @@ class LocalFunctions:
                 self._functions.pop(spec, None)
             raise
 
-    def map(self, spec: FunctionSpec) -> ExpertFunction:
+    def map(self, spec: FunctionSpec, *, until_s: float = math.inf) -> ExpertFunction:
         """Return a function, mapped if it is not yet; raises as `map_function`."""
         function = self._functions.get(spec)
         if function is None:
-            function = map_function(spec, self._store)
+            function = map_function(spec, self._store, until_s=until_s)
         with self._lock:
             self._functions[spec] = function
             self._functions.move_to_end(spec)
@@ -78,15 +79,21 @@ def compute_function(function: ExpertFunction, request: ExpertRequest) -> Tensor
         raise _corrupted_error(function.spec, error) from error
 
 
-def map_function(spec: FunctionSpec, store: Store) -> ExpertFunction:
+def map_function(spec: FunctionSpec, store: Store, *, until_s: float = math.inf) -> ExpertFunction:
     """Map a function from the store and verify its bytes; safe from any thread.
 
+    Args:
+        spec: the function.
+        store: the prepared model.
+        until_s: until when (monotonic clock) to verify the bytes of experts.
+
     Raises:
+        OutOfTime: not all of them were verified until then; those that were will not be again.
         StoreUnreadable: the store no longer has the function.
         StoreCorrupted: the store's bytes of the function fail verification.
     """
     try:
-        return ExpertFunction(spec, store)
+        return ExpertFunction(spec, store, until_s=until_s)
     except BlockCorrupted as error:
         raise _corrupted_error(spec, error) from error
     except (BadAttachment, StoreError, OSError) as error:

@@ -7,10 +7,12 @@ meter and the metrics, pairs and times to colocation: after some passes, at the 
 a call failed, and before a layer that takes the general path. In each layer that would take as long
 as sending and receiving it.
 
-A layer that is not ordinary (a function without mailbox, a late or refused answer, many rows) takes
-the general path as a whole: calls are pure. One whose sandbox was lost is computed natively again,
-with what that served in this process (takeover.py). Programs that compute without Python call the
-functions of `program` themselves, between `start_pass` and `finish_pass`.
+What a sandbox does not answer in time is sent natively to other replicas, where its functions have
+some. A layer that is not ordinary (a function without mailbox, an answer that is refused or that no
+replica can give, many rows) takes the general path as a whole: calls are pure. One whose sandbox
+was lost is computed natively again, with what that served in this process (takeover.py). Programs
+that compute without Python call the functions of `program` themselves, between `start_pass` and
+`finish_pass`.
 """
 
 from __future__ import annotations
@@ -213,6 +215,7 @@ class NativeDispatch:
 
     def _select_taken_over(self, routing: RoutingIndex, now_s: float) -> None:
         taken_over = self._taken_over.selection(routing, now_s, self.connector.opening())
+        self._taken_over.request_replacements(routing, now_s)
         self._locals.update(self._select_local(taken_over))
         self._watch_taken_over(taken_over)
 
@@ -221,7 +224,8 @@ class NativeDispatch:
 
         Args:
             layer: index of the MoE layer.
-            hidden: [T, H] on the host, contiguous, float32 or of a store's dtype.
+            hidden: [T, H] on the host, contiguous, float32 or of a store's dtype; unchanged until
+                the layer is finished.
             top_k_index: int64 [T, k], contiguous.
             top_k_weight: float32 [T, k], contiguous.
         """
@@ -273,7 +277,9 @@ class NativeDispatch:
         """
         before, left = self._before_pass, self._calls.left()
         n_native = left.layers - before.layers
-        is_valid = n_native == self._n_layers and not self._taken_numbers
+        is_valid = (
+            n_native == self._n_layers and not self._taken_numbers and not left.faults
+        )  # otherwise it waited for a sandbox that it should not have called
         self._settle_if_due(left)
         if self._colocated is None:
             return
@@ -456,7 +462,7 @@ class NativeDispatch:
                 self._absences.record_found(entry.spec.id)
 
     def _record_failure(self, address: str, event: CallEvent) -> None:
-        """Record a call that the general path repeats."""
+        """Record a call whose functions another replica or the general path computes."""
         now_s = time.monotonic()
         error: CallError | None = None
         if event.end is CallEnd.LATE:
@@ -464,6 +470,8 @@ class NativeDispatch:
             _, abandon_s = self._health.latency_thresholds_s(event.rows)
             if event.elapsed_s >= min(abandon_s, self._call_timeout_s):
                 error = CallTimeout(f"{address}: no answer in the mailbox in time")
+            else:
+                self._metrics.hedges.inc()
         elif event.end is CallEnd.STOPPED:
             self._health.record_stopped(address, now_s)
         elif event.end is CallEnd.DEAD:

@@ -8,16 +8,18 @@ Whoever needs a function later than that waits for its activation, which only th
 
 A sandbox that is lost has functions of many layers, and each would send its layer to the general
 path once. So the first of these layers maps what the others need, too, as far as that is quick.
+Functions without an address are requested meanwhile, so that they are replaced.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 
 from faasmoe_contracts.routing_table import FunctionEndpoints, FunctionSpec
 from faasmoe_expert.functions import ExpertFunction
+from faasmoe_expert.functions.verification import OutOfTime
 from faasmoe_router.dispatch.endpoint_health import EndpointHealth
 from faasmoe_router.dispatch.local_functions import MAX_MAPPED_FUNCTIONS, LocalFunctions
 from faasmoe_router.dispatch.overflow import Selection
@@ -28,10 +30,13 @@ logger = logging.getLogger(__name__)
 
 MAP_BUDGET_S = 0.03
 """How long one layer may map for others: a function takes a millisecond, if its bytes need not be
-verified."""
+verified. Verification stops between two experts, and goes on there the next time."""
 
 WasLost = Callable[[str, float], bool]
 """Whether a function has lost all of its addresses, shortly before a monotonic time."""
+
+RequestFunctions = Callable[[RoutingIndex, Iterable[str], float], None]
+"""Requests those of these functions that have no address, at a monotonic time."""
 
 
 class TakenOverFunctions:
@@ -45,6 +50,7 @@ class TakenOverFunctions:
         was_lost: whether a function was lost; asked only about those that have no address, or only
             such whose mailbox is being opened.
         wait_s: how long calls wait for another address after an ejection.
+        request: requests functions that have no address; called once a pass.
     """
 
     def __init__(
@@ -53,12 +59,14 @@ class TakenOverFunctions:
         *,
         health: EndpointHealth,
         was_lost: WasLost,
+        request: RequestFunctions,
         wait_s: float = 0.0,
     ) -> None:
         self._functions = functions
         self._health = health
         self._was_lost = was_lost
         self._wait_s = wait_s
+        self._request = request
         self._taken: dict[FunctionSpec, ExpertFunction] = {}
         self._selection: Selection = {}
 
@@ -86,7 +94,9 @@ class TakenOverFunctions:
                 if len(mapped) >= MAX_MAPPED_FUNCTIONS or time.monotonic() > end_s:
                     return
                 try:
-                    self._functions.map(entry.spec)
+                    self._functions.map(entry.spec, until_s=end_s)
+                except OutOfTime:
+                    return
                 except (
                     StoreCorrupted,
                     StoreUnreadable,
@@ -119,6 +129,11 @@ class TakenOverFunctions:
                 (layer, spec): function for spec, function in taken.items() for layer in spec.layers
             }
         return self._selection
+
+    def request_replacements(self, routing: RoutingIndex, now_s: float) -> None:
+        """Request what was selected last and has no address."""
+        if self._taken:
+            self._request(routing, [spec.id for spec in self._taken], now_s)
 
     def _is_lost(
         self, entry: FunctionEndpoints | None, spec: FunctionSpec, now_s: float, opening: Set[str]

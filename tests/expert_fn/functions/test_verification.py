@@ -17,7 +17,7 @@ from faasmoe_contracts.store.digests import page_sum_digest
 from faasmoe_contracts.wire import Dtype, ExpertRequest, FrameHeader, FrameKind, OutputMode
 from faasmoe_expert.errors import BlockCorrupted
 from faasmoe_expert.functions import ExpertFunction, verification
-from faasmoe_expert.functions.verification import BlockVerifier, VerifiedBlocks
+from faasmoe_expert.functions.verification import BlockVerifier, OutOfTime, VerifiedBlocks
 
 FAMILY = "mixtral"
 
@@ -140,6 +140,28 @@ def test_verified_blocks_are_skipped_by_all_processes_until_the_file_changes(
     assert check(VerifiedBlocks(None)) == 4
     os.utime(file_of(store, 0))
     assert check(verified_blocks) == 4
+
+
+def test_verification_ends_between_two_experts_and_goes_on_there(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified, clock_s = VerifiedBlocks(None), iter(range(100))
+    monkeypatch.setattr(verification, "MAX_THREADS", 1)
+    monkeypatch.setattr(verification.time, "monotonic", lambda: next(clock_s))
+    layer = store.layer_entry(0)
+
+    def verifier() -> BlockVerifier:
+        mapped = store.map_layer(0)
+        return BlockVerifier(store, layer, mapped, range(4), verified_blocks=verified)
+
+    unfinished = verifier()
+    with pytest.raises(OutOfTime):
+        unfinished.verify_if_changed(until_s=1.0)  # two experts, each of a second
+    with pytest.raises(BlockCorrupted, match="not finished"):
+        unfinished.verify_if_changed()
+    assert not unfinished.files
+    assert verifier().verify_if_changed()
+    assert next(clock_s) == 3 + 3  # the third was asked about twice, the first two once
 
 
 def test_unwritable_marker_directory_only_disables_sharing(store: Store, tmp_path: Path) -> None:

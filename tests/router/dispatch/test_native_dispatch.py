@@ -10,6 +10,8 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +33,7 @@ from faasmoe_contracts.unix_socket import unix_socket_path
 from faasmoe_kernels import KernelsUnavailable, load
 from faasmoe_router.dispatch import Dispatcher, takeover
 from faasmoe_router.dispatch.cold_start import ActivationSettings
+from faasmoe_router.dispatch.endpoint_health import EndpointHealth, ResilienceSettings
 from faasmoe_router.dispatch.fanout import DispatchTimeouts
 from faasmoe_router.dispatch.metrics import DispatchMetrics
 from faasmoe_router.dispatch.native_dispatch import MAX_NATIVE_ROWS
@@ -39,7 +42,7 @@ DEADLINE_S = 120.0
 LONG_DRAIN_S = 600.0
 TOKEN = "a-token"
 LAYER = 0
-DONE, ABANDONED = 3, 4
+BUSY, DONE, ABANDONED = 2, 3, 4
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -507,16 +510,26 @@ class Closed(Exception):
     """Raised by an answer: the connection of the mailbox is closed."""
 
 
+Listen = Callable[[Path], socket.socket]
+
+
+def listening(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    return listener
+
+
 class LyingSandbox:
     """Accepts one mailbox and answers its frames with what the test writes."""
 
-    def __init__(self, folder: Path, answer: Callable[[mmap.mmap, int], None]) -> None:
+    def __init__(
+        self, folder: Path, answer: Callable[[mmap.mmap, int], None], listen: Listen = listening
+    ) -> None:
         self._tcp = socket.create_server(("127.0.0.1", 0))  # never answers
         port = self._tcp.getsockname()[1]
         self.address = f"127.0.0.1:{port}"
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(unix_socket_path(folder, port)))
-        self._listener.listen()
+        self._listener = listen(unix_socket_path(folder, port))
         self._answer = answer
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._serve)
@@ -585,14 +598,35 @@ def sudden_end(memory: mmap.mmap, slot: int) -> None:
     raise Closed
 
 
+def silence(memory: mmap.mmap, slot: int) -> None:
+    """Leave a frame as if its computation had begun."""
+    struct.pack_into("<I", memory, slot, BUSY)
+
+
+def nothing(memory: mmap.mmap, slot: int) -> None:
+    """Leave a frame as it is."""
+
+
 def announced_end(memory: mmap.mmap, slot: int) -> None:
     struct.pack_into("<I", memory, 192, 2)  # draining
     raise Closed
 
 
+LISTENER = """
+import socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+socket.send_fds(socket.socket(fileno=int(sys.argv[2])), [b"."], [listener.fileno()])
+sys.stdin.read()
+"""
+
+
 @contextmanager
-def lying(folder: Path, answer: Callable[[mmap.mmap, int], None]) -> Iterator[LyingSandbox]:
-    sandbox = LyingSandbox(folder, answer)
+def lying(
+    folder: Path, answer: Callable[[mmap.mmap, int], None], listen: Listen = listening
+) -> Iterator[LyingSandbox]:
+    sandbox = LyingSandbox(folder, answer, listen)
     try:
         yield sandbox
     finally:
@@ -636,3 +670,113 @@ def test_sandbox_that_closes_a_mailbox_unannounced_is_ejected_at_once(
         assert one.count("local") == 1
         assert one.count("ejected") == n_ejected
         assert one.count("calls") == 2 - n_ejected  # over HTTP, too, unless it is ejected
+
+
+@pytest.mark.parametrize("answer", [silence, nothing, sudden_end])
+def test_what_a_replica_does_not_answer_is_sent_natively_to_another_one_only(
+    sandbox_server: SandboxProcess, router: MakeRouter, sandbox: StartSandbox, store: Store,
+    folder: Path, answer: Callable[[mmap.mmap, int], None],
+) -> None:  # fmt: skip
+    with (
+        sandbox(capacity=64, token=TOKEN, socket_dir=folder) as other,
+        lying(folder, answer) as silent,
+    ):
+        single, replicated = sandbox_server.attach_blocks(store, 3), other.attach_blocks(store, 3)
+        entries = tuple(
+            replace(f, addresses=(*f.addresses, silent.address)) if i % 2 else single.functions[i]
+            for i, f in enumerate(replicated.functions)
+        )  # each layer has functions of both
+        timeouts = DispatchTimeouts(0.2, 0.2, 5.0)
+        one = router(replace(single, functions=entries), timeouts=timeouts)
+        one.wait_for_mailboxes(sandbox_server.address, other.address, silent.address)
+        reference = router(single)
+        n_passes = 0
+        while not one.count("failed_calls"):  # until the silent one is picked
+            for layer in range(len(store.manifest.layers)):
+                arguments = one.arguments(16)
+                output = one.dispatcher.compute(layer, *arguments)
+                torch.testing.assert_close(output, reference.general.compute(layer, *arguments))
+            n_passes += 1
+        n_layers = n_passes * len(store.manifest.layers)
+        assert one.count("calls") == one.count("mailbox_calls") == 2 * n_layers + 1
+        assert one.count("local") == 0
+        metrics = sandbox_server.http.get("/metrics").text  # its answers were kept
+        assert parse_sample(metrics, "faasmoe_expert_mailbox_frames_total") == n_layers
+
+
+def test_layer_goes_over_http_where_no_other_replica_answers_either(
+    sandbox_server: SandboxProcess, router: MakeRouter, store: Store, folder: Path
+) -> None:
+    with lying(folder, silence) as first, lying(folder, silence) as second:
+        table = sandbox_server.attach_blocks(store, 8)
+        addresses = (first.address, second.address)
+        entries = tuple(replace(f, addresses=addresses) for f in table.functions)
+        timeouts = DispatchTimeouts(0.2, 0.2, 0.5)
+        one = router(replace(table, functions=entries), timeouts=timeouts)
+        one.wait_for_mailboxes(*addresses)
+        one.check()
+        assert one.count("mailbox_calls") == 2
+        assert one.count("local") == 1
+
+
+def test_answers_of_replicas_that_are_all_late_are_waited_for(
+    sandbox_server: SandboxProcess, router: MakeRouter, sandbox: StartSandbox, store: Store,
+    folder: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(EndpointHealth, "latency_thresholds_s", lambda *_: (0.0, 0.2))
+    with (
+        sandbox(capacity=64, token=TOKEN, socket_dir=folder) as other,
+        lying(folder, silence) as silent,
+    ):
+        first, second = sandbox_server.attach_blocks(store, 3), other.attach_blocks(store, 3)
+        others = (other.address, silent.address)
+        entries = tuple(
+            replace(f, addresses=(*f.addresses, others[i % 2]))
+            for i, f in enumerate(first.functions)
+        )  # some of what the first one computes can be sent elsewhere
+        settings = ResilienceSettings(retry_budget_ratio=1.0, retry_budget_burst=1e6)
+        one = router(replace(first, functions=entries), resilience=settings)
+        one.wait_for_mailboxes(sandbox_server.address, *others)
+        reference = router(second)
+        arguments = one.arguments(16)
+        for layer in range(len(store.manifest.layers)):  # the silent one is found out
+            one.dispatcher.compute(layer, *arguments)
+        n_http = one.count("calls") - one.count("mailbox_calls")
+        for _ in range(8):
+            for layer in range(len(store.manifest.layers)):
+                output = one.dispatcher.compute(layer, *arguments)
+                torch.testing.assert_close(output, reference.general.compute(layer, *arguments))
+        assert one.count("hedges") > 0
+        assert one.count("calls") - one.count("mailbox_calls") == n_http
+        assert one.count("local") == 0
+
+
+def test_sandbox_that_ends_is_noticed_before_its_connections_are_closed(
+    router: MakeRouter, store: Store, folder: Path
+) -> None:
+    children: list[subprocess.Popen[bytes]] = []
+
+    def listen(path: Path) -> socket.socket:
+        """Listen as another process, which ends with the first frame."""
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-c", LISTENER, str(path), str(theirs.fileno())]
+        with ours, theirs:
+            children.append(subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=-1))
+            _, (descriptor,), _, _ = socket.recv_fds(ours, 1, 1)
+        return socket.socket(fileno=descriptor)
+
+    def end(memory: mmap.mmap, slot: int) -> None:
+        silence(memory, slot)
+        assert children[0].stdin is not None
+        children[0].stdin.close()
+
+    with lying(folder, end, listen) as sandbox:
+        specs = [make_function_spec(store, [layer], range(8)) for layer in range(3)]
+        entries = tuple(FunctionEndpoints(spec, (sandbox.address,)) for spec in specs)
+        one = router(RoutingTable(store.manifest.digest, 0, entries))
+        one.wait_for_mailboxes(sandbox.address)
+        one.dispatcher.compute(LAYER, *one.arguments(3))
+        assert process_state(children[0].pid) == "Z"
+        assert one.count("local") == one.count("ejected") == 1
+        assert one.count("calls") == 1
+        children[0].wait()

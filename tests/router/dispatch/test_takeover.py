@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from types import MappingProxyType
 from typing import cast
 
@@ -10,6 +12,7 @@ import pytest
 
 from faasmoe_contracts.routing_table import FunctionEndpoints, FunctionSpec
 from faasmoe_expert.functions import ExpertFunction
+from faasmoe_expert.functions.verification import OutOfTime
 from faasmoe_router.dispatch import takeover
 from faasmoe_router.dispatch.cold_start import LOST_S, ActivationSettings, ActivationWaiter
 from faasmoe_router.dispatch.endpoint_health import EndpointHealth, ResilienceSettings
@@ -36,7 +39,7 @@ class Computed:
     def mapped(self) -> MappingProxyType[FunctionSpec, ExpertFunction]:
         return MappingProxyType(self.functions)
 
-    def map(self, spec: FunctionSpec) -> ExpertFunction:
+    def map(self, spec: FunctionSpec, *, until_s: float = math.inf) -> ExpertFunction:
         if spec in self.damaged:
             raise StoreCorrupted("damaged")
         return self.functions.setdefault(spec, cast("ExpertFunction", object()))
@@ -61,6 +64,7 @@ def taken_over(
         cast("LocalFunctions", computed),
         health=health,
         was_lost=(lambda *_: False) if waiter is None else waiter.was_lost,
+        request=(lambda *_: None) if waiter is None else waiter.request_replacements,
     )
 
 
@@ -146,7 +150,13 @@ def test_functions_that_calls_wait_for_are_not_taken_over_before(health: Endpoin
         metrics=DispatchMetrics(),
     )
     computed = cast("LocalFunctions", Computed(COMPUTED))
-    functions = TakenOverFunctions(computed, health=health, was_lost=waiter.was_lost, wait_s=2.0)
+    functions = TakenOverFunctions(
+        computed,
+        health=health,
+        was_lost=waiter.was_lost,
+        request=waiter.request_replacements,
+        wait_s=2.0,
+    )
     health.record_exited(NEAR, 100.0)
     assert functions.selection(routing(NEAR), 101.0) == {}
     assert functions.selection(routing(NEAR), 102.0).keys() == KEYS
@@ -178,5 +188,43 @@ def test_mapping_ends_with_its_budget_and_with_what_cannot_be_mapped(
     assert functions.mapped == set()
     computed.damaged.clear()
     monkeypatch.setattr(takeover, "MAP_BUDGET_S", -1.0)
+    functions.map_lost(routing(NEAR), 0.0)
+    assert functions.mapped == set()
+
+
+def test_replacements_of_what_is_taken_over_are_requested_at_once_and_every_second(
+    health: EndpointHealth,
+) -> None:
+    requested: list[str] = []
+    waiter = ActivationWaiter(
+        ActivationSettings(requested.extend),
+        health=health,
+        load=LoadMeter(),
+        metrics=DispatchMetrics(),
+    )
+    functions = taken_over(health, Computed(COMPUTED), waiter)
+    health.record_exited(NEAR, 100.0)
+    assert functions.selection(routing(NEAR), 100.0)
+    functions.request_replacements(routing(NEAR), 100.0)
+    assert requested == []  # it still has an address
+    waiter.record_routing(routing(NEAR), routing(), 101.0)
+    for now_s in (101.0, 101.5, 102.0):
+        assert functions.selection(routing(), now_s)
+        functions.request_replacements(routing(), now_s)
+    assert requested == [COMPUTED.id, COMPUTED.id]
+    assert not functions.selection(routing(FAR), 103.0)
+    functions.request_replacements(routing(FAR), 103.0)
+    assert requested == [COMPUTED.id, COMPUTED.id]
+    assert not waiter.absences.is_any_missing  # no call has missed it
+
+
+def test_mapping_that_reads_many_bytes_ends_with_its_budget(health: EndpointHealth) -> None:
+    class Unverified(Computed):
+        def map(self, spec: FunctionSpec, *, until_s: float = math.inf) -> ExpertFunction:
+            assert until_s < time.monotonic() + takeover.MAP_BUDGET_S
+            raise OutOfTime
+
+    health.record_failure(NEAR, ConnectError("refused"), 0.0)
+    functions = taken_over(health, Unverified())
     functions.map_lost(routing(NEAR), 0.0)
     assert functions.mapped == set()
