@@ -101,12 +101,12 @@ class ExpertResidency:
             tuple(self._evicted[:n_evicted]),
         )
 
-    def finish(self, now_s: float, read_bytes: int) -> tuple[int, ...]:
+    def finish(self, now_s: float, missed_bytes: int) -> tuple[int, ...]:
         """End the call; return the experts that leave memory now.
 
         Args:
             now_s: the time.
-            read_bytes: bytes that were read from the disk since it began.
+            missed_bytes: bytes that were not in memory of experts that the plan did not read.
         """
-        n = self._finish(self._residency, now_s, read_bytes, self._evicted, MAX_EVICTED)
+        n = self._finish(self._residency, now_s, missed_bytes, self._evicted, MAX_EVICTED)
         return tuple(self._evicted[:n])

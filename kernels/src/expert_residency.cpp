@@ -44,7 +44,6 @@ bool ExpertResidency::keep(Expert *expert, ResidencyPlan *plan) {
 
 void ExpertResidency::begin(double now_s, const ExpertUse *uses, int64_t n_uses, ResidencyPlan *plan) {
   begun_s_ = now_s;
-  expected_ = trusted_ = 0;
   plan->is_read.assign(size_t(n_uses), 0);
   plan->is_dropped.assign(size_t(n_uses), 0);
   plan->evicted.clear();
@@ -59,9 +58,7 @@ void ExpertResidency::begin(double now_s, const ExpertUse *uses, int64_t n_uses,
     }
     int64_t &calls = calls_[expert.layer];
     if (i == 0 || uses[i].layer != uses[i - 1].layer) ++calls;
-    bool is_trusted = expert.is_kept && now_s - expert.used_s <= kRecentS;
-    (is_trusted ? trusted_ : expected_) += expert.bytes;
-    plan->is_read[size_t(i)] = !is_trusted;
+    plan->is_read[size_t(i)] = !expert.is_kept || now_s - expert.used_s > kRecentS;
     expert.count = (is_new ? 0 : count(expert)) + 1;
     expert.seen = calls;
     expert.used_s = now_s;
@@ -72,12 +69,11 @@ void ExpertResidency::begin(double now_s, const ExpertUse *uses, int64_t n_uses,
   }
 }
 
-void ExpertResidency::finish(double now_s, int64_t read_bytes, ResidencyPlan *plan) {
+void ExpertResidency::finish(double now_s, int64_t missed_bytes, ResidencyPlan *plan) {
   plan->evicted.clear();
-  int64_t missed = std::min(read_bytes - expected_, trusted_);
-  if (missed > kTolerated) {
+  if (missed_bytes > kTolerated) {
     int64_t most = capacity_ == kUnlimited ? kept_ : capacity_;
-    capacity_ = most - std::min(missed, int64_t(kShrinking * double(most)));
+    capacity_ = most - std::min(missed_bytes, int64_t(kShrinking * double(most)));
     grown_s_ = now_s;
     while (kept_ > capacity_) {
       auto other = rarest(std::numeric_limits<double>::infinity());

@@ -2,8 +2,8 @@
 //
 // Least frequently used, with decay: an expert that was used less often than all that stay does not take
 // the place of one of them, but leaves memory again once it is computed. How much stays is not configured
-// but found out. It is unlimited until what should be in memory is read from the disk again; it shrinks
-// while that happens, and grows slowly while it does not. Knows no addresses, files or clocks.
+// but found out. It is unlimited until what should be in memory is missing; it shrinks while that happens,
+// and grows slowly while it does not. Knows no addresses, files or clocks.
 #ifndef FAASMOE_EXPERT_RESIDENCY_H
 #define FAASMOE_EXPERT_RESIDENCY_H
 
@@ -22,7 +22,7 @@ struct ExpertUse {
 
 // What to do with the experts of a call, by their position in it.
 struct ResidencyPlan {
-  std::vector<uint8_t> is_read;     // not in memory, or not known to be: to be read before it is computed
+  std::vector<uint8_t> is_read;     // not in memory, or not known to be
   std::vector<uint8_t> is_dropped;  // leaves memory once it is computed
   std::vector<uint64_t> evicted;    // other experts, which leave memory now
   std::vector<uint64_t> forgotten;  // experts that are no longer known, wherever they are
@@ -36,12 +36,13 @@ class ExpertResidency {
   static constexpr double kForgottenS = 60.0;    // without a use, after which an expert is unknown again
   static constexpr double kShrinking = 1.0 / 32; // most that a call takes of the capacity
   static constexpr double kGrowing = 1.0 / 50;   // of the capacity, in a second without misses
-  static constexpr int64_t kTolerated = 256 << 10;  // bytes that a call may read beside its experts
+  static constexpr int64_t kTolerated = 256 << 10;  // bytes that a call may miss
 
   // Experts that a call uses, each once.
   void begin(double now_s, const ExpertUse *uses, int64_t n_uses, ResidencyPlan *plan);
-  // After the call, with the bytes that were read from the disk meanwhile; the plan is what to evict then.
-  void finish(double now_s, int64_t read_bytes, ResidencyPlan *plan);
+  // After the call, with the bytes that were missing of experts that the plan did not expect to be read; the
+  // plan is what to evict then.
+  void finish(double now_s, int64_t missed_bytes, ResidencyPlan *plan);
 
   int64_t capacity_bytes() const { return capacity_; }
   int64_t kept_bytes() const { return kept_; }
@@ -65,7 +66,6 @@ class ExpertResidency {
   std::unordered_map<uint64_t, Expert> experts_;
   std::unordered_map<uint64_t, int64_t> calls_;  // of each layer
   int64_t capacity_ = kUnlimited, kept_ = 0, known_ = 0;
-  int64_t expected_ = 0, trusted_ = 0;  // of the current call: bytes to be read, and bytes that should be in memory
   double begun_s_ = 0, grown_s_ = 0, forgot_s_ = 0;  // times of the last call, change and look
 };
 

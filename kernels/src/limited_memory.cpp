@@ -89,6 +89,18 @@ void read_ahead(const fk_matrix &matrix) {
   });
 }
 
+// Bytes of a matrix that are not in memory; 0 if this process may not know, as of a file of others.
+int64_t missing_bytes(const fk_matrix &matrix, std::vector<unsigned char> *pages) {
+  int64_t total = 0;
+  for_parts(matrix, [&](uintptr_t address, int64_t bytes) {
+    uintptr_t begin = address & ~(page_bytes() - 1), size = address + uintptr_t(bytes) - begin;
+    pages->resize((size + page_bytes() - 1) / page_bytes());
+    if (mincore(reinterpret_cast<void *>(begin), size, pages->data())) return;
+    total += std::count_if(pages->begin(), pages->end(), [](unsigned char page) { return !(page & 1); });
+  });
+  return total * int64_t(page_bytes());
+}
+
 // Drops a matrix from memory, but for pages that it shares with others and that other processes map.
 void drop(const fk_matrix &matrix) {
   for_parts(matrix, [](uintptr_t address, int64_t bytes) {
@@ -104,7 +116,6 @@ class ResidentExperts {
   std::mutex mutex;  // held by the call that uses the rest
 
   void begin(int64_t layer, const fk_matrix *first, const fk_matrix *down, int64_t n) {
-    bytes_before_ = disk_bytes();
     uses_.clear();
     for (int64_t i = 0; i < n; ++i) {
       auto id = uint64_t(reinterpret_cast<uintptr_t>(first[i].codes));
@@ -114,10 +125,17 @@ class ResidentExperts {
     policy_.begin(double(monotonic_ns()) / 1e9, uses_.data(), n, &plan_);
     for (uint64_t id : plan_.forgotten) places_.erase(id);
     drop_evicted();
+    missed_bytes_ = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      if (plan_.is_read[size_t(i)]) continue;
+      int64_t missing = missing_bytes(first[i], &pages_) + missing_bytes(down[i], &pages_);
+      plan_.is_read[size_t(i)] = missing > 0;
+      missed_bytes_ += missing;
+    }
   }
 
   void finish() {
-    policy_.finish(double(monotonic_ns()) / 1e9, disk_bytes() - bytes_before_, &plan_);
+    policy_.finish(double(monotonic_ns()) / 1e9, missed_bytes_, &plan_);
     drop_evicted();
   }
 
@@ -145,7 +163,8 @@ class ResidentExperts {
   ResidencyPlan plan_;
   std::vector<ExpertUse> uses_;
   std::unordered_map<uint64_t, std::pair<fk_matrix, fk_matrix>> places_;
-  int64_t bytes_before_ = 0;
+  std::vector<unsigned char> pages_;  // scratch memory
+  int64_t missed_bytes_ = 0;          // of the current call
 };
 
 ResidentExperts &resident_experts() {
@@ -255,9 +274,9 @@ FK_EXPORT int64_t fk_residency_begin(fk_residency *residency, double now_s, cons
   return residency->copy_evicted(evicted, max_evicted);
 }
 
-FK_EXPORT int64_t fk_residency_finish(fk_residency *residency, double now_s, int64_t read_bytes, int64_t *evicted,
+FK_EXPORT int64_t fk_residency_finish(fk_residency *residency, double now_s, int64_t missed_bytes, int64_t *evicted,
                                       int64_t max_evicted) {
-  residency->policy.finish(now_s, read_bytes, &residency->plan);
+  residency->policy.finish(now_s, missed_bytes, &residency->plan);
   return residency->copy_evicted(evicted, max_evicted);
 }
 

@@ -29,7 +29,7 @@ fk_residency *fk_residency_new(void);
 void fk_residency_free(fk_residency *residency);
 int64_t fk_residency_begin(fk_residency *residency, double now_s, const int64_t *uses, int64_t n_uses,
                            uint8_t *is_read, uint8_t *is_dropped, int64_t *evicted, int64_t max_evicted);
-int64_t fk_residency_finish(fk_residency *residency, double now_s, int64_t read_bytes, int64_t *evicted,
+int64_t fk_residency_finish(fk_residency *residency, double now_s, int64_t missed_bytes, int64_t *evicted,
                             int64_t max_evicted);
 // The bytes that may stay, INT64_MAX if all, and those that do.
 int64_t fk_residency_capacity(const fk_residency *residency);

@@ -1,6 +1,6 @@
 """Computes experts of a mapped file whose pages are evicted; a process of its own, see its test.
 
-`python limited_memory_calls.py FILE stay|truncate` writes the file and prints a JSON object.
+`python limited_memory_calls.py FILE SCENARIO` writes the file and prints a JSON object.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import mmap
 import os
 import resource
 import sys
+from io import FileIO
 from pathlib import Path
+from threading import Event, Thread
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,7 +91,7 @@ class Experts:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.mincore(ctypes.c_void_p(self.address), N_EXPERTS * EXPERT_BYTES, flags):
             raise OSError(ctypes.get_errno(), "mincore")
-        pages = np.frombuffer(flags, np.uint8).reshape(N_EXPERTS, -1) & 1
+        pages = np.frombuffer(bytes(flags), np.uint8).reshape(N_EXPERTS, -1) & 1
         return [float(x) for x in pages.mean(axis=1)]
 
     def is_read_from_disk(self) -> bool:
@@ -116,6 +118,28 @@ def stay(experts: Experts) -> dict[str, object]:
     return {"is_equal": is_equal, "resident": experts.resident()}
 
 
+def read_beside(experts: Experts) -> dict[str, object]:
+    """Read another file from the disk while everything stays in memory."""
+    is_done, other = Event(), Path(f"{sys.argv[1]}.other")
+    other.write_bytes(bytes(8 << 20))
+    with other.open("rb", buffering=0) as file:
+        os.fsync(file.fileno())
+        reader = Thread(target=_read_again_and_again, args=(file, is_done))
+        reader.start()
+        for _ in range(25):
+            experts.compute(range(N_EXPERTS), layer=0)
+        is_done.set()
+        reader.join()
+    return {"resident": experts.resident()}
+
+
+def _read_again_and_again(file: FileIO, is_done: Event) -> None:
+    while not is_done.is_set():
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        file.read()
+
+
 def truncate(experts: Experts) -> dict[str, object]:
     """Truncate the file, and compute what is missing."""
     guard = experts.library.guard_mapping(experts.address, len(experts.mapping))
@@ -128,11 +152,12 @@ def truncate(experts: Experts) -> dict[str, object]:
 
 
 def main() -> None:
-    """Run one of the two."""
+    """Run one scenario."""
     experts = Experts(Path(sys.argv[1]))
+    scenarios = {"stay": stay, "read_beside": read_beside, "truncate": truncate}
     result: dict[str, object] = {"is_from_disk": experts.is_read_from_disk()}
     if result["is_from_disk"]:
-        result |= {"stay": stay, "truncate": truncate}[sys.argv[2]](experts)
+        result |= scenarios[sys.argv[2]](experts)
     print(json.dumps(result))
 
 

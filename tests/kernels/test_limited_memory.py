@@ -39,5 +39,11 @@ def test_sums_are_exact_and_what_is_used_often_stays(
     assert sum(part > 0.1 for part in resident) <= 14, "the last call used all 24"
 
 
+def test_what_others_read_from_the_disk_is_no_lack_of_memory(
+    default_library: KernelLibrary, tmp_path: Path
+) -> None:
+    assert min(run_worker(tmp_path, "read_beside")["resident"]) == 1.0
+
+
 def test_a_truncated_file_ends_no_process(default_library: KernelLibrary, tmp_path: Path) -> None:
     assert run_worker(tmp_path, "truncate")["is_damaged"]
