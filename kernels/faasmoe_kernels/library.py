@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 OUT_OF_MEMORY = -2  # FK_E_MEMORY
 LIBRARY_NAME = "libfaasmoe_kernels.so"
 DISABLE_ENV = "FAASMOE_KERNELS"  # "off" leaves the library unused
@@ -254,7 +254,10 @@ class KernelLibrary:
             *(pointer, pointer, ctypes.POINTER(GatingStruct), ctypes.POINTER(_Pairs)),
             *(pointer, i32, i64, i64, i32, pointer, i32, i64, i32),
         )
-
+        self._lib.fk_layer_experts.argtypes = (
+            *(i64, pointer, pointer, ctypes.POINTER(GatingStruct), ctypes.POINTER(_Pairs)),
+            *(pointer, i32, i64, i64, pointer, i32),
+        )
         self._lib.fk_guard_add.argtypes = (pointer, i64, i64)
         self._lib.fk_guard_damaged.argtypes = (i32,)
         self._lib.fk_guard_damaged.restype = pointer
@@ -329,6 +332,7 @@ class KernelLibrary:
         out: int,
         out_dtype: KernelDtype,
         n_threads: int = 1,
+        layer: int | None = None,
     ) -> None:
         """Compute the pairs of a block's experts.
 
@@ -351,12 +355,22 @@ class KernelLibrary:
             out: address of the output.
             out_dtype: its type.
             n_threads: threads to use at most, the caller's included.
+            layer: index of the MoE layer of these experts, if their weights are mapped: where
+                memory cannot hold all, sums in float32 then read them ahead (limited_memory.h).
 
         Raises:
             KernelError: a size, type or address that cannot be used.
             MemoryError: scratch memory could not be allocated.
         """
         pairs = _Pairs(n_groups, group_sizes, pair_rows, pair_positions or None, pair_weights, rows)
+        if layer is not None and is_reduced and out_dtype is KernelDtype.FLOAT32:
+            self.check(
+                self._lib.fk_layer_experts(
+                    *(layer, first, down, ctypes.byref(to_gating_struct(gating))),
+                    *(ctypes.byref(pairs), x, x_dtype, hidden_size, rows, out, n_threads),
+                )
+            )
+            return
         self.check(
             self._lib.fk_experts(
                 *(first, down, ctypes.byref(to_gating_struct(gating)), ctypes.byref(pairs)),

@@ -269,20 +269,25 @@ FK_EXPORT int32_t fk_linear(const fk_matrix *w, const void *x, int32_t x_dtype, 
 
 FK_EXPORT int32_t fk_experts(const fk_matrix *first, const fk_matrix *down, const fk_gating *gating,
                              const fk_pairs *pairs, const void *x, int32_t x_dtype, int64_t x_stride,
-                             int64_t rows, int32_t is_reduced, void *out, int32_t out_dtype,
+                             int64_t rows, int32_t reduction, void *out, int32_t out_dtype,
                              int64_t out_stride, int32_t n_threads) {
   if (int32_t e = check_pointer("", "first", first)) return e;
   if (int32_t e = check_pointer("", "down", down)) return e;
   if (int32_t e = check_pointer("", "gating", gating)) return e;
   if (int32_t e = check_pointer("", "pairs", pairs)) return e;
   if (int32_t e = check_gating(*gating)) return e;
-  if (int32_t e = check_pairs(*pairs, rows, is_reduced)) return e;
+  if (reduction < FK_UNREDUCED || reduction > FK_ADDED)
+    return reject("reduction: got %d, expected 0 to 2 (unreduced, reduced, added)", reduction);
+  if (int32_t e = check_pairs(*pairs, rows, reduction)) return e;
   int64_t h = first->k, i = down->k;
+  if (reduction == FK_ADDED && (out_dtype != FK_FLOAT32 || out_stride != h))
+    return reject("out: got dtype %d and a stride of %lld, expected float32 and %lld to add to it", out_dtype,
+                  (long long)out_stride, (long long)h);
   for (int64_t g = 0; g < pairs->n_groups; ++g)
     if (int32_t e = check_expert(first[g], down[g], gating->is_gated, h, i)) return e;
   if (int32_t e = check_call(x, x_dtype, x_stride, h, rows, out, out_dtype, out_stride, h, n_threads)) return e;
   return finish(current()->experts(first, down, *gating, *pairs, x, x_dtype, x_stride, rows,
-                                   is_reduced != 0, out, out_dtype, out_stride, n_threads));
+                                   reduction, out, out_dtype, out_stride, n_threads));
 }
 
 }  // extern "C"

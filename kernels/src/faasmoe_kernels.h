@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 // Raised whenever a structure or the meaning of an argument changes.
-#define FK_ABI_VERSION 7
+#define FK_ABI_VERSION 8
 
 enum fk_dtype { FK_FLOAT32 = 0, FK_BFLOAT16 = 1, FK_FLOAT16 = 2 };
 
@@ -114,15 +114,18 @@ typedef struct fk_pairs {
   int64_t n_out;               // output rows in reduced mode with positions; else not read
 } fk_pairs;
 
+enum fk_reduction { FK_UNREDUCED = 0, FK_REDUCED = 1, FK_ADDED = 2 };
+
 // The experts of a block, one matrix of `first` and `down` per group of pairs: `first[g]` is the
 // gate-up (or up) projection [2i or i, h] of the group's expert, `down[g]` its down projection [h, i].
 //
 // Reduced: out[rows, h], or out[n_out, h] with positions, is the sum of the pairs of each output row,
-// weighted, in float32, in the order of the groups, rounded once. Unreduced: out[positions, h] is each
-// pair's weighted output.
+// weighted, in float32, in the order of the groups, rounded once. Added: the same, added to what `out`
+// holds, float32 with rows that follow each other; groups that are computed in several calls have the
+// bits of one call. Unreduced: out[positions, h] is each pair's weighted output.
 int32_t fk_experts(const fk_matrix *first, const fk_matrix *down, const fk_gating *gating,
                    const fk_pairs *pairs, const void *x, int32_t x_dtype, int64_t x_stride,
-                   int64_t rows, int32_t is_reduced, void *out, int32_t out_dtype,
+                   int64_t rows, int32_t reduction, void *out, int32_t out_dtype,
                    int64_t out_stride, int32_t n_threads);
 
 // Guards of mapped files, see sigbus_guard.cpp. A slot is what fk_guard_add returns.

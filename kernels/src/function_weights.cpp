@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <iterator>
 
+#include "limited_memory.h"
+
 namespace fk {
 
 namespace {
@@ -114,8 +116,8 @@ ComputeResult compute_sums(const LayerWeights *const *parts, int n_parts, const 
   }
   fk_pairs sorted{int64_t(s->sizes.size()), s->sizes.data(), s->rows.data(), s->to.data(), s->weights.data(), n_sums};
   const LayerWeights &layer = *parts[0];
-  int32_t status = fk_experts(s->first.data(), s->down.data(), &layer.gating, &sorted, rows, layer.dtype,
-                              layer.hidden_size, pairs.n_rows, 1, out, FK_FLOAT32, layer.hidden_size, n_threads);
+  int32_t status = fk_layer_experts(layer.layer, s->first.data(), s->down.data(), &layer.gating, &sorted, rows,
+                                    layer.dtype, layer.hidden_size, pairs.n_rows, out, n_threads);
   return status ? kComputeFailed : kComputed;
 }
 

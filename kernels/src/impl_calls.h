@@ -262,16 +262,16 @@ static void collect(const fk_pairs &pairs, int64_t begin, int64_t n, const float
 
 static int32_t experts(const fk_matrix *first, const fk_matrix *down, const fk_gating &gating,
                        const fk_pairs &pairs, const void *x, int32_t x_dtype, int64_t x_stride,
-                       int64_t rows, bool is_reduced, void *out, int32_t out_dtype,
+                       int64_t rows, int32_t reduction, void *out, int32_t out_dtype,
                        int64_t out_stride, int32_t n_threads) {
   fk::Call threads(n_threads);
   int64_t h = down[0].n, n_out = pairs.positions ? pairs.n_out : rows;
   std::unique_ptr<int64_t[]> starts(new (std::nothrow) int64_t[pairs.n_groups + 1]);
   Floats sums;
   bool is_direct = out_dtype == FK_FLOAT32 && out_stride == h;
-  if (!starts || (is_reduced && !is_direct && !allocate(sums, n_out * h))) return FK_E_MEMORY;
-  float *total = !is_reduced ? nullptr : is_direct ? (float *)out : sums.get();
-  if (total) std::memset(total, 0, n_out * h * sizeof(float));
+  if (!starts || (reduction && !is_direct && !allocate(sums, n_out * h))) return FK_E_MEMORY;
+  float *total = !reduction ? nullptr : is_direct ? (float *)out : sums.get();
+  if (total && reduction != FK_ADDED) std::memset(total, 0, n_out * h * sizeof(float));
   ExpertsCall call{first, down, gating, pairs, x, x_dtype, x_stride, rows, n_threads, {}, -1, {}, {}, {}};
   for (int64_t g = 0, begin = 0; g < pairs.n_groups;) {
     Wave wave{g, 0, starts.get()};

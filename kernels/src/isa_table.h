@@ -11,7 +11,7 @@ struct Isa {
   int32_t (*linear)(const fk_matrix &, const void *, int32_t, int64_t, int64_t, void *, int32_t,
                     int64_t, int32_t);
   int32_t (*experts)(const fk_matrix *, const fk_matrix *, const fk_gating &, const fk_pairs &,
-                     const void *, int32_t, int64_t, int64_t, bool, void *, int32_t, int64_t, int32_t);
+                     const void *, int32_t, int64_t, int64_t, int32_t, void *, int32_t, int64_t, int32_t);
 };
 
 }  // namespace fk

@@ -6,6 +6,7 @@ from benchmarks.residency import (
     Step,
     best_fixed,
     format_policies,
+    kernel_residency,
     lfu,
     lru_at_each_miss,
     lru_unless_in_use,
@@ -46,6 +47,14 @@ def test_best_fixed_choice_counts_rows() -> None:
     found = best_fixed(steps, 1)
     assert found.resident == {B}
     assert (found.rows_found, found.rows, found.calls_found, found.calls) == (5, 9, 1, 5)
+
+
+def test_the_page_cache_keeps_what_is_called_often_beside_prompts_that_call_all() -> None:
+    everything = dict.fromkeys([(0, expert) for expert in range(8)], 1)
+    steps: list[Step] = [everything if n % 4 == 0 else {A: 1, B: 1} for n in range(400)]
+    found, lru = kernel_residency(steps, 4), lru_at_each_miss(steps, 4)
+    assert {A, B} <= found.resident
+    assert found.loads < 0.8 * lru.loads
 
 
 def test_every_policy_has_a_row_and_stays_within_its_capacity() -> None:

@@ -326,7 +326,9 @@ def _gated_or_transformers_kernel(
             # Codes are never left to torch where the library reads them.
             is_quantized = weights.is_quantized
             large = None if is_quantized else GatedKernel(spec, weights, reason="large batches")
-            return NativeKernel(spec, weights, experts, load(), large_batch_kernel=large)
+            return NativeKernel(
+                *(spec, weights, experts, load()), large_batch_kernel=large, layer=layer.index
+            )
         except (KernelsUnavailable, UnsupportedLayer) as error:
             return GatedKernel(spec, weights, reason=str(error))
     architecture = store.manifest.model.architecture

@@ -161,6 +161,7 @@ class NativeKernel:
         library: the kernel library.
         large_batch_kernel: computes reduced frames with many rows per expert, where that is faster;
             None leaves all frames to the library.
+        layer: index of the MoE layer.
 
     Attributes:
         name: name of the kernel and of the instruction set in use.
@@ -177,11 +178,13 @@ class NativeKernel:
         library: KernelLibrary,
         *,
         large_batch_kernel: LargeBatchKernel | None = None,
+        layer: int = 0,
     ) -> None:
         if spec.activation not in ACTIVATIONS:
             raise UnsupportedLayer(f"activation {spec.activation}")
         self.name = f"native ({library.isa})"
         self._library = library
+        self._layer = layer
         self._gating = Gating(
             ACTIVATIONS[spec.activation],
             is_gated=spec.name == "gated",
@@ -262,6 +265,7 @@ class NativeKernel:
             out=out.data_ptr(),
             out_dtype=DTYPES[out.dtype],
             n_threads=torch.get_num_threads(),
+            layer=self._layer,
         )
         return out
 
