@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,7 +148,8 @@ def test_verification_ends_between_two_experts_and_goes_on_there(
 ) -> None:
     verified, clock_s = VerifiedBlocks(None), iter(range(100))
     monkeypatch.setattr(verification, "MAX_THREADS", 1)
-    monkeypatch.setattr(verification.time, "monotonic", lambda: next(clock_s))
+    clock = SimpleNamespace(monotonic=lambda: next(clock_s))
+    monkeypatch.setattr("faasmoe_expert.functions.verification.time", clock)
     layer = store.layer_entry(0)
 
     def verifier() -> BlockVerifier:
