@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <mutex>
+#include <new>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -252,11 +253,15 @@ FK_EXPORT int32_t fk_layer_experts(int64_t layer, const fk_matrix *first, const 
     return fk_experts(first, down, gating, pairs, x, x_dtype, hidden_size, rows, FK_REDUCED, out, FK_FLOAT32,
                       hidden_size, n_threads);
   ResidentExperts &experts = resident_experts();
-  experts.begin(layer, first, down, pairs->n_groups);
-  int32_t status = compute_in_turns(experts, first, down, gating, *pairs, x, x_dtype, hidden_size, rows, out,
-                                    n_threads);
-  experts.finish();
-  return status;
+  try {
+    experts.begin(layer, first, down, pairs->n_groups);
+    int32_t status = compute_in_turns(experts, first, down, gating, *pairs, x, x_dtype, hidden_size, rows, out,
+                                      n_threads);
+    experts.finish();
+    return status;
+  } catch (const std::bad_alloc &) {
+    return FK_E_MEMORY;
+  }
 }
 
 FK_EXPORT fk_residency *fk_residency_new(void) { return new fk_residency; }
