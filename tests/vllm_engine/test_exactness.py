@@ -139,8 +139,9 @@ def generate_with_functions(
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(workers)))
     results, metrics, mapped = run_vllm(request, **variables, **(further or {}))
     if store.manifest.model.dtype == "float32" and not store.manifest.router.quantized:
-        is_shared = workers > 1
-        assert mapped == ([] if is_shared else ["model.embed_tokens.weight", "lm_head.weight"])
+        is_gpt_oss = store.manifest.model.architecture == "GptOssForCausalLM"
+        embeddings = f"model.{'embedding' if is_gpt_oss else 'embed_tokens'}.weight"
+        assert mapped == ([] if workers > 1 else [embeddings, "lm_head.weight"])
     assert parse_sample(metrics, "faasmoe_router_function_calls_total") > len(tables)
     assert parse_sample(metrics, "faasmoe_router_local_computations_total") == 0
     return list(results)
