@@ -31,7 +31,7 @@ class UntouchedZeros(TorchFunctionMode):
         options = dict(kwargs or {})
         if func is torch.zeros and _is_large_byte_tensor(*args, **options):
             try:
-                return _map_zeros(args[0])
+                return _map_zeros(args[0], options["dtype"])
             except OSError:  # no room for the mapping: torch raises the error that callers expect
                 pass
         return func(*args, **options)
@@ -40,7 +40,7 @@ class UntouchedZeros(TorchFunctionMode):
 def _is_large_byte_tensor(*size: Any, **options: Any) -> bool:
     device = torch.device(options.pop("device", None) or "cpu")
     return (
-        options == {"dtype": torch.uint8}
+        options in ({"dtype": torch.uint8}, {"dtype": torch.int8})
         and device.type == "cpu"
         and len(size) == 1
         and isinstance(size[0], int)
@@ -48,6 +48,6 @@ def _is_large_byte_tensor(*size: Any, **options: Any) -> bool:
     )
 
 
-def _map_zeros(n_bytes: int) -> Tensor:
+def _map_zeros(n_bytes: int, dtype: torch.dtype) -> Tensor:
     pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=torch.uint8)  # [n_bytes], holds a reference to `pages`
+    return torch.frombuffer(pages, dtype=dtype)  # [n_bytes], holds a reference to `pages`

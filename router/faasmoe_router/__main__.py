@@ -13,7 +13,11 @@ from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
 from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_router.config import RouterConfig, VllmArguments
 from faasmoe_router.errors import RouterConfigError
-from faasmoe_router.vllm_backend.compatibility import installed_vllm, select_engine
+from faasmoe_router.vllm_backend.compatibility import (
+    computes_on_cpu,
+    installed_vllm,
+    select_engine,
+)
 from faasmoe_router.vllm_backend.openmp_preload import preload_openmp
 from faasmoe_transformers.errors import UnsupportedVersions
 
@@ -96,10 +100,15 @@ def _selected_engine(config: RouterConfig) -> str:
     if config.engine != "vllm" and not is_open:
         return "transformers"
     preload_openmp()  # before torch; a zygote has done so before it forked this process
-    from faasmoe_router.data_plane import open_store
+    from faasmoe_router.data_plane import open_store, read_model_config
 
-    architecture = open_store(config.store).manifest.model.architecture
-    return select_engine(config.engine, architecture, vllm_version)
+    store = open_store(config.store)
+    return select_engine(
+        config.engine,
+        store.manifest.model.architecture,
+        vllm_version,
+        cpu_config=read_model_config(store) if computes_on_cpu() else None,
+    )
 
 
 @cache  # looking at these names again would copy 8 MB of a zygote's pages

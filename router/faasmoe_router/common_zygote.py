@@ -16,6 +16,7 @@ import sys
 from faasmoe_contracts.command_line import show_command
 from faasmoe_contracts.fork_server import FORK_MODULE_ENV, ForkServer, ForkServerError
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
+from faasmoe_expert.file_pages import release_unchanged_pages
 from faasmoe_expert.malloc import HOLES, apply_malloc_variables
 from faasmoe_transformers.fast_import import prepare_fast_import
 
@@ -36,6 +37,7 @@ def main() -> int:
         return EXIT_FAILED
     gc.collect()
     HOLES.fill()
+    release_unchanged_pages()
     gc.freeze()
     if not server.run():
         return 0

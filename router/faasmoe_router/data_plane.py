@@ -6,6 +6,7 @@ the control process, and the tenants.
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 import socket
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
@@ -45,6 +47,15 @@ def open_store(path: Path) -> Store:
         return Store.open(path)
     except (StoreError, OSError) as error:
         raise RouterConfigError(f"FAASMOE_STORE: {error}") from error
+
+
+def read_model_config(store: Store) -> dict[str, Any]:
+    """Return a store's config.json; raises RouterConfigError naming the variable."""
+    path = store.path / "model" / "config.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise RouterConfigError(f"FAASMOE_STORE: {path}: {error}") from error
 
 
 def create_dispatcher(

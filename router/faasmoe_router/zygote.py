@@ -22,6 +22,7 @@ from faasmoe_contracts.fork_server import ForkServer, ForkServerError
 from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
 from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_contracts.store import Store
+from faasmoe_expert.file_pages import release_unchanged_pages
 from faasmoe_expert.malloc import HOLES, trim_heap
 from faasmoe_router.__main__ import EXIT_BAD_CONFIG, configure_logging, import_router, serve_router
 from faasmoe_router.config import RouterConfig
@@ -64,6 +65,7 @@ def main() -> int:
         print(f"faasmoe_router.zygote: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
     HOLES.fill()
+    release_unchanged_pages()
     # Collectors of the routers skip these objects, so that their pages stay shared. What garbage
     # there is stays: it would leave holes.
     gc.freeze()

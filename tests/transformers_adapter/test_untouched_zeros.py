@@ -15,10 +15,12 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
-def test_large_byte_tensor_takes_memory_only_where_it_is_written() -> None:
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_large_byte_tensor_takes_memory_only_where_it_is_written(dtype: torch.dtype) -> None:
     before = resident_bytes()
     with UntouchedZeros():
-        tensor = torch.zeros(N_BYTES, dtype=torch.uint8, device=torch.device("cpu"))
+        tensor = torch.zeros(N_BYTES, dtype=dtype, device=torch.device("cpu"))
+    assert tensor.dtype == dtype
     assert resident_bytes() - before < N_BYTES // 8
     assert tensor.shape == (N_BYTES,)
     assert tensor.data_ptr() % mmap.PAGESIZE == 0

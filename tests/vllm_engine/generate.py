@@ -7,7 +7,7 @@ to use in turn, with a store), `prompts` (token ids), `max_tokens`, `dtype` (flo
 The last line of the output is a list with, for each table, the outputs of the prompts: token ids
 and log-probabilities, and those of the prompt's own tokens; `tops` and `prompt_tops` have the
 log-probabilities of the likeliest tokens at each position by token id. With a store, it is followed
-by the dispatcher's metrics.
+by the dispatcher's metrics, and the names of the parameters that are mapped from files.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ FUNCTIONS: dict[str, Any] = {
     "load_format": "faasmoe",
     "hf_overrides": {"quantization_config": {"quant_method": "faasmoe"}},
 }
+
+
+ONE_WORKER = {"worker_cls": "faasmoe_router.vllm_backend.cpu_worker.FunctionCpuWorker"}
 
 
 def main() -> None:
@@ -81,7 +84,8 @@ def main() -> None:
     from faasmoe_contracts.routing_table import RoutingTable
     from faasmoe_router.vllm_backend.expert_calls import ExpertCalls, current_calls
 
-    config = EngineArgs(f"{request['store']}/model", **FUNCTIONS, **options).create_engine_config()
+    options |= FUNCTIONS | (ONE_WORKER if n_workers == 1 else {})
+    config = EngineArgs(f"{request['store']}/model", **options).create_engine_config()
     engine = LLMEngine.from_vllm_config(config)
     results = []
     for table in request["tables"]:
@@ -91,7 +95,8 @@ def main() -> None:
             calls.dispatcher.replace_table(RoutingTable.from_json(table))
         results.append(generate(engine))
     metrics = "".join(engine.collective_rpc("faasmoe_metrics"))
-    print("\n" + json.dumps([results, metrics]))
+    mapped = engine.apply_model(_mapped_parameters)[0] if n_workers == 1 else []
+    print("\n" + json.dumps([results, metrics, mapped]))
 
 
 def _described(output: Any) -> dict[str, Any]:
@@ -120,6 +125,12 @@ def _round_rows(model: Any, dtype: str) -> None:
                 return compute(x=x.to(getattr(torch, dtype)).to(x.dtype), **others)
 
             method.apply = apply
+
+
+def _mapped_parameters(model: Any) -> list[str]:
+    from faasmoe_transformers.tensor_pages import is_mapped_file
+
+    return [n for n, tensor in model.named_parameters() if len(tensor) and is_mapped_file(tensor)]
 
 
 def _by_token(position: Any) -> dict[str, float]:

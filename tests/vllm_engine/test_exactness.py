@@ -137,7 +137,11 @@ def generate_with_functions(
     variables = {f"FAASMOE_{name}": value for name, value in variables.items()}
     if workers > 1:
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(workers)))
-    results, metrics = run_vllm(request, **variables, **(further or {}))
+    results, metrics, mapped = run_vllm(request, **variables, **(further or {}))
+    if store.manifest.model.dtype == "float32" and not store.manifest.router.quantized:
+        is_gpt_oss = store.manifest.model.architecture == "GptOssForCausalLM"
+        embeddings = f"model.{'embedding' if is_gpt_oss else 'embed_tokens'}.weight"
+        assert mapped == ([] if workers > 1 else [embeddings, "lm_head.weight"])
     assert parse_sample(metrics, "faasmoe_router_function_calls_total") > len(tables)
     assert parse_sample(metrics, "faasmoe_router_local_computations_total") == 0
     return list(results)

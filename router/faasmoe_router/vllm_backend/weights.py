@@ -23,6 +23,7 @@ from faasmoe_expert.functions.dequantization import dequantize
 from faasmoe_router.errors import RouterConfigError, RouterWeightsChanged
 from faasmoe_router.referenced_tensors import map_referenced_tensors
 from faasmoe_router.vllm_backend.compatibility import checkpoint_name
+from faasmoe_router.vllm_backend.embeddings import map_embeddings
 from faasmoe_router.vllm_backend.expert_calls import current_calls
 
 LOAD_FORMAT = "faasmoe"
@@ -49,6 +50,7 @@ class StoreModelLoader(BaseModelLoader):
             (checkpoint_name(name, architecture), tensor)
             for name, tensor in router_tensors(store, dtype=model_config.dtype)
         )
+        map_embeddings(model)
         try:
             loaded = model.load_weights(tensors)
         except (KeyError, ValueError, AssertionError) as error:

@@ -39,6 +39,36 @@ def test_what_vllm_cannot_serve_is_refused_and_named(
         select_engine("vllm", architecture, version)
 
 
+SMALL_HEADS = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": None}
+
+
+def test_heads_that_attention_on_a_cpu_cannot_run_are_refused_and_named() -> None:
+    message = (
+        r"^FAASMOE_ENGINE: config\.json: hidden_size / num_attention_heads: got 16, expected a "
+        r"size of attention heads that vLLM computes on a CPU: 32, 64, 80"
+    )
+    with pytest.raises(RouterConfigError, match=message):
+        select_engine("vllm", SERVED, TESTED, cpu_config=SMALL_HEADS)
+    with pytest.raises(RouterConfigError, match=r"config\.json: head_dim: got 48, expected a size"):
+        select_engine("vllm", SERVED, TESTED, cpu_config=SMALL_HEADS | {"head_dim": 48})
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        pytest.param(None, "vllm", id="a GPU"),
+        pytest.param(SMALL_HEADS, "transformers", id="small heads"),
+        pytest.param(SMALL_HEADS | {"head_dim": 64}, "vllm", id="larger heads"),
+        pytest.param(SMALL_HEADS | {"kv_lora_rank": 512}, "vllm", id="latent attention"),
+        pytest.param({}, "vllm", id="unknown"),
+    ],
+)
+def test_auto_takes_vllm_where_it_has_kernels_for_the_heads(
+    config: dict[str, int] | None, expected: str
+) -> None:
+    assert select_engine("auto", SERVED, TESTED, cpu_config=config) == expected
+
+
 def test_tensors_get_the_names_of_checkpoints() -> None:
     name = "model.layers.0.mlp.gate.weight"
     assert checkpoint_name(name, "Qwen2MoeForCausalLM") == name
