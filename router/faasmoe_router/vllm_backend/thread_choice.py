@@ -23,7 +23,7 @@ RUN_PASSES = 4
 N_RUNS = 3
 """Of each number of threads in a trial."""
 
-MIN_PASSES_BETWEEN_TRIALS, MAX_PASSES_BETWEEN_TRIALS = 64, 1024
+MIN_PASSES_BETWEEN_TRIALS, MAX_PASSES_BETWEEN_TRIALS = 256, 4096
 """Doubled from trial to trial: at first, functions are still being activated and colocated."""
 
 MIN_GAIN = 0.03
