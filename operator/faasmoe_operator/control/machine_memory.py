@@ -34,7 +34,6 @@ from faasmoe_operator.plan.shared_memory import SharedFunctions
 RESERVED_S = 30.0  # at most, for functions that a router will call
 IDLE_STEP_S = 0.25  # of when a model was used last, which reports tell within milliseconds
 SLOW_START_S = 10.0  # after which a start waits for disks, not for processors
-START_USE_S = 3.0  # of a router, for which its functions count as used before it calls them
 SLOW_END_S = 2.0  # after which memory of a router that ends counts again, as it is stuck
 
 logger = logging.getLogger(__name__)
@@ -109,26 +108,20 @@ class _SeenFunctions:
 
     Attributes:
         holders: what the model says.
-        state: when it was used last, if it is idle, whether it makes room, and until when its
-            functions count as used, if it has started just now.
+        state: when it was used last, if it is idle, and whether it makes room.
         seen: what follows.
     """
 
     holders: Sequence[MemoryHolder]
-    state: tuple[float | None, bool, float | None]
+    state: tuple[float | None, bool]
     seen: Sequence[MemoryHolder]
 
 
 def _as_seen(
-    holders: Sequence[MemoryHolder],
-    idle_since: float | None,
-    is_leaving: bool,
-    used_until: float | None,
+    holders: Sequence[MemoryHolder], idle_since: float | None, is_leaving: bool
 ) -> Sequence[MemoryHolder]:
     if idle_since is not None:
         holders = [h.changed(is_idle=True, last_used=min(h.last_used, idle_since)) for h in holders]
-    elif used_until is not None:
-        holders = [h.changed(last_used=max(h.last_used, used_until)) for h in holders]
     return [
         h.changed(is_leaving=True, is_evictable=False) if is_leaving and not h.is_pinned else h
         for h in holders
@@ -157,7 +150,6 @@ class MemoryPool:
         self._started_at: dict[str, float] = {}  # of routers that do not answer yet
         self._ending_since: dict[str, float] = {}  # of routers that were told to end
         self._turns: dict[str, int] = {}  # of models with routers, ascending
-        self._first_starts: dict[str, float] = {}  # of models with routers
         self._n_turns = 0
         self._router_claims: tuple[MemoryClaim, ...] = ()
         self._reservations: dict[str, _Reservation] = {}
@@ -282,7 +274,6 @@ class MemoryPool:
         if is_first:
             self._n_turns += 1
             self._turns[router.model] = self._n_turns
-            self._first_starts[router.model] = now
         model = models.get(router.model)
         if model is not None and is_first and not router.is_pinned and model.missing_bytes:
             own_bytes = sum(holder.size_bytes for holder in model.functions)
@@ -332,7 +323,6 @@ class MemoryPool:
         starting = [n for n, r in self._routers.items() if r.is_running and not r.is_ready]
         self._started_at = {name: self._started_at.get(name, now) for name in starting}
         self._turns = {model: turn for model, turn in self._turns.items() if model in running}
-        self._first_starts = {m: s for m, s in self._first_starts.items() if m in running}
         for model, reservation in list(self._reservations.items()):
             is_over = now > reservation.until or model not in running
             if is_over or not self._reserved_bytes(model):
@@ -407,16 +397,11 @@ class MemoryPool:
     def _functions_of(self, model: str) -> Sequence[MemoryHolder]:
         """Return a model's functions; those of one whose routers are idle are idle as well."""
         holders, idle_since = self._members[model].memory_holders(), self._idle_since(model)
-        state = (idle_since, self._is_making_room(model), self._used_until(model))
+        state = (idle_since, self._is_making_room(model))
         seen = self._seen.get(model)
         if seen is None or seen.holders is not holders or seen.state != state:
             seen = self._seen[model] = _SeenFunctions(holders, state, _as_seen(holders, *state))
         return seen.seen
-
-    def _used_until(self, model: str) -> float | None:
-        """Return until when functions of a model that started just now count as used."""
-        until = self._first_starts.get(model, -math.inf) + START_USE_S
-        return until if self._clock() < until else None
 
     def _is_making_room(self, model: str) -> bool:
         """Return whether a model's last router was evicted, and its functions with it."""

@@ -208,23 +208,6 @@ def test_memory_is_kept_for_functions_of_a_router_that_starts_until_they_are_the
     assert memory.update_routers([running, starting("b/0", size=4)]) == {"a/0", "b/0"}
 
 
-def test_functions_of_a_router_that_starts_are_in_use_before_it_calls_them() -> None:
-    now = 100.0
-    memory = MemoryPool(12, clock=lambda: now)
-    member = Member()
-    memory.join("a", member)
-    router = starting("a/0", size=4)
-    assert memory.update_routers([router]) == {"a/0"}
-    member.holders = [MemoryHolder(("s", "f"), 6, now)]
-    now += 2.5
-    router, other = replace(router, is_running=True, last_used=now), starting("b/0", size=4)
-    memory.update_routers([router, replace(other, last_used=now)])
-    assert member.evicted == []
-    now += 1.0
-    memory.update_routers([replace(router, last_used=now), replace(other, last_used=now)])
-    assert [holder.name for holder in member.evicted] == ["f"]
-
-
 def test_models_that_map_the_same_hold_it_once() -> None:
     now = 100.0
     memory = MemoryPool(12, clock=lambda: now)
