@@ -11,8 +11,7 @@ The only place that decides what happens to sandboxes. It is pure and recomputed
 4. Replicas in sandboxes with an outdated template get replacements in current ones, at most
    `max_surge` at a time. The old replica becomes surplus only once the new one is ready.
 5. The warm pool is filled with empty sandboxes into which nothing was placed. Surplus ones are
-   deleted, unless missing replicas wait for memory that will be placed there, and outdated ones as
-   soon as the pool does not need them.
+   deleted, and outdated ones as soon as the pool does not need them.
 """
 
 from __future__ import annotations
@@ -137,7 +136,6 @@ class _SandboxPlanner:
         self._new_sandboxes: list[FreeCapacity] = []
         self._n_new_sandboxes: dict[ActionReason, int] = {}
         self._n_attached: Counter[str] = Counter()
-        self._n_waiting = 0  # replicas, for memory
         self.unschedulable: dict[str, None] = {}
         """Desired functions that fit in no sandbox."""
 
@@ -171,30 +169,25 @@ class _SandboxPlanner:
         )
         current = [candidate.sandbox.id for candidate in idle if self._is_current(candidate)]
         outdated = [candidate.sandbox.id for candidate in idle if not self._is_current(candidate)]
-        n_kept = max(self._settings.warm_pool, self._n_awaiting)
         n_needed = max(0, self._settings.warm_pool - len(current))
         n_deleted = max(0, len(outdated) - n_needed)
         return [
             *(Delete(sandbox, ActionReason.TEMPLATE_CHANGED) for sandbox in outdated[:n_deleted]),
-            *(Delete(sandbox, ActionReason.IDLE) for sandbox in current[n_kept:]),
+            *(
+                Delete(sandbox, ActionReason.IDLE)
+                for sandbox in current[self._settings.warm_pool :]
+            ),
         ]
-
-    @property
-    def _n_awaiting(self) -> int:
-        """How many sandboxes the replicas take that wait for memory, if these are like others."""
-        return -(-self._n_waiting // max(1, self._settings.shape.capacity))
 
     def _place(
         self, demands: Iterable[FunctionDemand], bins: Iterable[Bin], *, reason: ActionReason
     ) -> list[Attach]:
         packer = BinPacker(self._settings, bins, new_sandboxes=self._new_sandboxes)
-        demands = list(demands)
         placed = [
             (packer.place(demand), demand.function)
             for demand in demands
             if self.budget.admit(demand)
         ]
-        self._n_waiting += len(demands) - len(placed)
         attaches = [Attach(s.id, function, reason) for s, function in placed if s is not None]
         self._n_new_sandboxes[reason] = packer.n_new_sandboxes
         self.unschedulable |= packer.unschedulable

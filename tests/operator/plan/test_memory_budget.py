@@ -115,19 +115,9 @@ def test_creates_no_sandbox_for_a_function_that_waits_for_memory() -> None:
     assert plan(demands, *full, capacity=1) == SandboxPlan((), waiting_for_memory=("f",))
 
 
-def test_keeps_empty_sandboxes_for_as_many_functions_as_wait_for_memory() -> None:
-    full = sandbox("a", assignment("g", last_used=NOW, size=100))
-    demands = [demand("g", size=100), *(demand(name, last_used=5) for name in ("f", "h", "i"))]
-    got = plan(demands, full, *map(sandbox, "bcd"), capacity=2)
-    assert got.waiting_for_memory == ("f", "h", "i")
-    assert got.actions == (Delete("d", ActionReason.IDLE),)
-    got = plan(demands[:1], full, sandbox("b"), capacity=2)
-    assert got.actions == (Delete("b", ActionReason.IDLE),)
-
-
 def test_memory_of_a_terminating_sandbox_counts_as_used() -> None:
     ending = sandbox("a", assignment("g", last_used=1, size=80), state=SandboxState.DRAINING)
-    assert plan([demand("f")], ending, sandbox("b")).actions == ()  # b is kept for it
+    assert plan([demand("f")], ending, sandbox("b")).actions == (Delete("b", ActionReason.IDLE),)
     assert plan([demand("f")], sandbox("b")).actions == (Attach("b", "f", DEMAND),)
 
 
