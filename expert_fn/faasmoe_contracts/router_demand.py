@@ -102,8 +102,6 @@ class RouterReport:
         is_pinned: whether it runs whatever the limit says.
         is_ready: whether it answers, and is not ending.
         waiting_s: seconds that requests of its model have waited for a router; 0 for none.
-        is_ending: whether it has had its last request and was told to end.
-        preference_s: how much later than others it makes room, as it is used often.
     """
 
     name: str
@@ -114,8 +112,6 @@ class RouterReport:
     is_pinned: bool
     is_ready: bool
     waiting_s: float
-    is_ending: bool = False
-    preference_s: float = 0.0
 
     @classmethod
     def list_from_json(cls, value: object) -> list[Self]:
@@ -137,8 +133,6 @@ class RouterReport:
             reader.flag("is_pinned", default=False),
             reader.flag("is_ready", default=False),
             reader.number("waiting_s"),
-            reader.flag("is_ending", default=False),
-            reader.number("preference_s"),
         )
 
 

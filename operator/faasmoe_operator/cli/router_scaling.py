@@ -21,13 +21,11 @@ from faasmoe_operator.cli.logs import print_progress
 from faasmoe_operator.cli.supervisor import SupervisedChild
 from faasmoe_operator.control.gateway_links import GatewayLinks
 from faasmoe_operator.control.router_scaler import RouterScaler
-from faasmoe_operator.plan.recent_use import RecentUse
 from faasmoe_operator.platforms.memory import pss_bytes
 
 TICK_S = 1.0
 PID_INTERVAL_S = 0.2
 MAX_MEASURED_AGE_S = 60.0  # of a router that ends, and may have run several times within it
-USE_INTERVAL_S = 1.0  # after which requests that go on are another use
 SPARE_IDLE_S = 1e-3  # of each further router of a model: of equally idle ones the last ends first
 
 
@@ -134,8 +132,7 @@ class ScaledRouters:
         self._tasks = TaskSet()
         self._changed = ChangeNotifier()
         self._last_used_s = time.monotonic()
-        self._n_requests = 0
-        self._use, self._counted_s = RecentUse(), -math.inf
+        self._had_requests = False
         self._waiting_since_s: float | None = None  # for a router that takes requests
         links.add(model, self._take_demand)
 
@@ -146,7 +143,6 @@ class ScaledRouters:
             idle_s = now_s - self._last_used_s
         if self._waiting_since_s is not None:
             waiting_s = now_s - self._waiting_since_s
-        preference_s = max(0.0, self._use.time - self._last_used_s)
         return [
             RouterReport(
                 f"{self.model}/{slot.name}",
@@ -157,8 +153,6 @@ class ScaledRouters:
                 is_pinned=slot.index < self._scaler.min_replicas,
                 is_ready=slot.is_ready and not slot.is_ending,
                 waiting_s=waiting_s,
-                is_ending=slot.is_ending,
-                preference_s=preference_s,
             )
             for slot in self.slots
         ]
@@ -196,24 +190,15 @@ class ScaledRouters:
     def _take_demand(self) -> None:
         """Take what the gateways have reported."""
         n_requests, now_s = self._links.n_requests(self.model), time.monotonic()
-        if n_requests or self._n_requests:
+        if n_requests or self._had_requests:
             self._last_used_s = now_s
-        self._count_use(n_requests, now_s)
+        self._had_requests = n_requests > 0
         if not n_requests or self._running:
             self._waiting_since_s = None
         elif self._waiting_since_s is None:
             self._waiting_since_s = now_s
         self._scaler.set_demand(n_requests, time.time())
         self._changed.notify()
-
-    def _count_use(self, n_requests: int, now_s: float) -> None:
-        """Count what came since the last report, and what goes on; not how long a start takes."""
-        is_more = n_requests > self._n_requests
-        self._n_requests = n_requests
-        goes_on = n_requests > 0 and bool(self._running)
-        if is_more or (goes_on and now_s - self._counted_s >= USE_INTERVAL_S):
-            self._use.add(now_s)
-            self._counted_s = now_s
 
     @property
     def _running(self) -> tuple[str, ...]:

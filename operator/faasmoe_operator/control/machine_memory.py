@@ -34,7 +34,6 @@ from faasmoe_operator.plan.shared_memory import SharedFunctions
 RESERVED_S = 30.0  # at most, for functions that a router will call
 IDLE_STEP_S = 0.25  # of when a model was used last, which reports tell within milliseconds
 SLOW_START_S = 10.0  # after which a start waits for disks, not for processors
-SLOW_END_S = 2.0  # after which memory of a router that ends counts again, as it is stuck
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +147,6 @@ class MemoryPool:
         self._routers: dict[str, RouterMemory] = {}
         self._names: dict[str, list[str]] = {}  # of the routers, by model
         self._started_at: dict[str, float] = {}  # of routers that do not answer yet
-        self._ending_since: dict[str, float] = {}  # of routers that were told to end
         self._turns: dict[str, int] = {}  # of models with routers, ascending
         self._n_turns = 0
         self._router_claims: tuple[MemoryClaim, ...] = ()
@@ -216,7 +214,6 @@ class MemoryPool:
             self._routers[router.name] = router.within(self.limit_bytes)
             self._names.setdefault(router.model, []).append(router.name)
             self._warn_if_larger(router)
-        self._note_ends(now)
         self._release_functions()
         self._end_reservations(now)
         models = self._models(self._shared_functions())
@@ -283,18 +280,6 @@ class MemoryPool:
             self._reservations[router.model] = _Reservation(
                 held_bytes + reserved_bytes, now + RESERVED_S
             )
-
-    def _note_ends(self, now: float) -> None:
-        """Let the memory of routers count again that were told to end and do not."""
-        ending = [name for name, router in self._routers.items() if router.is_ending]
-        self._ending_since = {name: self._ending_since.get(name, now) for name in ending}
-        for name, since in self._ending_since.items():
-            if now - since > SLOW_END_S:
-                self._routers[name] = replace(self._routers[name], is_ending=False)
-
-    def _holds_memory(self, router: RouterMemory) -> bool:
-        is_wanted = router.is_wanted and router.name not in self._evicted_routers
-        return replace(router, is_wanted=is_wanted).holds_memory
 
     def _release_functions(self) -> None:
         """Let functions go whose last router was evicted and calls them no more."""
@@ -364,7 +349,7 @@ class MemoryPool:
 
     def _notify_if_free(self, *, without: str = "") -> None:
         """Let models that wait plan anew once somebody has left."""
-        held_bytes = sum(r.size_bytes for r in self._routers.values() if self._holds_memory(r))
+        held_bytes = sum(r.size_bytes for r in self._routers.values() if r.is_running)
         held_bytes += sum(member.held_bytes() for member in self._members.values())
         held_bytes += sum(map(self._reserved_bytes, self._reservations))
         before, self._held_bytes = self._held_bytes, held_bytes
@@ -449,7 +434,7 @@ class MemoryPool:
         now = self._clock()
         found: dict[str, list[MemoryHolder]] = {}
         for name, router in self._routers.items():
-            if self._holds_memory(router):
+            if router.is_running:
                 holder = router.holder(now)
                 if name in self._evicted_routers:
                     holder = holder.changed(is_leaving=True)

@@ -59,7 +59,6 @@ class MemoryHolder:
         content: name of what it maps: all that map the same hold it once; empty if nobody else
             maps it.
         private_bytes: of its memory, what it maps with nobody else in any case.
-        preference_s: how much later it makes room than its last use says.
     """
 
     key: tuple[str, str]
@@ -71,7 +70,6 @@ class MemoryHolder:
     is_pinned: bool = False
     content: str = ""
     private_bytes: int = 0
-    preference_s: float = 0.0
 
     @property
     def name(self) -> str:
@@ -101,7 +99,6 @@ class MemoryHolder:
             self.is_pinned,
             self.content,
             self.private_bytes,
-            self.preference_s,
         )
 
 

@@ -3,9 +3,9 @@
 A limit is that of a model's functions together, for a device that several sandboxes share and that
 cannot hold the whole model, or that of a machine over all of its models and routers. What is
 missing gets free memory first. If there is none, what was used less recently is evicted, least
-recently used first and models that are used often last, but nothing that is in use. If all is in
-use, the missing one waits, so that two do not evict each other in turns. What is evicted counts as
-used until it is gone, so that something takes its place only once its memory is free.
+recently used first, but nothing that is in use. If all is in use, the missing one waits, so that
+two do not evict each other in turns. What is evicted counts as used until it is gone, so that
+something takes its place only once its memory is free.
 """
 
 from __future__ import annotations
@@ -88,10 +88,8 @@ class MemoryAdmission:
     waiting: dict[str, None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Sort the candidates by their last use, and what is used often behind others."""
-        self.candidates.sort(
-            key=lambda c: (c.holder.last_used + c.holder.preference_s, c.holder.key)
-        )
+        """Sort the candidates by their last use."""
+        self.candidates.sort(key=lambda c: (c.holder.last_used, c.holder.key))
 
     def admit(self, claim: MemoryClaim) -> bool:
         """Return whether there is memory now; plans evictions if there is not."""

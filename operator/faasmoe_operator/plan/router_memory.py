@@ -2,13 +2,9 @@
 
 A model starts and makes room as a whole: its first router gets memory together with the functions
 that it will call, and if it makes room, so do they. A router that is wanted gets free memory, else
-the model that was used least recently makes room, one that is used often later than that
-(`recent_use.py`), else it waits: the one whose requests wait longest is first, and leaves none of
-its memory to others. Only some start at a time, because several starts at once take each other's
-processors, and none of them is ready any sooner.
-
-A router that has had its last request and was told to end holds nothing for others any more: its
-memory is free before one that starts meanwhile has taken as much.
+the model that was used least recently makes room, else it waits: the one whose requests wait
+longest is first, and leaves none of its memory to others. Only some start at a time, because
+several starts at once take each other's processors, and none of them is ready any sooner.
 """
 
 from __future__ import annotations
@@ -41,8 +37,6 @@ class RouterMemory:
         is_pinned: whether it runs whatever the limit says.
         is_ready: whether it answers, and is not ending.
         waiting_since: time since when requests of its model wait for a router.
-        is_ending: whether it has had its last request and was told to end, a moment ago.
-        preference_s: how much later than others it makes room, as it is used often.
     """
 
     name: str
@@ -53,8 +47,6 @@ class RouterMemory:
     is_pinned: bool = False
     is_ready: bool = True
     waiting_since: float = 0.0
-    is_ending: bool = False
-    preference_s: float = 0.0
 
     @property
     def model(self) -> str:
@@ -65,11 +57,6 @@ class RouterMemory:
     def key(self) -> tuple[str, str]:
         """Its key among all that holds memory."""
         return ("", self.name)
-
-    @property
-    def holds_memory(self) -> bool:
-        """Whether its memory counts: not any more if it ends, and is not to start again."""
-        return self.is_running and (self.is_wanted or not self.is_ending)
 
     def is_idle(self, now: float) -> bool:
         """Return whether it has no request, nor had one just now."""
@@ -85,7 +72,6 @@ class RouterMemory:
             is_leaving=not self.is_wanted,
             is_idle=self.is_idle(now),
             is_pinned=self.is_pinned,
-            preference_s=self.preference_s,
         )
 
     def claim(self, size_bytes: int) -> MemoryClaim:
@@ -147,7 +133,7 @@ def plan_routers(
         max_starting: how many routers start at a time.
     """
     routers = [router.within(limit_bytes) for router in routers]
-    running = [router for router in routers if router.holds_memory]
+    running = [router for router in routers if router.is_running]
     holders = [*(r.holder(now) for r in running), *model_holders(models)]
     limit = machine_limit(MachineMemory(limit_bytes, tuple(holders), tuple(claims)))
     candidates = list(_candidates(running, models, limit, now))

@@ -130,9 +130,6 @@ class FakeRouters:
         self.healthy.set()
         self.failure: asyncio.Future[Never] = asyncio.get_running_loop().create_future()
 
-    def ending(self) -> None:
-        """Called when one is told to end."""
-
     @asynccontextmanager
     async def start(self, index: int) -> AsyncIterator[tuple[SupervisedChild, asyncio.Task[Never]]]:
         async def fail() -> Never:
@@ -147,7 +144,6 @@ class FakeRouters:
         try:
             yield child, task
         finally:
-            self.ending()
             self.running.discard(index)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -294,52 +290,6 @@ def test_router_runs_only_as_the_memory_limit_lets_it() -> None:
             scaled.allow(frozenset())  # others need the memory: it ends, and is not wanted
             await until(lambda: not fake.running)
             assert not scaled.reports()[0].is_wanted
-
-    asyncio.run(work())
-
-
-@pytest.mark.usefixtures("seconds")
-def test_router_that_is_told_to_end_is_reported_as_ending(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[bool, bool]] = []
-
-    async def work() -> None:
-        fake, links = FakeRouters(), GatewayLinks()
-        routers = fake.routers(spec_of(idleSeconds=3600), links)
-        async with scaled_routers(routers) as (scaled, _):
-            await until(lambda: scaled.slots[0].is_ready)
-            monkeypatch.setattr(fake, "ending", lambda: seen.append(ending_of(scaled)))
-            seen.append(ending_of(scaled))
-            scaled.allow(frozenset())
-            await until(lambda: not fake.running)
-            await until(lambda: scaled.slots[0].child is None)
-            seen.append(ending_of(scaled))
-
-    def ending_of(scaled: ScaledRouters) -> tuple[bool, bool]:
-        (report,) = scaled.reports()
-        return report.is_running, report.is_ending
-
-    asyncio.run(work())
-    assert seen == [(True, False), (True, True), (False, False)]
-
-
-@pytest.mark.usefixtures("seconds")
-def test_model_that_is_used_often_is_reported_to_make_room_later(socket: Path) -> None:
-    async def work() -> None:
-        fake, links = FakeRouters(), GatewayLinks()
-        async with (
-            links.listening(socket),
-            scaled_routers(fake.routers(spec_of(idleSeconds=3600), links)) as (scaled, _),
-        ):
-            await until(lambda: scaled.slots[0].is_ready)
-            gateway = await FakeGateway.connect(socket)
-            for n_uses in range(3):
-                gateway.report(1)
-                await until(lambda: scaled.state[0])
-                gateway.report(0)
-                await until(lambda: not scaled.state[0])
-                (report,) = scaled.reports()
-                assert (report.preference_s > 10) == (n_uses > 0)
-            await gateway.close()
 
     asyncio.run(work())
 

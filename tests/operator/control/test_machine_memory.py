@@ -277,22 +277,6 @@ def test_router_that_does_not_become_ready_keeps_others_from_starting_for_a_whil
     assert memory.update_routers([slow, second]) == {"a/0", "b/0"}
 
 
-def test_router_that_does_not_end_when_told_to_counts_again_after_a_while() -> None:
-    now = 100.0
-    memory = MemoryPool(10, clock=lambda: now, max_starting=2)
-    old = RouterMemory("a/0", 8, 50.0, is_running=True, is_wanted=True)
-    assert memory.update_routers([old, starting("b/0", size=7)]) == frozenset()
-    old = replace(old, is_ready=False, is_ending=True)
-    assert memory.update_routers([old, starting("b/0", size=7)]) == {"b/0"}
-    assert [h.name for h in memory.view("c").others] == ["b/0"]
-    started = RouterMemory("b/0", 7, 100.0, is_running=True, is_wanted=True)
-    now += 1.0
-    assert memory.update_routers([old, started, starting("c/0", size=3)]) == {"b/0", "c/0"}
-    now += 2.0
-    started = replace(started, last_used=now)
-    assert memory.update_routers([old, started, starting("c/0", size=3)]) == {"b/0"}
-
-
 def test_functions_go_once_the_router_that_makes_room_has_had_its_last_request() -> None:
     now = 100.0
     memory = MemoryPool(10, clock=lambda: now)

@@ -91,8 +91,6 @@ def parse_router_report(content: bytes, *, now: float) -> list[RouterMemory]:
             is_wanted=report.is_wanted,
             is_pinned=report.is_pinned,
             is_ready=report.is_ready,
-            is_ending=report.is_ending,
-            preference_s=report.preference_s,
             waiting_since=now - report.waiting_s,
         )
         for report in reports

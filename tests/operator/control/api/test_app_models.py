@@ -216,7 +216,6 @@ def router_report(**fields: Any) -> dict[str, Any]:
         "is_pinned": False,
         "is_ready": False,
         "waiting_s": 0.0,
-        "preference_s": 0.0,
     }
     return {"routers": [{**report, **fields}]}
 
