@@ -65,8 +65,8 @@ def why_not_attended(config: Mapping[str, Any]) -> str | None:
     head_size, field = config.get("head_dim"), "head_dim"
     if head_size is None:
         hidden_size, n_heads = config.get("hidden_size"), config.get("num_attention_heads")
-        if hidden_size is None or not n_heads:
-            return None
+        if not isinstance(hidden_size, int) or not isinstance(n_heads, int) or n_heads < 1:
+            return None  # vLLM says what is wrong with it, or has another name for it
         head_size, field = hidden_size // n_heads, "hidden_size / num_attention_heads"
     if head_size in CPU_HEAD_SIZES:
         return None

@@ -59,6 +59,7 @@ def test_heads_that_attention_on_a_cpu_cannot_run_are_refused_and_named() -> Non
         pytest.param(None, "vllm", id="a GPU"),
         pytest.param(SMALL_HEADS, "transformers", id="small heads"),
         pytest.param(SMALL_HEADS | {"head_dim": 64}, "vllm", id="larger heads"),
+        pytest.param(SMALL_HEADS | {"hidden_size": "64"}, "vllm", id="no number"),
         pytest.param(SMALL_HEADS | {"kv_lora_rank": 512}, "vllm", id="latent attention"),
         pytest.param({}, "vllm", id="unknown"),
     ],
