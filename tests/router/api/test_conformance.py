@@ -1056,9 +1056,9 @@ VLLM = """
 (0.33.0 was used) against the demo model. vLLM itself is not installed: its server's fixture starts
 `faasmoe up`. `tests/clients/vllm_exclusions.py` lists each test that does not apply, with why.
 
-On the engine `vllm` (`ARGS=--engine=vllm`), over three runs on 30 November 2026 that together
-reached all files, 102 of 106 tests passed: all but `test_tokenize_chat_with_tools`,
-`test_logprobs`, `test_streaming` and `test_function_tool_use` below.
+On the engine `vllm` (`ARGS=--engine=vllm`), in one run of all files on 30 November 2026, 102 of
+106 passed: all but `test_tokenize_chat_with_tools`, `test_logprobs`, `test_streaming` and
+`test_function_tool_use` below.
 
 On the engine `transformers`, in one run of all files on 30 November 2026, 102 of 106 passed: all
 but `test_batch_completions`, `test_long_seed`, `test_empty_prompt` and
