@@ -62,14 +62,14 @@ def test_models_take_turns_within_the_memory_limit(tmp_path: Path) -> None:
 def test_many_requests_start_a_second_router_which_ends_without_them(tmp_path: Path) -> None:
     file = write_model(tmp_path, "tiny", maxReplicas=2, targetConcurrency=1, idleSeconds=10)
     with running_up(file, tmp_path / "up.log") as up, ThreadPoolExecutor(8) as pool:
-        expected = complete(up, "tiny", max_tokens=40, ignore_eos=True)
+        expected = complete(up, "tiny", max_tokens=200, ignore_eos=True)
 
         def complete_until_two(_: int) -> set[str]:
             seen = set()
             while len(routers(up)) < 2:
-                seen.add(complete(up, "tiny", max_tokens=40, ignore_eos=True))
-            return seen | {complete(up, "tiny", max_tokens=40, ignore_eos=True)}
+                seen.add(complete(up, "tiny", max_tokens=200, ignore_eos=True))
+            return seen | {complete(up, "tiny", max_tokens=200, ignore_eos=True)}
 
         assert set().union(*pool.map(complete_until_two, range(8))) == {expected}
         wait_until(lambda: len(routers(up)) == 0, timeout_s=TIMEOUT_S, what="no router")
-        assert complete(up, "tiny", max_tokens=40, ignore_eos=True) == expected
+        assert complete(up, "tiny", max_tokens=200, ignore_eos=True) == expected
