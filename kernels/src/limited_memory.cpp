@@ -39,10 +39,6 @@ int64_t disk_bytes() {
   return int64_t(usage.ru_inblock) * 512;
 }
 
-struct Pages {
-  uintptr_t begin, end;
-};
-
 int64_t parameter_bytes(int32_t dtype) {
   return dtype == FK_P_FLOAT32 ? 4 : dtype == FK_P_BFLOAT16 || dtype == FK_P_FLOAT16 ? 2 : 1;
 }

@@ -53,9 +53,14 @@ def read_model_config(store: Store) -> dict[str, Any]:
     """Return a store's config.json; raises RouterConfigError naming the variable."""
     path = store.path / "model" / "config.json"
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise RouterConfigError(f"FAASMOE_STORE: {path}: {error}") from error
+    if not isinstance(config, dict):
+        raise RouterConfigError(
+            f"FAASMOE_STORE: {path}: got {type(config).__name__}, expected a JSON object"
+        )
+    return config
 
 
 def create_dispatcher(

@@ -327,7 +327,7 @@ def _gated_or_transformers_kernel(
             is_quantized = weights.is_quantized
             large = None if is_quantized else GatedKernel(spec, weights, reason="large batches")
             return NativeKernel(
-                *(spec, weights, experts, load()), large_batch_kernel=large, layer=layer.index
+                spec, weights, experts, load(), large_batch_kernel=large, layer=layer.index
             )
         except (KernelsUnavailable, UnsupportedLayer) as error:
             return GatedKernel(spec, weights, reason=str(error))

@@ -51,17 +51,16 @@ def test_what_leaves_frees_only_what_nobody_maps_who_stays() -> None:
     assert SharedFunctions(held).resident == {"y"}
 
 
-@given(
-    st.lists(
-        st.builds(
-            holder,
-            st.sampled_from("abc"),
-            st.sampled_from(sorted(SIZES)),
-            private=st.integers(0, 9),
-            is_leaving=st.booleans(),
-        )
-    )
+HOLDERS = st.builds(
+    holder,
+    st.sampled_from("abc"),
+    st.sampled_from(sorted(SIZES)),
+    private=st.integers(0, 9),
+    is_leaving=st.booleans(),
 )
+
+
+@given(st.lists(HOLDERS))
 def test_parts_add_up_to_what_is_held(held: list[MemoryHolder]) -> None:
     shared = sum(SIZES[content] for content in {h.content for h in held} - {""})
     others = sum(h.size_bytes if not h.content else h.private_bytes for h in held)
@@ -106,16 +105,7 @@ def test_a_holder_keeps_all_but_what_is_changed(changes: dict[str, Any]) -> None
     assert holder.changed(**changes) == replace(holder, **changes)
 
 
-HELD = st.lists(
-    st.builds(
-        holder,
-        st.sampled_from("abc"),
-        st.sampled_from(sorted(SIZES)),
-        private=st.integers(0, 9),
-        is_leaving=st.booleans(),
-    ),
-    max_size=4,
-)
+HELD = st.lists(HOLDERS, max_size=4)
 
 
 @given(st.lists(st.tuples(HELD, HELD, st.booleans()), max_size=4))
