@@ -218,6 +218,9 @@ class ContinuousBatcher:
         """
         outputs = EventLoopOutputRouter(loop, on_outputs, self._pop_cached_tokens)
         self._manager.output_router = outputs
+        # Would seed generators that nobody draws from; for that, torch formats a traceback of each
+        # device's, for which a router would read 10,000 lines of sources.
+        self._manager.distributed_helper.set_tp_seed = lambda *_: None
         try:
             with UntouchedZeros():
                 self._manager.warmup()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import linecache
 import os
 import sys
 
@@ -35,6 +36,7 @@ def main() -> int:
     except (ParentDeathError, ForkServerError) as error:
         print(f"faasmoe_router.common_zygote: {error}", file=sys.stderr)
         return EXIT_FAILED
+    linecache.clearcache()  # sources that torch has looked at
     gc.collect()
     HOLES.fill()
     release_unchanged_pages()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import linecache
 import logging
 import os
 import sys
@@ -64,6 +65,7 @@ def main() -> int:
     except (RouterConfigError, ParentDeathError, ForkServerError) as error:
         print(f"faasmoe_router.zygote: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
+    linecache.clearcache()  # sources that libraries have looked at
     HOLES.fill()
     release_unchanged_pages()
     # Collectors of the routers skip these objects, so that their pages stay shared. What garbage

@@ -211,6 +211,18 @@ BATCHING_NAMES: tuple[PrivateName, ...] = (
     ),
     *names(
         f"{_API}:ContinuousBatchingManager.",
+        "distributed_helper",
+        "continuous_batching",
+        "reaches what seeds the generators",
+    ),
+    *names(
+        f"{_CB}.distributed:DistributedHelper.",
+        "set_tp_seed",
+        "continuous_batching",
+        "replaced: samplers draw by themselves",
+    ),
+    *names(
+        f"{_API}:ContinuousBatchingManager.",
         "add_request(logit_processor_kwargs)",
         "continuous_batching",
         "hands a request's sampling state to the logits processor",

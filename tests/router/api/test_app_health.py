@@ -1,4 +1,6 @@
 import asyncio
+import copy
+import linecache
 from typing import Any
 
 import httpx
@@ -109,3 +111,30 @@ def test_metrics_can_have_a_port_of_their_own(
     public, private = asyncio.run(get())
     assert public.status_code == 404
     assert 'vllm:num_requests_running{model_name="tiny"} 0.0' in private.text
+
+
+def test_neither_start_nor_first_request_reads_sources(
+    base_model: Any, model_tokenizer: ModelTokenizer
+) -> None:
+    """A router of a zygote would take 10 ms and pages of its own for them."""
+    registry = new_registry()
+    engine = Engine(
+        copy.deepcopy(base_model),
+        model_tokenizer,
+        limits=EngineLimits(max_model_len=256),
+        metrics=EngineMetrics(registry, "tiny"),
+    )
+    app = create_app(engine, model_name="tiny", registry=registry)
+
+    async def complete() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://router") as client,
+        ):
+            body = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+            return await client.post("/v1/completions", json=body)
+
+    linecache.clearcache()
+    assert asyncio.run(complete()).status_code == 200
+    assert not [name for name in linecache.cache if name.endswith(".py")]
