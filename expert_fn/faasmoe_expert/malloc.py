@@ -6,7 +6,7 @@ import ctypes
 import sys
 from collections.abc import Iterator, Mapping
 
-MAX_FILLED_BYTES = 32 << 20  # of a process, as they are never free again
+MAX_FILLED_BYTES = 32 << 20  # resident, of a process, as they are never free again
 POOL_BYTES = 16 << 10  # of Python's allocator, for blocks of one size
 POOL_HEADER_BYTES = 48
 MAX_BLOCK_BYTES = 512  # of Python's allocator; larger ones are malloc's
@@ -18,6 +18,7 @@ MALLOPT_OPTIONS = {
 }
 """M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_ARENA_MAX, by the variables that set them."""
 MAX_HOLE_BYTES = 64 << 10
+PAGE_BYTES = 4096
 
 
 class _Mallinfo(ctypes.Structure):
@@ -63,7 +64,8 @@ class HoleFiller:
     holes all over the pages that it shares with its parent, each of which would be copied.
 
     Attributes:
-        filled_bytes: what has been taken so far, `MAX_FILLED_BYTES` at most.
+        filled_bytes: resident memory that has been taken so far, `MAX_FILLED_BYTES` at most. Of a
+            larger hole that is one page, which has the block's header: the others are released.
     """
 
     def __init__(self) -> None:
@@ -71,7 +73,8 @@ class HoleFiller:
         self._kept: list[bytes] = []
 
     def fill(self) -> None:
-        """Fill the holes that there are now; does nothing unless the C library is glibc."""
+        """Release free pages, then fill the holes that there are; does nothing without glibc."""
+        trim_heap()
         libc = ctypes.CDLL(None)
         if getattr(libc, "mallinfo2", None) is not None:  # glibc 2.33
             self._fill_heap(libc)
@@ -89,7 +92,7 @@ class HoleFiller:
                 if not block or block >= top:
                     libc.free(block)
                     break
-                self.filled_bytes += size
+                self.filled_bytes += min(size, PAGE_BYTES)
 
     def _fill_pools(self) -> None:
         """Fill the pools of Python's allocator, until it begins another one."""

@@ -24,7 +24,7 @@ from faasmoe_contracts.parent_death import ParentDeathError, die_with_parent
 from faasmoe_contracts.start_phases import StartPhases
 from faasmoe_contracts.store import Store
 from faasmoe_expert.file_pages import release_unchanged_pages
-from faasmoe_expert.malloc import HOLES, trim_heap
+from faasmoe_expert.malloc import HOLES
 from faasmoe_router.__main__ import EXIT_BAD_CONFIG, configure_logging, import_router, serve_router
 from faasmoe_router.config import RouterConfig
 from faasmoe_router.errors import RouterConfigError
@@ -117,7 +117,6 @@ def prepare_parts(environment: Mapping[str, str]) -> None:
             prepare_skeleton(store, selected.dtype)
     except Exception as error:  # a broken file raises whatever its parser does
         logger.info("A router inherits less than others: %s", error)
-    trim_heap()
     HOLES.fill()
     gc.freeze()
 

@@ -69,6 +69,42 @@ def test_fills_holes_up_to_a_limit() -> None:
     assert limit - 100_000 < filled <= limit
 
 
+LARGE_HOLES = """
+import ctypes
+from faasmoe_expert.malloc import HOLES, MAX_FILLED_BYTES, _Mallinfo
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+libc.mallinfo2.restype = _Mallinfo
+
+def hole_bytes():
+    info = libc.mallinfo2()
+    return info.fordblks - info.keepcost
+
+def make_holes(size, number):
+    blocks = [libc.malloc(size) for _ in range(2 * number)]
+    for block in blocks[::2]:
+        libc.free(block)
+
+make_holes(100_000, 600)  # a tokenizer leaves as much
+make_holes(2000, 2000)
+print(hole_bytes())
+HOLES.fill()
+print(hole_bytes(), HOLES.filled_bytes, MAX_FILLED_BYTES)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc 2.33 only")
+def test_large_holes_leave_enough_of_the_limit_for_small_ones() -> None:
+    command = [sys.executable, "-c", LARGE_HOLES]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert int(lines[0]) > 50_000_000
+    left, filled, limit = map(int, lines[1].split())
+    assert left < 1_000_000
+    assert filled < limit / 2
+
+
 VARIABLES = """
 import ctypes
 from faasmoe_expert.malloc import _Mallinfo, apply_malloc_variables
