@@ -7,9 +7,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from faasmoe_up import UP_COMMAND, FaasmoeUp, running_up
 from tiny_chat import save_tiny_chat_model
 from tiny_system import moemodel_yaml
+from transformers import Qwen2MoeForCausalLM
 
 from faasmoe_operator.cli import main
 
@@ -74,3 +76,20 @@ def test_api_key_beside_tenants_is_refused(
     assert UP_COMMAND[-1] == "up"
     assert main(["up", "-f", str(with_tenants), "--api-key", "x"]) == 2
     assert "--api-key" in capsys.readouterr().err
+
+
+def test_the_kernels_setting_reaches_the_router_and_sandboxes_through_their_zygotes(
+    tmp_path: Path,
+) -> None:
+    model = save_tiny_chat_model(tmp_path / "model")
+    Qwen2MoeForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(model)
+    file, log = tmp_path / "tiny.yaml", tmp_path / "log"
+    file.write_text(moemodel_yaml(model, router="cpu", experts="cpu"))
+    with running_up(file, log, variables={"FAASMOE_KERNELS": "off"}) as up:
+        chat = {**CHAT, "model": httpx.get(f"{up.base_url}/v1/models").json()["data"][0]["id"]}
+        response = httpx.post(f"{up.base_url}/v1/chat/completions", json=chat, timeout=60)
+    assert response.status_code == 200, response.text
+    lines = [line for line in log.read_text().splitlines() if "kernels" in line]
+    native = [line for line in lines if "native (" in line or "the kernels multiply" in line]
+    assert not native
+    assert any("sandbox" in line and "switched off by FAASMOE_KERNELS" in line for line in lines)

@@ -19,6 +19,8 @@ from faasmoe_operator.cli.zygote import Zygote
 COMMAND = (sys.executable, "-m", "faasmoe_router.common_zygote")
 GRACE_S = 5.0
 SETTINGS = "FAASMOE_"
+KERNEL_SETTINGS = ("FAASMOE_KERNELS", "FAASMOE_KERNELS_ISA")
+"""Settings of ours that count as a library's: the kernel library is loaded before the fork."""
 SET_AGAIN = (
     # By `faasmoe_expert.malloc`, in the fork.
     *("MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"),
@@ -114,8 +116,12 @@ def can_fork(
 
 
 def library_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment without settings of ours."""
-    return {n: v for n, v in environment.items() if not n.startswith(SETTINGS)}
+    """Return an environment without settings of ours, but with those of the kernel library."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith(SETTINGS) or name in KERNEL_SETTINGS
+    }
 
 
 def _read_when_loaded(environment: Mapping[str, str], *, but: Container[str]) -> dict[str, str]:

@@ -70,8 +70,13 @@ def test_other_routers_are_forked_by_a_zygote_without_vllm() -> None:
 def test_a_zygote_forks_routers_of_one_engine_and_of_the_same_variables_for_libraries() -> None:
     ours = {"FAASMOE_ENGINE": "transformers", "OMP_NUM_THREADS": "1"}
     assert zygote_key({**ours, "FAASMOE_PORT": "1"}) == zygote_key({**ours, "FAASMOE_PORT": "2"})
-    others = ({**ours, "FAASMOE_ENGINE": "vllm"}, {**ours, "OMP_NUM_THREADS": "2"})
-    assert len({zygote_key(variables) for variables in (ours, *others)}) == 3
+    others = (
+        {**ours, "FAASMOE_ENGINE": "vllm"},
+        {**ours, "OMP_NUM_THREADS": "2"},
+        {**ours, "FAASMOE_KERNELS": "off"},
+        {**ours, "FAASMOE_KERNELS_ISA": "avx2"},
+    )
+    assert len({zygote_key(variables) for variables in (ours, *others)}) == 5
 
 
 def test_environment_omits_settings_absent_from_spec(write_model: WriteModel) -> None:
