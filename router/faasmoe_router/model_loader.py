@@ -12,6 +12,7 @@ layers and embeddings as they lie in the files, mapped: the kernels compute with
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,9 +29,11 @@ from faasmoe_contracts.store import Store, StoreError, TensorQuantization
 from faasmoe_contracts.store.quantization import SCALE_SUFFIX
 from faasmoe_expert.functions.dequantization import dequantize
 from faasmoe_expert.functions.native_kernel import QUANTIZED_SCHEMES, SCALE_DTYPES
+from faasmoe_expert.functions.verification import VerifiedBlocks
 from faasmoe_expert.functions.weights import TORCH_DTYPES
 from faasmoe_kernels import KernelLibrary, KernelsUnavailable, Matrix, load
 from faasmoe_router.errors import RouterWeightsChanged
+from faasmoe_router.loaded_models import LOADED_MODELS, LoadedModel
 from faasmoe_router.referenced_tensors import (
     RouterWeightsWatch,
     map_referenced_tensors,
@@ -52,6 +55,8 @@ from faasmoe_transformers.tensor_places import TensorPlaces
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+
+logger = logging.getLogger(__name__)
 
 SAFETENSORS_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -85,15 +90,81 @@ def load_router_model(
             missing, unknown or of another shape, or the device has no room for the tensors.
     """
     register_implementation()
-    stored_dtype: torch.dtype = getattr(torch, store.manifest.model.dtype)
-    skeleton = SKELETONS.take(store, dtype or stored_dtype)
+    dtype = dtype or _stored_dtype(store)
+    loaded = LOADED_MODELS.take(store, dtype, compute) if device.type == "cpu" else None
+    if loaded is None:
+        loaded = _load(store, device, dtype, compute)
+    else:
+        logger.info("The zygote has loaded the model, for models with equal tensors")
+    bind_experts(loaded.model, [layer.name for layer in store.manifest.layers], dispatcher)
+    watch_model(loaded.model, loaded.watch)
+    return loaded.model
+
+
+def prepare_model(
+    store: Store,
+    dtype: torch.dtype,
+    *,
+    user: str,
+    compute: ComputeMode = "auto",
+    verified_blocks: VerifiedBlocks | None = None,
+) -> None:
+    """Make what a forked router will take of its model on the CPU: with tensors, or without.
+
+    Args:
+        store: the router's store.
+        dtype: the dtype that it computes in.
+        user: name of the model that it is to serve.
+        compute: what computes the model.
+        verified_blocks: record of what was verified; that of the process by default.
+
+    Raises:
+        ModelLoadError: as `load_router_model`.
+        StoreError: a file is missing or of another size.
+    """
+    register_implementation()
+    is_loaded = LOADED_MODELS.prepare(
+        store,
+        dtype,
+        compute,
+        user=user,
+        load=lambda: _load(
+            store,
+            torch.device("cpu"),
+            dtype,
+            compute,
+            map_tensors=partial(
+                map_referenced_tensors, verified_blocks=verified_blocks, max_threads=1
+            ),
+        ),
+    )
+    if not is_loaded:
+        SKELETONS.prepare(store, dtype, build_skeleton)
+
+
+def _stored_dtype(store: Store) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, store.manifest.model.dtype)
+    return dtype
+
+
+def _load(
+    store: Store,
+    device: torch.device,
+    dtype: torch.dtype,
+    compute: ComputeMode,
+    *,
+    map_tensors: TensorMapper = map_referenced_tensors,
+) -> LoadedModel:
+    """Build the model and load the router's tensors; raises ModelLoadError."""
+    stored_dtype = _stored_dtype(store)
+    skeleton = SKELETONS.take(store, dtype)
     if skeleton is None:
-        skeleton = build_skeleton(store, dtype or stored_dtype)
+        skeleton = build_skeleton(store, dtype)
     model, places = skeleton.model, skeleton.places
     uses_kernels = compute != "torch"
-    kernels = _find_kernels(device, dtype or stored_dtype) if uses_kernels else None
+    kernels = _find_kernels(device, dtype) if uses_kernels else None
     convert = None
-    if dtype is not None and dtype != stored_dtype:
+    if dtype != stored_dtype:
         kept = set() if kernels is None else places.stored_weights
         convert = partial(places.converted, kept=kept)
     tensors: dict[str, Tensor] = {}
@@ -104,8 +175,8 @@ def load_router_model(
         read = _read_tensors(path, device, convert)
         _check_quantized(read, quantized, path)
         codes |= {name: read.pop(name) for name in _codes_of(native) if name in read}
-        tensors |= dequantize_weights(read, quantized, dtype=dtype or stored_dtype)
-    referenced, watch = _map_referenced(store, device, convert)
+        tensors |= dequantize_weights(read, quantized, dtype=dtype)
+    referenced, watch = _map_referenced(store, device, convert, map_tensors)
     tensors |= referenced
     _assign_tensors(places, tensors, store)
     model.tie_weights()
@@ -116,9 +187,7 @@ def load_router_model(
     move_buffers(model, device)  # those that are computed, such as rotary frequencies
     if kernels is not None:
         use_native_linears(model, kernels)
-    bind_experts(model, [layer.name for layer in store.manifest.layers], dispatcher)
-    watch_model(model, watch)
-    return model
+    return LoadedModel(model, watch)
 
 
 def _find_kernels(device: torch.device, dtype: torch.dtype) -> KernelLibrary | None:
@@ -129,12 +198,6 @@ def _find_kernels(device: torch.device, dtype: torch.dtype) -> KernelLibrary | N
         return load()
     except KernelsUnavailable:
         return None
-
-
-def prepare_skeleton(store: Store, dtype: torch.dtype) -> None:
-    """Build the model that a forked router will load; raises ModelLoadError."""
-    register_implementation()
-    SKELETONS.prepare(store, dtype, build_skeleton)
 
 
 def build_skeleton(store: Store, dtype: torch.dtype) -> Skeleton:
@@ -168,6 +231,8 @@ def _load_config(folder: Path) -> PreTrainedConfig:
         raise ModelLoadError(f"{folder / 'config.json'}: {error}") from error
 
 
+TensorMapper = Callable[[Store], tuple[dict[str, Tensor], RouterWeightsWatch | None]]
+"""Maps the router's tensors that a store refers to, as `map_referenced_tensors`."""
 TensorConverter = Callable[[str, Tensor], Tensor]
 """Takes a stored tensor and its name; returns the tensor to compute with."""
 
@@ -191,11 +256,14 @@ def _read_tensors(
 
 
 def _map_referenced(
-    store: Store, device: torch.device, convert: TensorConverter | None
+    store: Store,
+    device: torch.device,
+    convert: TensorConverter | None,
+    map_tensors: TensorMapper,
 ) -> tuple[dict[str, Tensor], RouterWeightsWatch | None]:
     """Return the tensors that lie in the checkpoint, and their watch if they stay mapped."""
     try:
-        mapped, watch = map_referenced_tensors(store)
+        mapped, watch = map_tensors(store)
         tensors = {
             name: tensor.to(device) if convert is None else convert(name, tensor.to(device))
             for name, tensor in mapped.items()

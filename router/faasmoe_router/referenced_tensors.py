@@ -16,7 +16,11 @@ from torch import Tensor
 from faasmoe_contracts.store import MappedLayer, Store
 from faasmoe_contracts.store.digests import page_sum_digest
 from faasmoe_contracts.store.referenced_files import REMEDY
-from faasmoe_expert.functions.verification import WatchedFile, process_verified_blocks
+from faasmoe_expert.functions.verification import (
+    VerifiedBlocks,
+    WatchedFile,
+    process_verified_blocks,
+)
 from faasmoe_expert.functions.weights import tensor_view
 from faasmoe_router.errors import RouterWeightsChanged
 
@@ -31,16 +35,33 @@ class RouterWeightsWatch:
     Args:
         store: the store that refers to them.
         mapped: the mapped tensors.
+        verified_blocks: record of what was verified; that of the process by default.
+        max_threads: how many threads verify; with 1, none is started.
     """
 
-    def __init__(self, store: Store, mapped: MappedLayer) -> None:
+    def __init__(
+        self,
+        store: Store,
+        mapped: MappedLayer,
+        *,
+        verified_blocks: VerifiedBlocks | None = None,
+        max_threads: int = MAX_THREADS,
+    ) -> None:
         assert store.manifest.checkpoint is not None
+        self._verified_blocks = verified_blocks or process_verified_blocks()
+        self._max_threads = max_threads
+        self._digest_of_all = digest_of_router(store)
         self._mapped = mapped
         self._digests = {
             name: entry.digest for name, entry in store.manifest.checkpoint.router.items()
         }
         self._files = [WatchedFile(file) for file in mapped.files]
         self._is_first = True
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether bytes of a mapping could not be read."""
+        return any(file.is_damaged for file in self._files)
 
     def check(self) -> None:
         """Verify the tensors if a file changed since the last call, or at first.
@@ -62,19 +83,19 @@ class RouterWeightsWatch:
         for file in changed:
             file.accept()
         is_first, self._is_first = self._is_first, False
-        record = (tuple(file.identity for file in self._files), ROUTER_BLOCK, self._digest_of_all())
-        if is_first and process_verified_blocks().contains(*record):
+        record = (tuple(file.identity for file in self._files), ROUTER_BLOCK, self._digest_of_all)
+        if is_first and self._verified_blocks.contains(*record):
             return
         self._verify()
-        process_verified_blocks().add(*record)
-
-    def _digest_of_all(self) -> str:
-        return hashlib.sha256(repr(sorted(self._digests.items())).encode()).hexdigest()
+        self._verified_blocks.add(*record)
 
     def _verify(self) -> None:
-        n_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
-        with ThreadPoolExecutor(n_threads) as pool:
-            got = dict(zip(self._digests, pool.map(self._digest, self._digests), strict=True))
+        n_threads = min(self._max_threads, len(os.sched_getaffinity(0)))
+        if n_threads == 1:
+            got = {name: self._digest(name) for name in self._digests}
+        else:
+            with ThreadPoolExecutor(n_threads) as pool:
+                got = dict(zip(self._digests, pool.map(self._digest, self._digests), strict=True))
         # A truncated file reads as zeros from where it ends, so its first tensor there differs.
         for name, expected in self._digests.items():
             if got[name] != expected:
@@ -88,8 +109,26 @@ class RouterWeightsWatch:
         return page_sum_digest(piece.buffer for piece in self._mapped.tensors[name].pieces)
 
 
-def map_referenced_tensors(store: Store) -> tuple[dict[str, Tensor], RouterWeightsWatch | None]:
+def digest_of_router(store: Store) -> str:
+    """Return the digest of all tensors of the router that a store refers to."""
+    checkpoint = store.manifest.checkpoint
+    router = {} if checkpoint is None else checkpoint.router
+    digests = sorted((name, entry.digest) for name, entry in router.items())
+    return hashlib.sha256(repr(digests).encode()).hexdigest()
+
+
+def map_referenced_tensors(
+    store: Store,
+    *,
+    verified_blocks: VerifiedBlocks | None = None,
+    max_threads: int = MAX_THREADS,
+) -> tuple[dict[str, Tensor], RouterWeightsWatch | None]:
     """Map and verify the router's tensors that the store refers to.
+
+    Args:
+        store: the store.
+        verified_blocks: as for `RouterWeightsWatch`.
+        max_threads: the same.
 
     Returns:
         The tensors by name, and their watch; none and None if the store holds all tensors.
@@ -101,7 +140,9 @@ def map_referenced_tensors(store: Store) -> tuple[dict[str, Tensor], RouterWeigh
     mapped = store.map_router_references()
     if not mapped.tensors:
         return {}, None
-    watch = RouterWeightsWatch(store, mapped)
+    watch = RouterWeightsWatch(
+        store, mapped, verified_blocks=verified_blocks, max_threads=max_threads
+    )
     watch.check()
     tensors = {
         name: tensor_view(view.buffer, view.dtype, view.shape)

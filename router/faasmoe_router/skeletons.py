@@ -7,7 +7,8 @@ as it was built.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,29 +61,37 @@ class SkeletonCache:
 
         Runs no parallel region, after whose threads a process must not fork.
         """
-        key = _key(store, dtype)
+        key = key_of(store, dtype)
         skeleton = self._skeletons.pop(key, None)
         if skeleton is None:
-            n_threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            try:
+            with on_one_thread():
                 skeleton = build(store, dtype)
-            finally:
-                torch.set_num_threads(n_threads)
         self._skeletons[key] = skeleton
         while len(self._skeletons) > self._size:
             del self._skeletons[next(iter(self._skeletons))]
 
     def take(self, store: Store, dtype: torch.dtype) -> Skeleton | None:
         """Remove and return a store's model; None if there is none of its files."""
-        return self._skeletons.pop(_key(store, dtype), None) if self._skeletons else None
+        return self._skeletons.pop(key_of(store, dtype), None) if self._skeletons else None
 
 
-def _key(store: Store, dtype: torch.dtype) -> Key:
+def key_of(store: Store, dtype: torch.dtype) -> Key:
+    """Return what a store's model without weights is built from."""
     folder = store.path / "model"
     files = (folder / name for name in CONFIG_NAMES)
     digests = tuple(CONTENTS.digest(path) if path.exists() else "" for path in files)
     return store.manifest.model.architecture, dtype, digests
+
+
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Have torch run no parallel region, after whose threads a process must not fork."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 SKELETONS = SkeletonCache()

@@ -95,7 +95,7 @@ def import_late() -> None:
 
 
 def prepare_parts(environment: Mapping[str, str]) -> None:
-    """Make what a router inherits that equal models share: family, skeleton, tokenizer.
+    """Make what a router inherits that equal models share: family, model, tokenizer.
 
     The router meets what is wrong with its files again, and reports it as its own error.
 
@@ -104,9 +104,10 @@ def prepare_parts(environment: Mapping[str, str]) -> None:
     """
     import torch
 
+    from faasmoe_expert.functions.verification import VERIFIED_DIR_ENV, VerifiedBlocks
     from faasmoe_router.compute_dtype import select_compute_dtype
     from faasmoe_router.engine.tokenizer_cache import TOKENIZERS
-    from faasmoe_router.model_loader import prepare_skeleton
+    from faasmoe_router.model_loader import prepare_model
 
     try:
         config = RouterConfig.from_env(environment)
@@ -114,7 +115,14 @@ def prepare_parts(environment: Mapping[str, str]) -> None:
         if config.device == "cpu" or not CUDA_DEVICE.exists():  # asking CUDA would forbid to fork
             store, cpu = Store.open(config.store), torch.device("cpu")
             selected = select_compute_dtype(config.dtype, store, cpu, compute=config.compute)
-            prepare_skeleton(store, selected.dtype)
+            verified_dir = environment.get(VERIFIED_DIR_ENV)
+            prepare_model(
+                store,
+                selected.dtype,
+                user=config.model_name or str(config.store),
+                compute=config.compute,
+                verified_blocks=VerifiedBlocks(Path(verified_dir) if verified_dir else None),
+            )
     except Exception as error:  # a broken file raises whatever its parser does
         logger.info("A router inherits less than others: %s", error)
     HOLES.fill()

@@ -83,6 +83,14 @@ class Store:
         router = checkpoint.router if checkpoint else {}
         return self._map_references({name: entry.tensor for name, entry in router.items()})
 
+    def router_reference_paths(self) -> list[Path]:
+        """Return the files of the checkpoint with tensors of the router; raises StoreError."""
+        checkpoint = self.manifest.checkpoint
+        if checkpoint is None:
+            return []
+        files = {file for entry in checkpoint.router.values() for file, _ in entry.tensor.pieces}
+        return [checkpoint.check_file(self.path, file) for file in sorted(files)]
+
     def _map_references(self, references: Mapping[str, TensorReference]) -> MappedLayer:
         """Map what references point to: of each file, the part from the first to the last byte."""
         checkpoint = self.manifest.checkpoint
