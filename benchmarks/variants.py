@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from faasmoe_contracts.store.referenced_files import FilePlace
 MAX_TOKENS = 24
 PROMPTS = ("What is the capital of France?", "Write a line about the sea.", "Count to ten.")
 REQUEST_TIMEOUT_S = 300.0
+KSM_SCANS = Path("/sys/kernel/mm/ksm/full_scans")
+SCANS_TIMEOUT_S = 600.0
 NOISE = 0.02  # of fine-tuning, as a part of each weight
 WEIGHTS = "model.safetensors"
 EXPERT = re.compile(r".*\.experts\.\d+\.")
@@ -54,6 +57,11 @@ def main() -> int:
         "--mode", choices=("copy", "auto"), default="copy", help="of the stores, as for prepare"
     )
     parser.add_argument("--no-sharing", action="store_true", help="for comparison")
+    parser.add_argument(
+        "--merge-memory",
+        action="store_true",
+        help="as for up; measures what is left after two scans, and one model alone without it",
+    )
     parser.add_argument(
         "--folder", type=Path, help="keep the stores here, and use those that are there already"
     )
@@ -85,8 +93,10 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         with running_up(files / f"{index}.yaml", folder / f"{index}.log") as up:
             alone.append(texts(up, index))
             one.append(memory_mb(up))
-    with running_up(files, folder / "up.log", timeout_s=START_TIMEOUT_S) as up:
+    options = ("--merge-memory",) if arguments.merge_memory else ()
+    with running_up(files, folder / "up.log", *options, timeout_s=START_TIMEOUT_S) as up:
         together = [texts(up, index) for index in range(arguments.variants)]
+        scans_s = wait_for_scans(2) if arguments.merge_memory else None
         every = memory_mb(up)
     pairs = [pair for a, b in zip(alone, together, strict=True) for pair in zip(a, b, strict=True)]
     one_mb = statistics.median(sizes["all"] for sizes in one)
@@ -95,6 +105,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "machine": machine,
         "variants": arguments.variants,
         "share_that_differs": arguments.share,
+        "merged_pages_scanned_in_s": scans_s,
         "memory_over_one": round(every["all"] / one_mb, 3),
         "texts": len(pairs),
         "texts_changed": sum(a != b for a, b in pairs),
@@ -159,6 +170,20 @@ def moemodel(folder: Path, index: int) -> dict[str, Any]:
             "experts": experts,
         },
     }
+
+
+def wait_for_scans(number: int) -> float:
+    """Wait until the kernel has looked for equal pages so many times; return the seconds it took.
+
+    Raises:
+        TimeoutError: it takes longer than SCANS_TIMEOUT_S.
+    """
+    started_s, first = time.monotonic(), int(KSM_SCANS.read_text())
+    while int(KSM_SCANS.read_text()) <= first + number:  # the present scan began before
+        if time.monotonic() > started_s + SCANS_TIMEOUT_S:
+            raise TimeoutError(f"{KSM_SCANS}: {number} scans took over {SCANS_TIMEOUT_S:.0f} s")
+        time.sleep(0.1)
+    return round(time.monotonic() - started_s, 1)
 
 
 def texts(up: FaasmoeUp, index: int) -> list[str]:

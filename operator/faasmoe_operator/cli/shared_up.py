@@ -28,6 +28,7 @@ from faasmoe_operator.cli.formatting import format_bytes, format_table
 from faasmoe_operator.cli.live_page import LivePageOptions
 from faasmoe_operator.cli.local_stack import ClientAccess, SharedControl, StackSpec
 from faasmoe_operator.cli.logs import LogSinks, print_progress
+from faasmoe_operator.cli.memory_merging import merge_equal_pages
 from faasmoe_operator.cli.model_arguments import RequestedModel
 from faasmoe_operator.cli.runtime_dir import locked_state, private_runtime_dir, register_instance
 from faasmoe_operator.cli.shared_stack import (
@@ -53,6 +54,8 @@ def add_commands(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve one model or several until a signal arrives or a process fails."""
+    if arguments.merge_memory:
+        merge_equal_pages()
     needs_several = [
         option
         for option, is_given in (

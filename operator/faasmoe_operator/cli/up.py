@@ -142,6 +142,12 @@ def _add_process_options(group: argparse._ArgumentGroup) -> None:
         "recently makes room (with -f; routers end with router.scaling alone)",
     )
     group.add_argument(
+        "--merge-memory",
+        action="store_true",
+        help="have the kernel keep equal memory pages of all processes once, where the machine's "
+        "administrator has switched that on (KSM; Linux 6.7)",
+    )
+    group.add_argument(
         "--gateways",
         type=_gateway_count,
         default=1,
