@@ -54,6 +54,7 @@ def main() -> int:
         "--mode", choices=("copy", "auto"), default="copy", help="of the stores, as for prepare"
     )
     parser.add_argument("--no-sharing", action="store_true", help="for comparison")
+    parser.add_argument("--separate-sandboxes", action="store_true", help="for comparison")
     parser.add_argument(
         "--folder", type=Path, help="keep the stores here, and use those that are there already"
     )
@@ -85,7 +86,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         with running_up(files / f"{index}.yaml", folder / f"{index}.log") as up:
             alone.append(texts(up, index))
             one.append(memory_mb(up))
-    with running_up(files, folder / "up.log", timeout_s=START_TIMEOUT_S) as up:
+    options = ["--separate-sandboxes"] if arguments.separate_sandboxes else []
+    with running_up(files, folder / "up.log", *options, timeout_s=START_TIMEOUT_S) as up:
         together = [texts(up, index) for index in range(arguments.variants)]
         every = memory_mb(up)
     pairs = [pair for a, b in zip(alone, together, strict=True) for pair in zip(a, b, strict=True)]
