@@ -88,6 +88,7 @@ def main() -> int:
     parser.add_argument("--tenants", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--exponent", type=float, default=1.1, help="of the Zipf distribution")
+    parser.add_argument("--separate-sandboxes", action="store_true", help="for comparison")
     parser.add_argument("--out", type=Path, default=OUT / "many_models.json")
     arguments = parser.parse_args()
     if not arguments.model.is_dir():
@@ -116,7 +117,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     limit_bytes = arguments.active * one_bytes
     names = [f"t{index}" for index in range(arguments.tenants)]
     write_tenants(files, names, arguments.models)
-    options, log = ("--memory", str(limit_bytes)), folder / "up.log"
+    options, log = ["--memory", str(limit_bytes)], folder / "up.log"
+    if arguments.separate_sandboxes:
+        options.append("--separate-sandboxes")
     with (
         running_up(files, log, *options, timeout_s=START_TIMEOUT_S) as up,
         sampled_memory(up) as samples,

@@ -57,10 +57,11 @@ def main() -> int:
         "--mode", choices=("copy", "auto"), default="copy", help="of the stores, as for prepare"
     )
     parser.add_argument("--no-sharing", action="store_true", help="for comparison")
+    parser.add_argument("--separate-sandboxes", action="store_true", help="for comparison")
     parser.add_argument(
         "--merge-memory",
         action="store_true",
-        help="as for up; measures what is left after two scans, and one model alone without it",
+        help="as for up; measures what is left after two scans, of one model alone, too",
     )
     parser.add_argument(
         "--folder", type=Path, help="keep the stores here, and use those that are there already"
@@ -87,16 +88,18 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     stores = list(prepare_variants(folder, arguments))
     for index in range(arguments.variants):
         (files / f"{index}.yaml").write_text(yaml.safe_dump(moemodel(folder, index)))
+    merging = ["--merge-memory"] if arguments.merge_memory else []
+    options = [*merging, *(["--separate-sandboxes"] if arguments.separate_sandboxes else [])]
     alone: list[list[str]] = []
     one: list[dict[str, float]] = []
     for index in range(arguments.variants):
-        with running_up(files / f"{index}.yaml", folder / f"{index}.log") as up:
+        with running_up(files / f"{index}.yaml", folder / f"{index}.log", *merging) as up:
             alone.append(texts(up, index))
+            scans_s = wait_for_scans(2) if merging else None
             one.append(memory_mb(up))
-    options = ("--merge-memory",) if arguments.merge_memory else ()
     with running_up(files, folder / "up.log", *options, timeout_s=START_TIMEOUT_S) as up:
         together = [texts(up, index) for index in range(arguments.variants)]
-        scans_s = wait_for_scans(2) if arguments.merge_memory else None
+        scans_s = wait_for_scans(2) if merging else None
         every = memory_mb(up)
     pairs = [pair for a, b in zip(alone, together, strict=True) for pair in zip(a, b, strict=True)]
     one_mb = statistics.median(sizes["all"] for sizes in one)

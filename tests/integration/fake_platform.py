@@ -99,8 +99,7 @@ class SandboxServer:
     async def _handle(self, request: web.Request) -> web.Response:
         name = request.path.rpartition("/")[2]
         if request.method != "GET":
-            names = [f["id"] for f in await _functions(request)] if name == "functions" else [name]
-            self.calls += (f"{request.method} {each}" for each in names)
+            self.calls += (f"{request.method} {each}" for each in await _changed(request, name))
         if (
             self.fault_handler is not None
             and (response := await self.fault_handler(request)) is not None
@@ -111,10 +110,17 @@ class SandboxServer:
         if request.method == "PUT":
             refusal = self._attach(name, await request.json())
             return web.json_response({}, status=201) if refusal is None else refusal
+        if request.method == "DELETE" and name == "functions":
+            return self._detach_all((await request.json())["store"])
         if request.method == "DELETE":
             self.functions.pop(name, None)
             return web.Response(status=204)
-        listed = [{"id": n, **body, "size_bytes": 1} for n, body in self.functions.items()]
+        store = request.query.get("store")
+        listed = [
+            {"id": n, **body, "size_bytes": 1}
+            for n, body in self.functions.items()
+            if store in (None, body.get("store"))
+        ]
         memory = {"limit_bytes": self.memory_limit, "used_bytes": len(listed)}
         return web.json_response(
             {"sandbox": {"id": self.id, "memory": memory}, "functions": listed}
@@ -129,6 +135,12 @@ class SandboxServer:
         self.functions[name] = body
         return None
 
+    def _detach_all(self, store: str) -> web.Response:
+        detached = [name for name, body in self.functions.items() if body["store"] == store]
+        for name in detached:
+            del self.functions[name]
+        return web.json_response({"detached": detached})
+
     def _attach_all(self, body: dict[str, Any]) -> web.Response:
         results = []
         for function in body.pop("functions"):
@@ -139,9 +151,12 @@ class SandboxServer:
         return web.json_response({"functions": results})
 
 
-async def _functions(request: web.Request) -> list[dict[str, Any]]:
-    functions: list[dict[str, Any]] = (await request.json())["functions"]
-    return functions
+async def _changed(request: web.Request, name: str) -> list[str]:
+    """Return the functions that a request changes; a store if it changes all of it."""
+    if name != "functions":
+        return [name]
+    body = await request.json()
+    return [body["store"]] if request.method == "DELETE" else [f["id"] for f in body["functions"]]
 
 
 def error_response(status: int, code: str) -> web.Response:
@@ -201,7 +216,7 @@ class FakePlatform:
         """Add a sandbox without an address, like a pod that cannot be scheduled."""
         self._registry.upsert(Sandbox(name, "", False, template.digest))
 
-    async def delete(self, sandbox_id: str, *, at_once: bool = False) -> None:
+    async def delete(self, sandbox_id: str, *, at_once: bool = False, failed: bool = False) -> None:
         if (sandbox := self._registry.get(sandbox_id)) is not None:
             self._registry.upsert(replace(sandbox, ready=False))
         await self.kill(sandbox_id)

@@ -1,7 +1,8 @@
 """HTTP routes of a sandbox: maps requests to SandboxRuntime, and errors to statuses.
 
-    GET    /v1/functions       the sandbox and its functions
+    GET    /v1/functions       the sandbox and its functions, or with ?store=PATH those of a store
     PUT    /v1/functions       attach several functions
+    DELETE /v1/functions       detach the functions of a store
     PUT    /v1/functions/ID    attach a function
     POST   /v1/functions/ID    compute a frame
     DELETE /v1/functions/ID    detach a function
@@ -41,6 +42,8 @@ from faasmoe_expert.server.attachments import (
     Attachment,
     parse_attachment,
     parse_attachments,
+    parse_detachment,
+    parse_listed_store,
     parse_object,
 )
 from faasmoe_expert.server.batcher import DynamicBatcher, SenderTracker
@@ -186,7 +189,12 @@ class SandboxRoutes:
         if path == MAILBOX_PATH:
             return self._open_mailbox(request)
         if path == FUNCTIONS_PATH and request.method == "GET":
-            return HttpResponse.json_response(200, self._runtime.list_functions())
+            store = parse_listed_store(request.target.decode("latin-1").partition("?")[2])
+            return HttpResponse.json_response(200, self._runtime.list_functions(store))
+        if path == FUNCTIONS_PATH and request.method == "DELETE":
+            detacher = self._runtime if self._loader is None else self._loader
+            detached = detacher.detach_all(parse_detachment(request.body))
+            return HttpResponse.json_response(200, {"detached": detached})
         if path == FUNCTIONS_PATH and request.method == "PUT":
             self._check_draining(request)
             return self._attach_all(request, parse_attachments(request.body))

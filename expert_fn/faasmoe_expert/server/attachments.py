@@ -1,4 +1,4 @@
-"""What a client asks a sandbox to attach: one function, or several of one store. Pure."""
+"""What a client asks a sandbox to attach, list or detach: a function, or those of a store. Pure."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 from faasmoe_contracts.routing_table import FunctionSpec, RoutingTableError
 from faasmoe_contracts.text import MAX_REPR_CHARS, short_repr
@@ -68,6 +69,22 @@ def parse_attachments(body: Buffer) -> tuple[Attachment, ...]:
     return tuple(Attachment(_parse_spec(function), store, digest) for function in functions)
 
 
+def parse_detachment(body: Buffer) -> Path:
+    """Parse which store's functions are to be detached; raises BadAttachment."""
+    value = parse_object(body)
+    _reject_unknown_fields(value, frozenset({"store"}))
+    return _parse_path(value)
+
+
+def parse_listed_store(query: str) -> Path | None:
+    """Return the store whose functions a query asks for; None for all. Raises BadAttachment."""
+    if not query:
+        return None
+    values = dict(parse_qsl(query, keep_blank_values=True))
+    _reject_unknown_fields(values, frozenset({"store"}))
+    return _parse_path(values)
+
+
 def parse_object(body: Buffer) -> dict[str, Any]:
     """Parse a body that is a JSON object; raises BadAttachment."""
     try:
@@ -87,11 +104,15 @@ def _parse_spec(value: Mapping[str, Any]) -> FunctionSpec:
 
 
 def _parse_store(value: Mapping[str, Any]) -> tuple[Path, str]:
-    store, digest = (_require_text(value, name) for name in ("store", "model_digest"))
+    return _parse_path(value), _require_text(value, "model_digest")
+
+
+def _parse_path(value: Mapping[str, Any]) -> Path:
+    store = _require_text(value, "store")
     if len(store) > MAX_PATH_CHARS:
         message = f"store: got {len(store)} characters, expected at most {MAX_PATH_CHARS}"
         raise BadAttachment(message, field="store")
-    return Path(store), digest
+    return Path(store)
 
 
 def _reject_unknown_fields(value: Mapping[str, Any], known: frozenset[str]) -> None:

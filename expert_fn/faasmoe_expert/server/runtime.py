@@ -51,12 +51,14 @@ class LoadedFunction:
         function: the function.
         store: its opened store.
         store_path: the store's path as given in the attachment, or its folder in the cache.
+        attached_from: the store's path as given in the attachment.
         load_s: time spent loading.
     """
 
     function: ExpertFunction
     store: Store
     store_path: Path
+    attached_from: Path
     load_s: float
 
 
@@ -105,6 +107,7 @@ class SandboxRuntime:
         self.device = device
         self.metrics = SandboxMetrics(min_tokens=config.metrics_min_tokens)
         self._functions: dict[str, ExpertFunction] = {}
+        self._attached_from: dict[str, Path] = {}  # as the attachments said
         self._stores: dict[
             tuple[Path, str], Store
         ] = {}  # of attached functions, by path and digest
@@ -115,8 +118,13 @@ class SandboxRuntime:
         if self.mailboxes is not None:
             self.metrics.include_mailboxes(self.mailboxes.counters)
 
-    def list_functions(self) -> dict[str, Any]:
-        """Return the state of the sandbox and its functions, for the control plane to inspect."""
+    def list_functions(self, store: Path | None = None) -> dict[str, Any]:
+        """Return the state of the sandbox and its functions, for the control plane to inspect.
+
+        Args:
+            store: lists the functions that were attached from it; None lists all.
+        """
+        listed = self._functions if store is None else self._functions_from(store)
         return {
             "sandbox": {
                 "id": self.config.id,
@@ -129,7 +137,7 @@ class SandboxRuntime:
                     "used_bytes": self._memory_budget.used_bytes,
                 },
             },
-            "functions": [self._function_status(f) for f in self._functions.values()],
+            "functions": [self._function_status(self._functions[name]) for name in listed],
         }
 
     def attach(
@@ -214,7 +222,7 @@ class SandboxRuntime:
             OutOfMemory: allocation failed, or the memory budget is exceeded.
             StoreUnavailable: the store is not at its path, and no block server served the block.
         """
-        start_s = time.perf_counter()
+        start_s, attached_from = time.perf_counter(), store
         store = self._fetched_store(spec, store, model_digest)
         try:
             with torch.no_grad():  # a per-thread setting
@@ -228,13 +236,15 @@ class SandboxRuntime:
             if self._cache is not None:
                 self._cache.release(store)
             raise
-        return LoadedFunction(function, opened, store, time.perf_counter() - start_s)
+        load_s = time.perf_counter() - start_s
+        return LoadedFunction(function, opened, store, attached_from, load_s)
 
     def add(self, loaded: LoadedFunction) -> dict[str, Any]:
         """Attach a loaded function; return its status as in `list_functions`."""
         function = loaded.function
         self._memory_budget.add(function.size_bytes)
         self._functions[function.spec.id] = function
+        self._attached_from[function.spec.id] = loaded.attached_from
         self._stores[loaded.store_path, function.model_digest] = loaded.store
         self.metrics.functions.attach_seconds.observe(loaded.load_s)
         self._update_gauges()
@@ -247,16 +257,28 @@ class SandboxRuntime:
         function = self._functions.pop(function_id, None)
         if function is None:
             raise _unknown_function(function_id)
+        del self._attached_from[function_id]
         if self.mailboxes is not None:  # before its weights are unmapped
             self.mailboxes.retract(function_id)
         size_bytes, store_path = function.size_bytes, function.store_path
         del function
         self._memory_budget.release(size_bytes)
-        used_keys = {(f.store_path, f.model_digest) for f in self._functions.values()}
-        self._stores = {key: store for key, store in self._stores.items() if key in used_keys}
-        if self._cache is not None and not any(path == store_path for path, _ in used_keys):
-            self._cache.release(store_path)
+        self._release_store(store_path)
         self._update_gauges()
+
+    def detach_all(self, store: Path) -> list[str]:
+        """Detach every function that was attached from a store; return their ids."""
+        detached = self._functions_from(store)
+        for function_id in detached:
+            self.detach(function_id)
+        return detached
+
+    def discard(self, loaded: LoadedFunction) -> None:
+        """Give up a loaded function that is not attached after all."""
+        store_path = loaded.store_path
+        del loaded
+        self._memory_budget.release()
+        self._release_store(store_path)
 
     def parse_frame(self, function_id: str, frame: Buffer) -> ComputeTask:
         """Decode a frame and check it against its function.
@@ -304,6 +326,16 @@ class SandboxRuntime:
             encode_response(request.header, output.view(torch.uint8).numpy().data)
             for request, output in zip(requests, outputs, strict=True)
         ]
+
+    def _functions_from(self, store: Path) -> list[str]:
+        return [name for name, path in self._attached_from.items() if path == store]
+
+    def _release_store(self, store_path: Path) -> None:
+        """Close stores, and give up a folder of the cache, that no function needs any more."""
+        used_keys = {(f.store_path, f.model_digest) for f in self._functions.values()}
+        self._stores = {key: store for key, store in self._stores.items() if key in used_keys}
+        if self._cache is not None and not any(path == store_path for path, _ in used_keys):
+            self._cache.release(store_path)
 
     def _check_capacity(self, spec: FunctionSpec, attached: ExpertFunction | None) -> None:
         if attached is not None:
@@ -369,6 +401,7 @@ class SandboxRuntime:
         return {
             **function.spec.to_json(),
             "model_digest": function.model_digest,
+            "store": str(self._attached_from[function.spec.id]),
             "size_bytes": function.size_bytes,
             "kernel": function.kernel_name,
             "frames": function.n_frames + n_native,

@@ -84,6 +84,7 @@ class SharedSpec:
         memory_bytes: memory of all functions and routers together; None for no limit.
         live_page: the page that the gateway forwards to; None for none.
         n_gateways: gateways that accept clients.
+        separate_sandboxes: whether each model has sandboxes of its own.
     """
 
     deployment: Deployment
@@ -96,6 +97,7 @@ class SharedSpec:
     memory_bytes: int | None = None
     live_page: LivePageOptions | None = None
     n_gateways: int = 1
+    separate_sandboxes: bool = False
 
     @property
     def lease_socket(self) -> Path | None:
@@ -132,7 +134,9 @@ class SharedSpec:
             )
             for name, spec in self.specs.items()
         )
-        return ModelsFile(tuple(models), self.memory_bytes)
+        return ModelsFile(
+            tuple(models), self.memory_bytes, separate_sandboxes=self.separate_sandboxes
+        )
 
     @property
     def trace_variables(self) -> Mapping[str, str]:

@@ -105,6 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
                     memory_bytes=arguments.memory,
                     page=page,
                     n_gateways=arguments.gateways,
+                    separate_sandboxes=arguments.separate_sandboxes,
                     skip_verify=arguments.skip_verify,
                     trace_variables=trace_variables,
                 )
@@ -151,6 +152,7 @@ async def _prepare_and_serve(
     memory_bytes: int | None,
     page: LivePageOptions | None,
     n_gateways: int,
+    separate_sandboxes: bool,
     skip_verify: bool,
     trace_variables: Mapping[str, Mapping[str, str]],
 ) -> int:
@@ -182,6 +184,7 @@ async def _prepare_and_serve(
                 memory_bytes,
                 page,
                 n_gateways,
+                separate_sandboxes,
             )
             check_memory(spec)
             print_progress(f"starting {len(specs)} models and a gateway")

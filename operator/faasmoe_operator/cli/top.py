@@ -60,12 +60,14 @@ def _summary_lines(status: Mapping[str, Any]) -> list[str]:
     functions, sandboxes, pool = status["functions"], status["sandboxes"], status["pool"]
     weights = sum(f["size_bytes"] for f in functions if f["ready"] > 0)
     memory = sum(sandbox["pss_bytes"] or 0 for sandbox in sandboxes)
+    n_shared = sum(sandbox["models"] > 1 for sandbox in sandboxes)
+    shared = f"{n_shared} shared with other models; " if n_shared else ""
     reasons = ", ".join(f"{name} {count}" for name, count in sorted(status["decisions"].items()))
     return [
         f"{status['model']}: {len(functions)} functions ({_count_by_state(functions)}), "
         f"{sum(f['ready'] for f in functions)} replicas, {format_bytes(weights)} of active weights",
         f"sandboxes: {len(sandboxes)} ({_count_by_state(sandboxes)}), {format_bytes(memory)}; "
-        f"generic: {pool['ready']}, pool of {pool['size']}",
+        f"{shared}generic: {pool['ready']}, pool of {pool['size']}",
         f"routers: {status['followers']}; queued calls and requests: {status['held']}; "
         f"decisions: {reasons or 'none'}",
     ]

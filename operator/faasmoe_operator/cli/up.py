@@ -148,6 +148,12 @@ def _add_process_options(group: argparse._ArgumentGroup) -> None:
         "administrator has switched that on (KSM; Linux 6.7)",
     )
     group.add_argument(
+        "--separate-sandboxes",
+        action="store_true",
+        help="give each of several models sandboxes of its own; by default, a sandbox holds "
+        "functions of several models",
+    )
+    group.add_argument(
         "--gateways",
         type=_gateway_count,
         default=1,

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from faasmoe_contracts.control_messages import LoadReport
 from faasmoe_contracts.usage import UsageReport
@@ -79,6 +79,29 @@ class ControllerTiming:
     log_interval_s: float = 0.5
 
 
+class SharedPool(Protocol):
+    """Sandboxes that several models take; SandboxPool."""
+
+    @property
+    def size(self) -> int:
+        """Number of generic processes that it keeps ready."""
+        ...
+
+    @property
+    def n_generic(self) -> int:
+        """Number of processes that are no model's."""
+        ...
+
+    @property
+    def n_sharing(self) -> int:
+        """Number of models that share processes at present; at least 1."""
+        ...
+
+    def n_models(self, sandbox_id: str) -> int:
+        """Return how many models share a process."""
+        ...
+
+
 class Controller:
     """Scales and places the functions of one model: call `start`, then `run` until cancelled.
 
@@ -93,8 +116,8 @@ class Controller:
         privacy: how much of single functions is shown on the live page.
         memory: the machine's memory, which the model shares with others; None for no limit.
         tracer: traces activations.
-        shared_pool: returns size and ready sandboxes of the pool that several models share; None
-            if generic sandboxes are the model's own.
+        shared_pool: the pool of sandboxes that several models share; None if they are the model's
+            own.
         clock: monotonic time in seconds.
     """
 
@@ -111,7 +134,7 @@ class Controller:
         privacy: PrivacySettings | None = None,
         memory: SharedMemory | None = None,
         tracer: Tracer = NO_TRACER,
-        shared_pool: Callable[[], tuple[int, int]] | None = None,
+        shared_pool: SharedPool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         now = clock()
@@ -170,6 +193,7 @@ class Controller:
             scale_to_zero=lambda names: self.autoscalers.release(names, now=clock()),
             publish=self.publish,
             request_reconcile=self._request_reconcile,
+            n_sharing=lambda: 1 if shared_pool is None else shared_pool.n_sharing,
         )
         self._fleet_settings = FleetSettings(
             model.template.digest,
@@ -181,8 +205,12 @@ class Controller:
     def generic_sandboxes(self) -> tuple[int, int]:
         """Return how many generic sandboxes there should be, and how many are ready."""
         if self._shared_pool is not None:
-            return self._shared_pool()
+            return self._shared_pool.size, self._shared_pool.n_generic
         return self.model.warm_pool, self.fleet.n_generic()
+
+    def n_models(self, sandbox_id: str) -> int:
+        """Return how many models share the process of a sandbox; 1 if it is the model's own."""
+        return 1 if self._shared_pool is None else self._shared_pool.n_models(sandbox_id)
 
     async def start(self) -> None:
         """Adopt the sandboxes of an earlier run together with their functions."""

@@ -209,8 +209,9 @@ class ActionExecutor:
             self._create_backoff.record_failure(self._context.clock())
 
     async def _create(self, name: str) -> None:
+        sandbox: Sandbox | None = None
         try:
-            await self._context.platform.create(self._context.model.template)
+            sandbox = await self._context.platform.create(self._context.model.template)
         except PlatformStopping as error:
             logger.info("no sandbox is created: %s", error)
             self._create_backoff.record_failure(self._context.clock())
@@ -224,6 +225,10 @@ class ActionExecutor:
             sandboxes = await self._context.platform.list()
             self._fleet.finish_creation(name)
             self.sync_sandboxes(sandboxes)
+            if sandbox is not None and sandbox.ready and self._fleet.is_unlimited:
+                # A process that is up already: it holds none of the functions, so nothing is read.
+                self._fleet.adopt(sandbox.id, ())
+                self.record_sandbox_ready()
             self._context.on_change()
 
     def _delete(self, action: Delete) -> None:
@@ -235,7 +240,10 @@ class ActionExecutor:
             self._count_failure("start", was_ready=False)
         self._fleet.mark_draining(action.sandbox)
         at_once = action.reason is ActionReason.MEMORY
-        self._tasks.start(self._context.platform.delete(action.sandbox, at_once=at_once))
+        failed = action.reason in (ActionReason.FAILED, ActionReason.START_TIMED_OUT)
+        self._tasks.start(
+            self._context.platform.delete(action.sandbox, at_once=at_once, failed=failed)
+        )
 
     def _attach(self, sandbox: str, function: str) -> None:
         """Attach a function, with those that are attached to the sandbox at the same time."""

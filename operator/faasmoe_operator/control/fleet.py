@@ -127,6 +127,12 @@ class Fleet:
             if not record.functions and record.sandbox.template_hash == self._template_hash:
                 self._empty_limit = (now, memory_limit_bytes)
 
+    @property
+    def is_unlimited(self) -> bool:
+        """Whether an empty sandbox has told that there is no memory limit, which then holds."""
+        at, limit_bytes = self._empty_limit
+        return at > -math.inf and limit_bytes is None
+
     def mark_full(self, sandbox_id: str) -> None:
         """Limit a sandbox to the memory of its current functions, until it reports a limit."""
         if record := self._records.get(sandbox_id):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from faasmoe_operator.control.executor import ActionExecutor
 from faasmoe_operator.control.fleet import Fleet
 from faasmoe_operator.control.function_stats import FunctionStats
-from faasmoe_operator.control.model import ControlledModel
+from faasmoe_operator.control.model import SANDBOX_SHARE_BYTES, ControlledModel
 from faasmoe_operator.plan.actions import ActionReason, Delete, Detach
 from faasmoe_operator.plan.fleet import AssignmentState, MemoryHolder, SandboxState
 from faasmoe_operator.plan.memory_budget import function_holders
@@ -27,6 +27,7 @@ class FunctionMemory:
         scale_to_zero: desires none of some functions before their idle time is over.
         publish: publishes the routing table.
         request_reconcile: plans anew soon, as memory may have become free.
+        n_sharing: returns how many models share their sandboxes' processes at present.
     """
 
     model: ControlledModel
@@ -37,7 +38,8 @@ class FunctionMemory:
     scale_to_zero: Callable[[Collection[str]], None]
     publish: Callable[[], None]
     request_reconcile: Callable[[], None]
-    _versions: tuple[int, int] = (-1, -1)
+    n_sharing: Callable[[], int] = lambda: 1
+    _versions: tuple[int, int, int] = (-1, -1, -1)
     _holders: tuple[MemoryHolder, ...] = ()
 
     def functions_to_warm(self) -> Collection[str]:
@@ -49,7 +51,7 @@ class FunctionMemory:
 
         The same object until something changes, as others ask for it often.
         """
-        versions = (self.fleet.version, self.stats.version)
+        versions = (self.fleet.version, self.stats.version, self.private_bytes)
         if versions != self._versions:
             self._versions, self._holders = versions, tuple(self._observed())
         return self._holders
@@ -75,14 +77,21 @@ class FunctionMemory:
 
     @property
     def private_bytes(self) -> int:
-        """A function's part of a sandbox's own memory."""
-        return self.model.sandbox_bytes // self.model.template.capacity
+        """A function's part of a sandbox's own memory.
+
+        Of a process that models share, each counts what it adds, and its part of the rest. That is
+        among 1, 2, 4, 8, … models, so that it seldom changes: rather too much than too little.
+        """
+        share_bytes = min(SANDBOX_SHARE_BYTES, self.model.sandbox_bytes)
+        n_parts = 1 << (max(1, self.n_sharing()).bit_length() - 1)
+        sandbox_bytes = share_bytes + (self.model.sandbox_bytes - share_bytes) // n_parts
+        return sandbox_bytes // self.model.template.capacity
 
     def held_bytes(self) -> int:
         """Return the memory of the functions in sandboxes, whether others map the same or not."""
-        functions = self.model.functions
+        functions, private_bytes = self.model.functions, self.private_bytes
         return sum(
-            functions[name].size_bytes + self.private_bytes
+            functions[name].size_bytes + private_bytes
             for record in self.fleet.sandboxes
             for name in record.functions
             if name in functions
@@ -96,8 +105,9 @@ class FunctionMemory:
         """
         present = {name for record in self.fleet.sandboxes for name in record.functions}
         missing = (self.model.functions[n] for n in self.functions_to_warm() if n not in present)
+        private_bytes = self.private_bytes
         return sum(
-            self.private_bytes + (0 if function.content in resident else function.size_bytes)
+            private_bytes + (0 if function.content in resident else function.size_bytes)
             for function in missing
         )
 

@@ -32,7 +32,7 @@ from faasmoe_operator.control.model import ControlledModel
 from faasmoe_operator.control.models_file import ModelsFile, ServedModel
 from faasmoe_operator.control.process import start_api, start_page
 from faasmoe_operator.control.sandbox_client import SandboxClient
-from faasmoe_operator.control.sandbox_pool import SandboxPool
+from faasmoe_operator.control.sandbox_pool import PooledModel, SandboxPool
 from faasmoe_operator.control.state_files import (
     FileUsageStore,
     PopularityFile,
@@ -69,24 +69,32 @@ class PlannedModel:
     store: Store
 
     @classmethod
-    def load(cls, served: ServedModel, *, shares_memory: bool = False) -> PlannedModel:
+    def load(
+        cls, served: ServedModel, *, shares_memory: bool = False, shares_sandboxes: bool = False
+    ) -> PlannedModel:
         """Open a model's store and plan its functions; raises FaasmoeError, StoreError, OSError.
 
         Args:
             served: where the model is.
             shares_memory: whether other models share a memory limit with it.
+            shares_sandboxes: whether other models share sandboxes with it.
         """
         local = LocalModel.load(served.file)
         model = ControlledModel.from_local_model(
             local, key=served.function_key, shares_memory=shares_memory
         )
-        pooled = replace(model, warm_pool=0)
+        pooled = replace(model, warm_pool=0, shares_sandboxes=shares_sandboxes)
         return cls(served, pooled, model.warm_pool, local.template, local.open_store())
 
     @property
     def name(self) -> str:
         """Its name."""
         return self.served.name
+
+    @property
+    def pooled(self) -> PooledModel:
+        """What the pool of its sandboxes knows of it."""
+        return PooledModel(self.model.store.path, self.template, self.warm_pool)
 
 
 class Machine:
@@ -128,8 +136,8 @@ class Machine:
             pools: the sandboxes by the socket of their zygote.
         """
         self._pools = pools
-        for socket, pool in pools.items():
-            await pool.adopt(self._list_functions, self._functions_of(socket))
+        for pool in pools.values():
+            await pool.adopt()
             pool.start_filling()
         for model in self._models.values():
             self.controllers[model.name] = await self._start_controller(model)
@@ -185,21 +193,12 @@ class Machine:
             privacy=self._privacy,
             tracer=self._tracer,
             memory=None if self.memory is None else self.memory.shared_by(model.name),
-            shared_pool=lambda: (pool.size, pool.n_generic),
+            shared_pool=pool,
         )
         await controller.start()
         if self.memory is not None:
             self.memory.join(model.name, controller.function_memory)
         return controller
-
-    async def _list_functions(self, address: str) -> Collection[str]:
-        listing = await self._client.list(address)
-        return [function.spec.id for function in listing.functions]
-
-    def _functions_of(self, socket: Path) -> dict[str, str]:
-        """Return the model of each function in sandboxes of one zygote."""
-        models = (m for m in self._models.values() if m.served.zygote_socket == socket)
-        return {function: m.name for m in models for function in m.model.functions}
 
 
 async def run_machine(config: MachineConfig, phases: StartPhases) -> None:
@@ -216,7 +215,14 @@ async def run_machine(config: MachineConfig, phases: StartPhases) -> None:
     """
     file = ModelsFile.read(config.models_file)
     shares_memory = file.memory_bytes is not None and len(file.models) > 1
-    models = [PlannedModel.load(served, shares_memory=shares_memory) for served in file.models]
+    models = [
+        PlannedModel.load(
+            served,
+            shares_memory=shares_memory,
+            shares_sandboxes=file.shares_sandboxes(served.zygote_socket),
+        )
+        for served in file.models
+    ]
     phases.end("plan")
     memory = None
     if file.memory_bytes is not None:
@@ -229,7 +235,12 @@ async def run_machine(config: MachineConfig, phases: StartPhases) -> None:
         pools = {}
         for socket in dict.fromkeys(model.served.zygote_socket for model in models):
             platform = await stack.enter_async_context(ProcessPlatform(socket=socket))
-            pool = SandboxPool(platform, _pool_sizes(models, socket))
+            pool = SandboxPool(
+                platform,
+                client,
+                {m.name: m.pooled for m in models if m.served.zygote_socket == socket},
+                is_shared=file.shares_sandboxes(socket),
+            )
             pools[socket] = await stack.enter_async_context(pool)
         phases.end("connection")
         privacy = PrivacySettings(min_tokens=config.page_min_tokens)
@@ -237,7 +248,12 @@ async def run_machine(config: MachineConfig, phases: StartPhases) -> None:
         stack.callback(tracer.close)
         machine = Machine(models, client, memory=memory, privacy=privacy, tracer=tracer)
         await machine.start(pools)
-        app = make_machine_app(machine.controllers, token=config.token, memory=memory)
+        app = make_machine_app(
+            machine.controllers,
+            token=config.token,
+            memory=memory,
+            n_processes=lambda: sum(pool.n_processes for pool in pools.values()),
+        )
         runner = await start_api(app, host=config.control_host, port=config.control_port)
         stack.push_async_callback(runner.cleanup)
         if config.page_socket is not None:
@@ -256,14 +272,3 @@ def _state_files(store: Store) -> tuple[PopularityFile, FileUsageStore]:
     digest = store.manifest.digest
     popularity_file = PopularityFile(popularity_path(store.path), model_digest=digest)
     return popularity_file, FileUsageStore(usage_ledger_path(store.path))
-
-
-def _pool_sizes(
-    models: Collection[PlannedModel], socket: Path
-) -> dict[ProcessSandboxTemplate, int]:
-    """Return how many generic sandboxes a zygote keeps: the most that one of its models wants."""
-    sizes: dict[ProcessSandboxTemplate, int] = {}
-    for model in models:
-        if model.served.zygote_socket == socket:
-            sizes[model.template] = max(sizes.get(model.template, 0), model.warm_pool)
-    return sizes

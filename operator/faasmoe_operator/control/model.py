@@ -20,6 +20,8 @@ from faasmoe_operator.platforms.base import SandboxTemplate
 
 SANDBOX_PROCESS_BYTES = 16_000_000
 """What a sandbox of `faasmoe up` does not share with its zygote, beside its functions."""
+SANDBOX_SHARE_BYTES = 4_000_000
+"""Of that, what each model adds to a process that models share; measured 1 MB."""
 
 
 class PlannableStore(Protocol):
@@ -48,6 +50,7 @@ class ControlledModel:
         memory_limit_bytes: memory limit of all attached functions together; None for no limit.
         rows_per_token: most rows that one token adds to the calls of all functions together.
         sandbox_bytes: memory of a sandbox beside its functions, as a limit over models counts it.
+        shares_sandboxes: whether its sandboxes may hold functions of other models, too.
     """
 
     name: str
@@ -58,6 +61,7 @@ class ControlledModel:
     memory_limit_bytes: int | None = None
     rows_per_token: int = 1
     sandbox_bytes: int = 0
+    shares_sandboxes: bool = False
 
     @classmethod
     def from_local_model(

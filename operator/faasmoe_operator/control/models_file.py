@@ -49,10 +49,17 @@ class ModelsFile:
     Attributes:
         models: the models.
         memory_bytes: memory of all their functions and routers together; None for no limit.
+        separate_sandboxes: whether each model has sandboxes of its own.
     """
 
     models: tuple[ServedModel, ...]
     memory_bytes: int | None = None
+    separate_sandboxes: bool = False
+
+    def shares_sandboxes(self, zygote_socket: Path) -> bool:
+        """Return whether a zygote's sandboxes hold functions of several models."""
+        n_models = sum(model.zygote_socket == zygote_socket for model in self.models)
+        return n_models > 1 and not self.separate_sandboxes
 
     def dumps(self) -> str:
         """Return the content."""
@@ -65,19 +72,26 @@ class ModelsFile:
             }
             for model in self.models
         ]
-        return json.dumps({"models": models, "memory_bytes": self.memory_bytes}, indent=1)
+        document = {
+            "models": models,
+            "memory_bytes": self.memory_bytes,
+            "separate_sandboxes": self.separate_sandboxes,
+        }
+        return json.dumps(document, indent=1)
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read a file; raises ModelsFileError or OSError."""
         try:
             value = parse_json(path.read_bytes(), field="models file")
-            reader = ObjectReader(value, field="models file", known=("models", "memory_bytes"))
+            known = ("models", "memory_bytes", "separate_sandboxes")
+            reader = ObjectReader(value, field="models file", known=known)
             limit = None if reader.get("memory_bytes") is None else reader.count("memory_bytes")
             models = _read_models(reader.array("models", max_length=MAX_MODELS))
+            is_separate = reader.flag("separate_sandboxes", default=False)
         except ContractError as error:
             raise ModelsFileError(f"{path}: {error}") from error
-        return cls(models, limit)
+        return cls(models, limit, is_separate)
 
 
 def _read_models(values: Sequence[object]) -> tuple[ServedModel, ...]:

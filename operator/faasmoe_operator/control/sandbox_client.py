@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlencode
 
 import aiohttp
+from yarl import URL
 
 from faasmoe_contracts.routing_table import FunctionSpec, RoutingTableError
 from faasmoe_contracts.tls import TlsPeer
@@ -86,12 +88,14 @@ class AttachedFunction:
         model_digest: digest of the store that it was attached from.
         size_bytes: size of its weights.
         n_frames: number of frames that it has computed in this sandbox.
+        store: the store's folder; None if the sandbox does not tell.
     """
 
     spec: FunctionSpec
     model_digest: str
     size_bytes: int
     n_frames: int = 0
+    store: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +112,7 @@ class SandboxListing:
 
 
 class SandboxClient:
-    """Calls the sandboxes of one model; use as an async context manager.
+    """Calls sandboxes; use as an async context manager.
 
     Args:
         token: bearer token of the sandboxes; empty for none.
@@ -175,10 +179,25 @@ class SandboxClient:
             if error.status != 404:
                 raise
 
-    async def list(self, address: str) -> SandboxListing:
-        """Return a sandbox's functions and its memory limit. Raises SandboxClientError."""
+    async def detach_all(self, address: str, store: Path) -> None:
+        """Detach all functions of a store, those that are being attached from it included.
+
+        Raises:
+            SandboxClientError: the call failed.
+        """
+        timeout_s = self._timeouts.detach_timeout_s
+        await self._call("DELETE", address, "", timeout_s=timeout_s, body={"store": str(store)})
+
+    async def list(self, address: str, *, store: Path | None = None) -> SandboxListing:
+        """Return a sandbox's functions and its memory limit. Raises SandboxClientError.
+
+        Args:
+            address: the sandbox's.
+            store: lists only functions that were attached from it; None lists all.
+        """
         timeout_s = self._timeouts.list_timeout_s
-        response = await self._call("GET", address, "", timeout_s=timeout_s)
+        query = "" if store is None else "?" + urlencode({"store": str(store)})
+        response = await self._call("GET", address, query, timeout_s=timeout_s)
         try:
             functions = tuple(
                 _parse_attached_function(function) for function in response["functions"]
@@ -194,7 +213,7 @@ class SandboxClient:
             total=timeout_s, sock_connect=self._timeouts.connect_timeout_s
         )
         scheme, secured = http_scheme(self._tls)
-        url = f"{scheme}://{address}/v1/functions{path}"
+        url = URL(f"{scheme}://{address}/v1/functions{path}", encoded=True)
         try:
             async with self._http.request(
                 method, url, json=body, timeout=timeout, **secured
@@ -275,4 +294,5 @@ def _parse_attached_function(function: Any) -> AttachedFunction:
         str(function["model_digest"]),
         int(function["size_bytes"]),
         int(function.get("frames", 0)),
+        Path(function["store"]) if "store" in function else None,
     )

@@ -1,22 +1,34 @@
 """Sandboxes of one platform as a pool that several models take from.
 
-A generic sandbox can attach any model's functions. It becomes the model's that takes it first and
-ends with that: a sandbox that has held one model's weights is never handed to another. Each model's
-controller sees its own sandboxes alone, through a `Platform` of its own.
+A process holds functions of several models: each of them has a share of it, which its controller
+sees as a sandbox of its own, through a `Platform` of its own. A model has at most one share of a
+process. When it gives a share up, its functions are detached; with the last share the process ends.
+A process that does not detach them in time is killed, and is then lost for every model.
+
+Without sharing, a process becomes the model's that takes it first, and ends with that. So it is
+also where functions have a memory limit for each process, which cannot be divided among models.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Never, Self
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Never, Protocol, Self
 
 from faasmoe_contracts.backoff import Backoff
 from faasmoe_operator.aio import ChangeNotifier, TaskSet
+from faasmoe_operator.control.sandbox_client import SandboxListing
 from faasmoe_operator.errors import FaasmoeError, PlatformError
+from faasmoe_operator.plan.sandbox_sharing import (
+    SharedProcess,
+    choose_process,
+    n_suitable_processes,
+)
 from faasmoe_operator.platforms.base import (
     Platform,
     ProcessSandboxTemplate,
@@ -26,59 +38,120 @@ from faasmoe_operator.platforms.base import (
 from faasmoe_operator.platforms.registry import SandboxRegistry
 
 CREATE_BACKOFF_S = (0.0, 1.0, 5.0, 30.0)
+DETACH_TIMEOUT_S = 5.0  # as a listing: a process that computes a large frame answers late
+LEARN_INTERVAL_S = 1.0
+SHARED_CAPACITY = 1 << 20
+"""Of a process that models share; how many functions a share holds, its model's plan decides."""
 
 logger = logging.getLogger(__name__)
 
-ListFunctions = Callable[[str], Awaitable[Collection[str]]]
-"""Returns the ids of the functions in the sandbox at an address; raises FaasmoeError."""
+
+class SandboxApi(Protocol):
+    """What the pool asks of sandboxes; SandboxClient has it. Raises FaasmoeError."""
+
+    async def list(self, address: str) -> SandboxListing:
+        """Return what a sandbox holds."""
+        ...
+
+    async def detach_all(self, address: str, store: Path) -> None:
+        """Detach all functions of a store, those that are being attached included."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PooledModel:
+    """A model that takes sandboxes from a pool.
+
+    Attributes:
+        store: what its functions are attached from; no other model's are.
+        template: template of its sandboxes.
+        warm_pool: how many generic sandboxes it asks for.
+    """
+
+    store: Path
+    template: ProcessSandboxTemplate
+    warm_pool: int = 0
 
 
 class SandboxPool:
-    """The sandboxes of a platform, each of one model or of none yet; an async context manager.
+    """The processes of a platform, each shared by models or generic; an async context manager.
 
     Args:
-        platform: runs the sandboxes.
-        sizes: how many generic sandboxes to keep ready, by template.
+        platform: runs the processes.
+        api: asks processes what they hold, and detaches functions.
+        models: the models by name.
+        is_shared: whether models share processes.
+        n_processors: processors of the machine; by default those that this process may use.
     """
 
     def __init__(
         self,
         platform: Platform[ProcessSandboxTemplate],
-        sizes: Mapping[ProcessSandboxTemplate, int],
+        api: SandboxApi,
+        models: Mapping[str, PooledModel],
+        *,
+        is_shared: bool = True,
+        n_processors: int | None = None,
     ) -> None:
         self._platform = platform
-        self._sizes = {template: size for template, size in sizes.items() if size}
-        self._owners: dict[str, str] = {}  # model by sandbox
-        self._generic: dict[str, str] = {}  # digest of the template by sandbox
+        self._api = api
+        self._models = models
+        self._is_shared = is_shared
+        self._n_processors = n_processors or len(os.sched_getaffinity(0))
+        self._sizes = self._pool_sizes()
+        self._shares: dict[str, dict[str, str]] = {}
+        """By process and model: digest of the model's template."""
+        self._detaching: set[tuple[str, str]] = set()  # processes and models
+        self._failed_for: dict[str, set[str]] = defaultdict(set)
+        self._ending: set[str] = set()
+        self._generic: dict[str, str] = {}  # digest of the template by process
         self._creating: Counter[str] = Counter()
+        self._is_limited: dict[str, bool] = {}  # whether its processes have a limit, by digest
+        self._taking: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._registries: dict[str, SandboxRegistry] = defaultdict(SandboxRegistry)
         self._changed = ChangeNotifier()
+        self._n_changes = 0
         self._backoff = Backoff(CREATE_BACKOFF_S)
         self._tasks = TaskSet()
 
     @property
+    def n_processes(self) -> int:
+        """Number of processes that models have shares of, and of generic ones."""
+        return len(self._shares) + len(self._generic)
+
+    @property
     def n_generic(self) -> int:
-        """Number of sandboxes that are no model's."""
+        """Number of processes of which no model has a share."""
         return len(self._generic)
 
     @property
     def size(self) -> int:
-        """Number of generic sandboxes that it keeps ready."""
+        """Number of generic processes that it keeps ready."""
         return sum(self._sizes.values())
+
+    @property
+    def n_sharing(self) -> int:
+        """Number of models that share processes at present; 1 if each has its own."""
+        if not self._is_shared:
+            return 1
+        return max(1, len({model for shares in self._shares.values() for model in shares}))
+
+    def n_models(self, sandbox_id: str) -> int:
+        """Return how many models share a process."""
+        return max(1, len(self._shares.get(sandbox_id, ())))
 
     def platform_of(self, model: str) -> PooledPlatform:
         """Return the platform of one model's controller."""
         return PooledPlatform(self, model)
 
-    async def adopt(self, list_functions: ListFunctions, models: Mapping[str, str]) -> None:
-        """Take over the sandboxes of an earlier run; delete those that are of no use.
+    async def adopt(self) -> None:
+        """Take over the processes of an earlier run; delete those that are of no use.
 
-        Args:
-            list_functions: asks a sandbox what it holds.
-            models: the model of each function.
+        A model gets a share of each process that holds functions from its store. Functions from
+        stores of no model are detached.
         """
         sandboxes = await self._platform.list()
-        await asyncio.gather(*(self._adopt(s, list_functions, models) for s in sandboxes))
+        await asyncio.gather(*map(self._adopt, sandboxes))
         await self._sync()
 
     async def __aenter__(self) -> Self:
@@ -87,54 +160,152 @@ class SandboxPool:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Stop following the platform; the sandboxes keep running."""
+        """Stop following the platform; the processes keep running."""
         await self._tasks.cancel_all()
 
     def start_filling(self) -> None:
-        """Begin to keep generic sandboxes ready, once those of an earlier run are adopted."""
+        """Begin to keep generic processes ready, once those of an earlier run are adopted."""
         self._tasks.start(self._keep_filled())
 
     async def take(self, model: str, template: ProcessSandboxTemplate) -> Sandbox:
-        """Return a sandbox that is the model's from now on; raises PlatformError."""
-        sandbox = await self._take_generic(template.digest)
-        if sandbox is None:
-            sandbox = await self._platform.create(template)
-        self._owners[sandbox.id] = model
+        """Return a sandbox that holds no function of the model yet; raises PlatformError."""
+        of_process = self._process_template(template)
+        async with self._taking[of_process.digest]:
+            name = await self._find_shared(model, of_process)
+            if name is None:
+                sandbox = await self._take_generic(of_process.digest)
+                if sandbox is None:
+                    sandbox = await self._platform.create(of_process)
+                name = sandbox.id
+            self._shares.setdefault(name, {})[model] = template.digest
         await self._sync()
-        self._changed.notify()
-        if self._registries[model].get(sandbox.id) is None:
-            raise PlatformError(f"sandbox {sandbox.id} exited at once")
-        return sandbox
+        self._notify()
+        taken = self._registries[model].get(name)
+        if taken is None:
+            raise PlatformError(f"sandbox {name} exited at once")
+        return taken
 
-    async def delete(self, sandbox_id: str, *, at_once: bool = False) -> None:
-        """Start the deletion of a sandbox."""
-        await self._platform.delete(sandbox_id, at_once=at_once)
+    async def delete(
+        self, model: str, sandbox_id: str, *, at_once: bool = False, failed: bool = False
+    ) -> None:
+        """Start to end a model's share of a process, and the process with its last share.
+
+        Args:
+            model: the model.
+            sandbox_id: the process.
+            at_once: whether it gets no time for calls in flight.
+            failed: whether it has failed for the model, which then gets no share of it again. The
+                others find out themselves: what fails may be the model's store. One that has never
+                been ready has failed for all.
+        """
+        shares = self._shares.get(sandbox_id, {})
+        if model not in shares or (sandbox_id, model) in self._detaching:
+            return
+        if failed:
+            self._failed_for[sandbox_id].add(model)
+        sandbox = next((s for s in await self._platform.list() if s.id == sandbox_id), None)
+        others = [m for m in shares if m != model and (sandbox_id, m) not in self._detaching]
+        if sandbox is None or not others or not sandbox.ready:
+            await self._end(sandbox_id, at_once=at_once)
+            return
+        self._detaching.add((sandbox_id, model))
         await self._sync()
+        self._tasks.start(self._detach(model, sandbox))
 
     def registry_of(self, model: str) -> SandboxRegistry:
         """Return one model's sandboxes."""
         return self._registries[model]
 
-    async def _adopt(
-        self, sandbox: Sandbox, list_functions: ListFunctions, models: Mapping[str, str]
-    ) -> None:
+    async def _detach(self, model: str, sandbox: Sandbox) -> None:
+        """Detach a model's functions, which ends its share; kill a process that does not."""
         try:
-            functions = await list_functions(sandbox.address)
+            async with asyncio.timeout(DETACH_TIMEOUT_S):
+                await self._api.detach_all(sandbox.address, self._models[model].store)
+        except (FaasmoeError, TimeoutError) as error:
+            if sandbox.id in self._shares:
+                reason = str(error) or f"no answer within {DETACH_TIMEOUT_S:g} s"
+                text = "sandbox %s did not detach the functions of %s and is killed: %s"
+                logger.warning(text, sandbox.id, model, reason)
+                await self._end(sandbox.id, at_once=True)
+            return
+        self._detaching.discard((sandbox.id, model))
+        self._shares.get(sandbox.id, {}).pop(model, None)
+        self._registries[model].remove(sandbox.id, reason="its functions were detached")
+        self._notify()
+
+    async def _end(self, sandbox_id: str, *, at_once: bool) -> None:
+        self._ending.add(sandbox_id)
+        await self._platform.delete(sandbox_id, at_once=at_once)
+        await self._sync()
+
+    async def _find_shared(self, model: str, template: ProcessSandboxTemplate) -> str | None:
+        """Return the process of which a model gets a share; None if it gets another process."""
+        if not self._is_shared:
+            return None
+        n_suitable = n_suitable_processes(self._n_processors, template.threads)
+        while True:
+            n_changes = self._n_changes
+            processes = await self._processes_in_use(template.digest)
+            chosen = choose_process(processes, model, n_suitable=n_suitable)
+            if chosen is None or template.digest in self._is_limited:
+                return None if self._is_limited.get(template.digest) else chosen
+            # The first process will tell once it is ready.
+            await self._changed.wait_for(lambda n=n_changes: self._n_changes != n)  # type: ignore[misc]
+
+    async def _processes_in_use(self, digest: str) -> Sequence[SharedProcess]:
+        return [
+            SharedProcess(
+                sandbox.id,
+                frozenset(self._shares[sandbox.id]),
+                frozenset(self._failed_for.get(sandbox.id, ())),
+            )
+            for sandbox in await self._platform.list()
+            if sandbox.template_hash == digest
+            and sandbox.id in self._shares
+            and sandbox.id not in self._ending
+        ]
+
+    def _process_template(self, template: ProcessSandboxTemplate) -> ProcessSandboxTemplate:
+        """Return the template of processes for a model's sandboxes."""
+        return replace(template, capacity=SHARED_CAPACITY) if self._is_shared else template
+
+    def _pool_sizes(self) -> dict[ProcessSandboxTemplate, int]:
+        """Return how many generic processes to keep: the most that one of the models wants."""
+        sizes: dict[ProcessSandboxTemplate, int] = {}
+        for model in self._models.values():
+            template = self._process_template(model.template)
+            sizes[template] = max(sizes.get(template, 0), model.warm_pool)
+        return {template: size for template, size in sizes.items() if size}
+
+    async def _adopt(self, sandbox: Sandbox) -> None:
+        try:
+            listing = await self._api.list(sandbox.address)
+            stores = {function.store for function in listing.functions}
+            owners = [name for name, model in self._models.items() if model.store in stores]
+            unknown = stores - {model.store for model in self._models.values()}
+            if self._is_shared and owners:
+                for store in filter(None, unknown):
+                    await self._api.detach_all(sandbox.address, store)
         except FaasmoeError as error:
             logger.warning("sandbox %s is deleted: %s", sandbox.id, error)
             await self._platform.delete(sandbox.id)
             return
-        owners = {models.get(function) for function in functions}
-        owner = owners.pop() if len(owners) == 1 else None
-        if owner is not None:
-            self._owners[sandbox.id] = owner
-        elif not functions and self._n_missing(sandbox.template_hash) > 0:
+        self._is_limited.setdefault(sandbox.template_hash, listing.memory_limit_bytes is not None)
+        if owners and (self._is_shared or len(stores) == 1):
+            self._shares[sandbox.id] = {m: self._digest_of_share(sandbox, m) for m in owners}
+        elif not stores and self._n_missing(sandbox.template_hash) > 0:
             self._generic[sandbox.id] = sandbox.template_hash
         else:
             await self._platform.delete(sandbox.id)
 
+    def _digest_of_share(self, sandbox: Sandbox, model: str) -> str:
+        """Return the digest that a model's adopted share has: another one if it is outdated."""
+        template = self._models[model].template
+        is_current = self._process_template(template).digest == sandbox.template_hash
+        return template.digest if is_current else sandbox.template_hash
+
     async def _take_generic(self, digest: str) -> Sandbox | None:
-        """Return a generic sandbox, a ready one if there is any; None if there is none."""
+        """Return a generic process, a ready one if there is any; None if there is none."""
         listed = [s for s in await self._platform.list() if self._generic.get(s.id) == digest]
         sandbox = max(listed, key=lambda s: s.ready, default=None)
         if sandbox is not None:
@@ -145,19 +316,58 @@ class SandboxPool:
         async for event in self._platform.watch():
             reason = event.reason if event.kind == "deleted" else ""
             await self._sync(**{event.sandbox.id: reason} if reason else {})
-            self._changed.notify()
+            is_known = event.sandbox.template_hash in self._is_limited
+            if self._is_shared and event.sandbox.ready and not is_known:
+                self._tasks.start(self._learn_limit(event.sandbox))
+            self._notify()
+
+    async def _learn_limit(self, sandbox: Sandbox) -> None:
+        """Ask a process whether the functions of its template have a memory limit."""
+        while sandbox.template_hash not in self._is_limited and await self._is_listed(sandbox):
+            try:
+                listing = await self._api.list(sandbox.address)
+            except FaasmoeError as error:
+                logger.info("sandbox %s did not tell its limit: %s", sandbox.id, error)
+                await asyncio.sleep(LEARN_INTERVAL_S)
+            else:
+                is_limited = listing.memory_limit_bytes is not None
+                self._is_limited[sandbox.template_hash] = is_limited
+                self._notify()
+
+    async def _is_listed(self, sandbox: Sandbox) -> bool:
+        return any(listed.id == sandbox.id for listed in await self._platform.list())
 
     async def _sync(self, **reasons: str) -> None:
-        """Update the models' sandboxes; `reasons` says why sandboxes were deleted, by id."""
+        """Update the models' sandboxes; `reasons` says why processes have ended, by id."""
         listed = {sandbox.id: sandbox for sandbox in await self._platform.list()}
-        for name in [name for name in self._owners if name not in listed]:
-            registry = self._registries[self._owners.pop(name)]
-            registry.remove(name, reason=reasons.get(name, "unknown"))
+        for name in [name for name in self._shares if name not in listed]:
+            self._forget(name, reason=reasons.get(name, "unknown"))
         for name in [name for name in self._generic if name not in listed]:
             del self._generic[name]
-        for name, model in self._owners.items():
-            if self._registries[model].get(name) != listed[name]:
-                self._registries[model].upsert(listed[name])
+        for name, shares in self._shares.items():
+            for model, digest in shares.items():
+                seen = self._as_seen(listed[name], model, digest)
+                if self._registries[model].get(name) != seen:
+                    self._registries[model].upsert(seen)
+
+    def _notify(self) -> None:
+        self._n_changes += 1
+        self._changed.notify()
+
+    def _forget(self, sandbox_id: str, *, reason: str) -> None:
+        """Forget a process that has ended, for every model that had a share of it."""
+        for model in self._shares.pop(sandbox_id):
+            self._registries[model].remove(sandbox_id, reason=reason)
+            self._detaching.discard((sandbox_id, model))
+        self._failed_for.pop(sandbox_id, None)
+        self._ending.discard(sandbox_id)
+
+    def _as_seen(self, sandbox: Sandbox, model: str, digest: str) -> Sandbox:
+        """Return a process as a model sees it: of the model's own template."""
+        is_detaching = (sandbox.id, model) in self._detaching
+        if sandbox.template_hash == digest and not is_detaching:
+            return sandbox
+        return replace(sandbox, template_hash=digest, ready=sandbox.ready and not is_detaching)
 
     async def _keep_filled(self) -> Never:
         templates = {template.digest: template for template in self._sizes}
@@ -169,7 +379,7 @@ class SandboxPool:
             await self._changed.wait_for(lambda: any(map(self._n_missing, templates)))
 
     def _n_missing(self, digest: str) -> int:
-        """Return how many generic sandboxes are to be created of a template."""
+        """Return how many generic processes are to be created of a template."""
         size = next((n for t, n in self._sizes.items() if t.digest == digest), 0)
         have = sum(found == digest for found in self._generic.values())
         return max(0, size - have - self._creating[digest])
@@ -187,7 +397,7 @@ class SandboxPool:
             self._generic[sandbox.id] = digest
         finally:
             self._creating[digest] -= 1
-            self._changed.notify()
+            self._notify()
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,12 +413,12 @@ class PooledPlatform:
     model: str
 
     async def create(self, template: ProcessSandboxTemplate) -> Sandbox:
-        """Take a generic sandbox, or create one; raises PlatformError."""
+        """Take a share of a process, a generic one or a new one; raises PlatformError."""
         return await self.pool.take(self.model, template)
 
-    async def delete(self, sandbox_id: str, *, at_once: bool = False) -> None:
+    async def delete(self, sandbox_id: str, *, at_once: bool = False, failed: bool = False) -> None:
         """Start the deletion of a sandbox; does nothing if it does not exist."""
-        await self.pool.delete(sandbox_id, at_once=at_once)
+        await self.pool.delete(self.model, sandbox_id, at_once=at_once, failed=failed)
 
     async def list(self) -> tuple[Sandbox, ...]:
         """Return the model's sandboxes, terminating ones included, oldest first."""

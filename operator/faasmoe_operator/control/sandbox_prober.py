@@ -4,6 +4,9 @@ A sandbox is marked as failed immediately if its response is invalid or differs 
 assignments, but only after several consecutive timeouts, as a sandbox that computes a large frame
 responds late. The probes also tell which functions are active, from the sandboxes' own counters, in
 case a router stops reporting.
+
+Where models share sandboxes, a model asks for the functions of its own store alone: the others'
+are none of its concern.
 """
 
 from __future__ import annotations
@@ -58,6 +61,7 @@ class SandboxProber:
         clock: Callable[[], float],
     ) -> None:
         self._digest = model.store.model_digest
+        self._listed_store = model.store.path if model.shares_sandboxes else None
         self._specs = model.specs
         self._client = client
         self._fleet = fleet
@@ -135,7 +139,7 @@ class SandboxProber:
         """Return a sandbox's functions; None on an error, which may mark the sandbox as failed."""
         name = record.sandbox.id
         try:
-            listing = await self._client.list(record.sandbox.address)
+            listing = await self._client.list(record.sandbox.address, store=self._listed_store)
         except SandboxClientError as error:
             self._on_probe_error(name, error)
             return None

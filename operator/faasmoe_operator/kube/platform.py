@@ -192,7 +192,7 @@ class KubernetesPlatform:
         sandbox = self._registry.get(pod_name(pod))
         return sandbox or self._make_sandbox(pod, ready=False)
 
-    async def delete(self, sandbox_id: str, *, at_once: bool = False) -> None:
+    async def delete(self, sandbox_id: str, *, at_once: bool = False, failed: bool = False) -> None:
         """Start to delete a pod, with retries; it counts as terminating from now on."""
         grace_s = AT_ONCE_GRACE_S if at_once else self._timing.grace_s
         for pod in self._sandbox_pods():

@@ -123,10 +123,11 @@ class MemoryClaim:
 
         The one used last is first; of several that requests wait for, the one that waits longest.
         """
-        return self._rank > other._rank
+        return self.rank > other.rank
 
     @property
-    def _rank(self) -> tuple[float, float, str]:
+    def rank(self) -> tuple[float, float, str]:
+        """Sort key: what gets memory first is last."""
         return self.last_used, -self.waiting_since, self.name
 
 

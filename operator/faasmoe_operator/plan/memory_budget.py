@@ -10,8 +10,10 @@ something takes its place only once its memory is free.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from faasmoe_operator.plan.actions import ActionReason, Detach
 from faasmoe_operator.plan.fleet import (
@@ -44,6 +46,15 @@ class MemoryLimit:
     planned_bytes: int
     claims: tuple[MemoryClaim, ...] = ()
     resident: frozenset[str] = frozenset()
+    _ranks: list[tuple[float, float, str]] = field(init=False)
+    _bytes_from: list[int] = field(init=False)  # of the claims from each rank on
+
+    def __post_init__(self) -> None:
+        """Sort the claims, as each of many that are admitted asks for those before it."""
+        ordered = sorted(self.claims, key=lambda claim: claim.rank)
+        self._ranks = [claim.rank for claim in ordered]
+        sizes = (claim.size_bytes for claim in reversed(ordered))
+        self._bytes_from = list(accumulate(sizes, initial=0))[::-1]
 
     def size_of(self, claim: MemoryClaim) -> int:
         """Return the memory that something would take."""
@@ -51,7 +62,7 @@ class MemoryLimit:
 
     def claimed_bytes(self, claim: MemoryClaim) -> int:
         """Return what others wait for that was used more recently."""
-        return sum(other.size_bytes for other in self.claims if other.precedes(claim))
+        return self._bytes_from[bisect_right(self._ranks, claim.rank)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -92,12 +92,13 @@ class Platform(Protocol[AnyTemplate]):
         """Create an empty sandbox, which may become ready later; raises PlatformError."""
         ...
 
-    async def delete(self, sandbox_id: str, *, at_once: bool = False) -> None:
+    async def delete(self, sandbox_id: str, *, at_once: bool = False, failed: bool = False) -> None:
         """Start the deletion of a sandbox; does nothing if it does not exist.
 
         Args:
             sandbox_id: the sandbox.
             at_once: whether it gets no time for calls in flight, as nobody calls it any more.
+            failed: whether it has failed, which matters where several models share one.
         """
         ...
 

@@ -114,7 +114,7 @@ class ProcessPlatform:
         finally:
             self._pending.pop(name, None)
 
-    async def delete(self, sandbox_id: str, *, at_once: bool = False) -> None:
+    async def delete(self, sandbox_id: str, *, at_once: bool = False, failed: bool = False) -> None:
         """Start the deletion of a sandbox: SIGTERM now, SIGKILL after the grace period, if any."""
         sandbox = self._registry.get(sandbox_id)
         if sandbox is None or self._zygote is None:

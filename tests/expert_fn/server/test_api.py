@@ -69,6 +69,7 @@ def test_attaches_lists_computes_and_detaches(
         "layers": [0],
         "experts": [0, 1, 2],
         "model_digest": store.manifest.digest,
+        "store": str(store.path),
         "size_bytes": 3 * store.manifest.layers[0].expert_bytes,
         "kernel": describe_kernels(torch.device("cpu")),
         "frames": 0,
@@ -85,6 +86,49 @@ def test_attaches_lists_computes_and_detaches(
     assert empty_sandbox.http.get("/v1/functions").json()["functions"] == []
     maps = Path(f"/proc/{empty_sandbox.process.pid}/maps").read_text()
     assert str(store.path) not in maps
+
+
+def test_lists_and_detaches_the_functions_of_one_store_alone(
+    empty_sandbox: SandboxProcess, store: Store, spec: FunctionSpec, tmp_path: Path
+) -> None:
+    other, http = tmp_path / "a b", empty_sandbox.http
+    shutil.copytree(store.path, other)
+    second = FunctionSpec("second", spec.layers, spec.experts)
+    for function, path in ((spec, store.path), (second, other)):
+        put_function(empty_sandbox, function, attachment(store, function, store=str(path)))
+
+    def listed(**query: str) -> list[str]:
+        return [f["id"] for f in http.get("/v1/functions", params=query).json()["functions"]]
+
+    assert listed() == [spec.id, "second"]
+    assert listed(store=str(other)) == ["second"]
+    assert listed(store="/nowhere") == []
+    for _ in range(2):  # idempotent
+        http.request("DELETE", "/v1/functions", json={"store": str(store.path)})
+    assert listed() == ["second"]
+    assert http.post("/v1/functions/second", content=request_frame()).status_code == 200
+    answer = http.request("DELETE", "/v1/functions", json={"store": str(other)})
+    assert (answer.status_code, answer.json()) == (200, {"detached": ["second"]})
+    assert str(other) not in Path(f"/proc/{empty_sandbox.process.pid}/maps").read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "query", "body", "field"),
+    [
+        ("GET", "?store=", None, "store"),
+        ("GET", "?store=/a&shop=/b", None, "shop"),
+        ("DELETE", "", {}, "store"),
+        ("DELETE", "", {"store": "/a", "id": "f"}, "id"),
+        ("DELETE", "", {"store": "/" + "a" * 5000}, "store"),
+    ],
+)
+def test_names_what_is_wrong_with_a_list_or_a_detachment(
+    sandbox_server: SandboxProcess, method: str, query: str, body: Any, field: str
+) -> None:
+    before = sandbox_server.http.get("/v1/functions").json()
+    response = sandbox_server.http.request(method, f"/v1/functions{query}", json=body)
+    assert (response.status_code, error_object(response)["field"]) == (422, field)
+    assert sandbox_server.http.get("/v1/functions").json() == before
 
 
 def test_attach_is_idempotent(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -168,6 +169,36 @@ def attach_all(
 
     run(scenario)
     return results
+
+
+def test_function_that_is_being_loaded_does_not_come_after_its_store_was_detached(
+    runtime: SandboxRuntime, store: Store, spec: FunctionSpec, gate: LoadGate, tmp_path: Path
+) -> None:
+    shutil.copytree(store.path, tmp_path / "other")
+    loading, waiting, elsewhere = (make_function_spec(store, [1], [e]) for e in range(3))
+
+    async def scenario() -> None:
+        loader, digest = BackgroundLoader(runtime), store.manifest.digest
+        several = loader.attach_all(attachments(store, [loading]))
+        pending = [
+            asyncio.create_task(several),
+            asyncio.create_task(loader.attach(waiting, store=store.path, model_digest=digest)),
+            asyncio.create_task(
+                loader.attach(elsewhere, store=tmp_path / "other", model_digest=digest)
+            ),
+        ]
+        await wait_until(lambda: gate.started == [loading.id])
+        assert loader.detach_all(store.path) == [spec.id]
+        gate.permits.release(3)
+        first, second, third = await asyncio.gather(*pending, return_exceptions=True)
+        assert [type(e) for e in (*first, second)] == [AttachRefused, AttachRefused]  # type: ignore[misc]
+        assert not isinstance(third, BaseException)
+        again, is_new = await loader.attach(waiting, store=store.path, model_digest=digest)
+        assert (again["id"], is_new) == (waiting.id, True)
+
+    run(scenario)
+    assert gate.started == [loading.id, elsewhere.id, waiting.id]
+    assert function_ids(runtime) == [elsewhere.id, waiting.id]
 
 
 def test_loads_several_functions_before_it_attaches_the_first(

@@ -20,7 +20,7 @@ def function(name: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-STATUS = {
+STATUS: dict[str, Any] = {
     "model": "tiny",
     "followers": 1,
     "functions": [
@@ -29,8 +29,8 @@ STATUS = {
         function("silent", rows=5, concurrency=None),
     ],
     "sandboxes": [
-        {"state": "Ready", "functions": ["busy", "silent"], "pss_bytes": 4 << 20},
-        {"state": "Starting", "functions": [], "pss_bytes": None},
+        {"state": "Ready", "functions": ["busy", "silent"], "models": 1, "pss_bytes": 4 << 20},
+        {"state": "Starting", "functions": [], "models": 1, "pss_bytes": None},
     ],
     "pool": {"size": 1, "ready": 0},
     "held": 3,
@@ -50,6 +50,14 @@ def test_shows_totals() -> None:
         "sandboxes: 2 (1 Ready, 1 Starting), 4.0 MiB; generic: 0, pool of 1",
         "routers: 1; queued calls and requests: 3; decisions: Activated 2, NoTraffic 1",
     ]
+
+
+def test_counts_sandboxes_that_are_shared_with_other_models() -> None:
+    shared = [{**sandbox, "models": 3} for sandbox in STATUS["sandboxes"][:1]]
+    lines = render_status({**STATUS, "sandboxes": shared}, max_lines=10).splitlines()
+    assert lines[1] == (
+        "sandboxes: 1 (1 Ready), 4.0 MiB; 1 shared with other models; generic: 0, pool of 1"
+    )
 
 
 def test_orders_functions_by_rows_and_shows_memory_share() -> None:

@@ -33,6 +33,15 @@ from faasmoe_operator.control.routing_table import RoutingTablePublisher
 from faasmoe_operator.control.sandbox_client import SandboxClient
 
 
+class SharedByTwo:
+    """A pool with one of two generic processes, of which all others are shared by two models."""
+
+    size, n_generic, n_sharing = 2, 1, 2
+
+    def n_models(self, _: str) -> int:
+        return 2
+
+
 def load(concurrency: float, *functions: str, calls: int = 1, rows: int = 1) -> LoadReport:
     return LoadReport("r", {name: FunctionLoad(concurrency, calls, rows) for name in functions})
 
@@ -68,7 +77,7 @@ def test_status_tells_of_the_pool_that_models_share() -> None:
         platform = FakePlatform()
         async with SandboxClient(token="t") as client:
             shared = Controller(
-                make_model(warm_pool=0), platform, client, shared_pool=lambda: (2, 1)
+                make_model(warm_pool=0), platform, client, shared_pool=SharedByTwo()
             )
             own = Controller(make_model(warm_pool=3), platform, client)
             assert (await controller_status(shared))["pool"] == {"size": 2, "ready": 1}

@@ -7,12 +7,16 @@ import math
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
+from aiohttp import web
 from fake_platform import (
     CLOCK_SPEED,
     DEADLINE_S,
+    DIGEST,
     FakePlatform,
+    error_response,
     eventually,
     fast_clock,
     make_model,
@@ -22,9 +26,11 @@ from fake_platform import (
 
 from faasmoe_operator.control.controller import Controller
 from faasmoe_operator.control.machine_memory import MemoryPool
-from faasmoe_operator.control.sandbox_pool import SandboxPool
+from faasmoe_operator.control.sandbox_client import ModelStore, SandboxClient
+from faasmoe_operator.control.sandbox_pool import PooledModel, SandboxPool
 from faasmoe_operator.plan.fleet import MemoryClaim, MemoryHolder
 from faasmoe_operator.plan.router_memory import RouterMemory
+from faasmoe_operator.platforms.base import ProcessSandboxTemplate
 from faasmoe_operator.scaling import ScalingSettings
 
 KEPT = ScalingSettings(initial_scale=0, window_s=3600, scale_to_zero_grace_period_s=3600)
@@ -39,17 +45,27 @@ class Machine:
     memory: MemoryPool
     a: Controller
     b: Controller
+    platform: FakePlatform
 
 
 @asynccontextmanager
-async def running_machine(limit: int) -> AsyncIterator[Machine]:
+async def running_machine(limit: int, *, is_shared: bool = False) -> AsyncIterator[Machine]:
     platform = FakePlatform()
     memory = MemoryPool(limit, clock=fast_clock)
-    models = {
-        name: replace(make_model(2, warm_pool=0, scaling=KEPT, prefix=name), name=name)
-        for name in "ab"
+    models = {}
+    for name in "ab":
+        model = make_model(2, warm_pool=0, scaling=KEPT, prefix=name)
+        store = ModelStore(Path(f"/stores/{name}"), DIGEST)
+        models[name] = replace(model, name=name, store=store, shares_sandboxes=is_shared)
+    pooled = {
+        name: PooledModel(model.store.path, ProcessSandboxTemplate(1))
+        for name, model in models.items()
     }
-    async with asyncio.timeout(DEADLINE_S), SandboxPool(platform, {}) as pool:
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        SandboxClient(token="t") as client,
+        SandboxPool(platform, client, pooled, is_shared=is_shared, n_processors=1) as pool,
+    ):
         shared = {name: memory.shared_by(name) for name in models}
         async with (
             running_controller(models["a"], pool.platform_of("a"), memory=shared["a"]) as a,
@@ -57,7 +73,7 @@ async def running_machine(limit: int) -> AsyncIterator[Machine]:
         ):
             memory.join("a", a.function_memory)
             memory.join("b", b.function_memory)
-            yield Machine(memory, a, b)
+            yield Machine(memory, a, b, platform)
     await platform.close()
 
 
@@ -73,15 +89,91 @@ async def activate(controller: Controller, *functions: str) -> None:
     await asyncio.sleep(IDLE_S)
 
 
-def test_least_recently_used_function_of_another_model_makes_room() -> None:
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_least_recently_used_function_of_another_model_makes_room(is_shared: bool) -> None:
     async def work() -> None:
-        async with running_machine(limit=2) as machine:
+        async with running_machine(limit=2, is_shared=is_shared) as machine:
             await activate(machine.a, "a0")
             await activate(machine.b, "b0")
             await activate(machine.b, "b1")
             await eventually(lambda: has(machine.a) and has(machine.b, "b0", "b1"))
             await activate(machine.a, "a0")
             await eventually(lambda: has(machine.a, "a0") and has(machine.b, "b1"))
+
+    asyncio.run(work())
+
+
+def test_model_that_makes_room_leaves_the_processes_to_the_others() -> None:
+    async def work() -> None:
+        async with running_machine(limit=4, is_shared=True) as machine:
+            await activate(machine.a, "a0", "a1")
+            await activate(machine.b, "b0", "b1")
+            servers = dict(machine.platform.servers)
+            assert len(servers) == 2  # as many as a model needs
+            assert [sorted(f[0] for f in s.functions) for s in servers.values()] == [["a", "b"]] * 2
+            machine.a.function_memory.release()
+            await eventually(lambda: not machine.a.fleet.sandboxes)
+            assert has(machine.a)
+            assert has(machine.b, "b0", "b1")
+            await activate(machine.a, "a0")
+            assert dict(machine.platform.servers) == servers
+            changes = {name.partition(" ")[0] for s in servers.values() for name in s.calls}
+            assert changes == {"PUT", "DELETE"}
+            assert all("DELETE /stores/a" in server.calls for server in servers.values())
+
+    asyncio.run(work())
+
+
+def test_process_that_dies_is_replaced_for_every_model() -> None:
+    async def work() -> None:
+        async with running_machine(limit=4, is_shared=True) as machine:
+            await activate(machine.a, "a0", "a1")
+            await activate(machine.b, "b0", "b1")
+            dead = next(iter(machine.platform.servers))
+            await machine.platform.kill(dead)
+            await eventually(lambda: len(machine.platform.servers) == 2)
+            await eventually(lambda: has(machine.a, "a0", "a1") and has(machine.b, "b0", "b1"))
+
+    asyncio.run(work())
+
+
+def test_model_whose_functions_are_refused_keeps_the_others_sandboxes() -> None:
+    async def refuse_a(request: web.Request) -> web.Response | None:
+        is_attach = request.method == "PUT" and "/stores/a" in await request.text()
+        return error_response(422, "bad_attachment") if is_attach else None
+
+    async def work() -> None:
+        async with running_machine(limit=4, is_shared=True) as machine:
+            await activate(machine.b, "b0", "b1")
+            servers = dict(machine.platform.servers)
+            machine.platform.fault_handlers = [refuse_a] * 100
+            for server in servers.values():
+                server.fault_handler = refuse_a
+            machine.a.activate(["a0"])
+            await eventually(
+                lambda: machine.platform.n_created >= 2 + 3
+            )  # its own, again and again
+            assert has(machine.b, "b0", "b1")
+            assert servers.items() <= machine.platform.servers.items()
+            assert len(machine.platform.servers) <= 2 + 1
+            for server in servers.values():  # each was tried once
+                assert server.calls.count("PUT a0") == 1
+
+    asyncio.run(work())
+
+
+def test_process_that_does_not_even_detach_is_ended_for_every_model() -> None:
+    async def fail(_: web.Request) -> web.Response | None:
+        raise web.HTTPInternalServerError
+
+    async def work() -> None:
+        async with running_machine(limit=4, is_shared=True) as machine:
+            await activate(machine.a, "a0", "a1")
+            await activate(machine.b, "b0", "b1")
+            name, server = next(iter(machine.platform.servers.items()))
+            server.fault_handler = fail
+            await eventually(lambda: name not in machine.platform.servers)
+            await eventually(lambda: has(machine.a, "a0", "a1") and has(machine.b, "b0", "b1"))
 
     asyncio.run(work())
 

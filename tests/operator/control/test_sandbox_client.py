@@ -33,6 +33,14 @@ async def detach(client: SandboxClient, address: str) -> None:
     await client.detach(address, FUNCTION.id)
 
 
+async def detach_all(client: SandboxClient, address: str) -> None:
+    await client.detach_all(address, Path("/stores/a b"))
+
+
+async def list_store(client: SandboxClient, address: str) -> object:
+    return await client.list(address, store=Path("/stores/a b"))
+
+
 async def list_functions(client: SandboxClient, address: str) -> object:
     return await client.list(address)
 
@@ -96,6 +104,14 @@ def test_detach_of_an_unknown_function_succeeds() -> None:
     error = {"error": {"code": "unknown_function", "message": "id: got 'f1'"}}
     call_with(detach, http_response(404, error))
     call_with(detach, b"HTTP/1.1 204 X\r\n\r\n")
+
+
+def test_lists_and_detaches_the_functions_of_a_store_alone() -> None:
+    requests: list[bytes] = []
+    call_with(list_store, http_response(200, {"functions": []}), requests)
+    call_with(detach_all, http_response(200, {"detached": []}), requests)
+    assert requests[0].startswith(b"GET /v1/functions?store=%2Fstores%2Fa+b HTTP/1.1")
+    assert requests[1].startswith(b"DELETE /v1/functions HTTP/1.1")
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,12 @@ from faasmoe_operator.plan.fleet import (
     AssignmentState,
     FleetSettings,
     FunctionDemand,
+    MemoryClaim,
     ObservedSandbox,
     SandboxShape,
     SandboxState,
 )
+from faasmoe_operator.plan.memory_budget import MemoryLimit
 from faasmoe_operator.plan.sandboxes import SandboxPlan, plan_sandboxes
 
 NOW = 1000.0
@@ -221,3 +223,16 @@ def test_memory_limit_always_holds_and_plans_converge(
     attached = {a.function for s in fleet.values() for a in s.assignments}
     if uses:
         assert uses[-1][0] in attached  # the most recently used function
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 9), st.integers(0, 3)), max_size=9),
+    st.tuples(st.sampled_from("abc"), st.integers(0, 3)),
+)
+def test_claims_that_come_first_are_those_that_precede(
+    waiting: list[tuple[str, int, int]], admitted: tuple[str, int]
+) -> None:
+    claims = tuple(MemoryClaim(name, size, float(used)) for name, size, used in waiting)
+    claim = MemoryClaim(admitted[0], 1, float(admitted[1]))
+    expected = sum(other.size_bytes for other in claims if other.precedes(claim))
+    assert MemoryLimit(9, 0, 0, claims).claimed_bytes(claim) == expected

@@ -84,7 +84,11 @@ def make_models_app(
 
 
 def make_machine_app(
-    controllers: Mapping[str, Controller], *, token: str, memory: MemoryPool | None
+    controllers: Mapping[str, Controller],
+    *,
+    token: str,
+    memory: MemoryPool | None,
+    n_processes: Callable[[], int],
 ) -> web.Application:
     """Return the API of all models of a machine, with /routers, /warm, /metrics and /healthz.
 
@@ -92,11 +96,12 @@ def make_machine_app(
         controllers: the running controllers by model, at each request.
         token: bearer token that the models, /routers and /warm require.
         memory: the memory that they share with routers; None for no limit.
+        n_processes: returns the number of sandbox processes, each of which models may share.
     """
 
     async def metrics(_: web.Request) -> web.Response:
         running = [((LOCAL_NAMESPACE, n), controllers[n]) for n in sorted(controllers)]
-        body = render_models_metrics(running)
+        body = render_models_metrics(running, n_processes=n_processes())
         return web.Response(body=body, headers={"Content-Type": METRICS_CONTENT_TYPE})
 
     async def healthz(_: web.Request) -> web.Response:

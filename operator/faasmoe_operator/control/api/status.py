@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -36,7 +36,10 @@ async def controller_status(controller: Controller) -> dict[str, Any]:
         "version": routing_table.version,
         "followers": routing_table.n_watchers,
         "functions": _function_status(controller, now=now),
-        "sandboxes": [_sandbox_status(r, size) for r, size in zip(records, memory, strict=True)],
+        "sandboxes": [
+            _sandbox_status(record, size, n_models=controller.n_models(record.sandbox.id))
+            for record, size in zip(records, memory, strict=True)
+        ],
         "pool": {"size": pool_size, "ready": n_generic},
         "held": controller.load_reports.queued(now),
         "failure": controller.failure,
@@ -84,7 +87,10 @@ def _function_status(controller: Controller, *, now: float) -> list[dict[str, An
     ]
 
 
-def _sandbox_status(record: SandboxRecord, size_bytes: int | None) -> dict[str, Any]:
+def _sandbox_status(
+    record: SandboxRecord, size_bytes: int | None, *, n_models: int
+) -> dict[str, Any]:
+    """Return a sandbox's state; of a process that models share, each has an equal part."""
     return {
         "id": record.sandbox.id,
         "address": record.sandbox.address,
@@ -92,7 +98,8 @@ def _sandbox_status(record: SandboxRecord, size_bytes: int | None) -> dict[str, 
         "state": record.state.value,
         "ready": record.sandbox.ready,
         "functions": list(record.functions),
-        "pss_bytes": size_bytes,
+        "models": n_models,
+        "pss_bytes": size_bytes and size_bytes // n_models,
     }
 
 
@@ -108,14 +115,20 @@ NamedController = tuple[tuple[str, str], Controller]
 """A model's namespace and name, and its controller."""
 
 
-def render_models_metrics(models: Iterable[NamedController]) -> bytes:
+def render_models_metrics(
+    models: Iterable[NamedController], *, n_processes: int | None = None
+) -> bytes:
     """Return the metrics of these models in Prometheus's text format.
 
     Args:
         models: models and controllers, sorted by namespace and name.
+        n_processes: number of processes of sandboxes, which models share; None if they do not.
     """
     registry = CollectorRegistry()
     registry.register(_ModelsCollector(models))
+    if n_processes is not None:
+        name, help_text = "faasmoe_control_sandbox_processes", "Processes of all models' sandboxes."
+        Gauge(name, help_text, registry=registry).set(n_processes)
     return generate_latest(registry)
 
 

@@ -227,7 +227,9 @@ async def running_machine_api(memory: MemoryPool | None) -> AsyncIterator[Models
         context = controller_and_platform(make_model(warm_pool=0))
         controller, _ = await stack.enter_async_context(context)
         running = ModelsApi({})
-        app = make_machine_app({"tiny": controller}, token="secret", memory=memory)
+        app = make_machine_app(
+            {"tiny": controller}, token="secret", memory=memory, n_processes=lambda: 3
+        )
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
@@ -249,6 +251,7 @@ def test_machine_has_the_routes_and_metrics_of_each_model() -> None:
             assert (await running.request("/healthz"))[0] == 200
             _, text = await running.request("/metrics")
             assert 'faasmoe_control_routing_table_watchers{model="tiny",namespace="local"}' in text
+            assert "faasmoe_control_sandbox_processes 3.0" in text
 
     asyncio.run(check())
 
