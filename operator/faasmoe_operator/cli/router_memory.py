@@ -10,7 +10,7 @@ from collections.abc import Collection, Coroutine, Iterable
 from typing import Any, Never
 
 from faasmoe_contracts.router_demand import RouterReport, dump_router_reports
-from faasmoe_operator.cli.router_scaling import ScaledRouters
+from faasmoe_operator.cli.router_scaling import MachineRouters, ScaledRouters
 from faasmoe_operator.control.models_file import ROUTERS_PATH
 
 logger = logging.getLogger(__name__)
@@ -38,11 +38,13 @@ async def limit_routers(routers: Collection[ScaledRouters], url: str, token: str
     measured_s = -math.inf
     async with aiohttp.ClientSession(timeout=timeout, headers=headers) as http:
         while True:
-            if time.monotonic() - measured_s >= MEASURE_INTERVAL_S:
-                _measure(routers)
+            machine = MachineRouters(slot for group in routers for slot in group.slots)
+            is_due = time.monotonic() - measured_s >= MEASURE_INTERVAL_S
+            _measure(routers, machine, all_of_them=is_due)
+            if is_due:
                 measured_s = time.monotonic()
             states = [group.state for group in routers]
-            reports = [report for group in routers for report in group.reports()]
+            reports = [report for group in routers for report in group.reports(machine)]
             may_run = frozenset[str]()
             try:
                 body = dump_router_reports(reports)
@@ -58,10 +60,14 @@ async def limit_routers(routers: Collection[ScaledRouters], url: str, token: str
             await _first_within(_interval_s(reports, may_run), changes)
 
 
-def _measure(routers: Collection[ScaledRouters]) -> None:
+def _measure(
+    routers: Collection[ScaledRouters], machine: MachineRouters, *, all_of_them: bool
+) -> None:
+    """Measure routers that answer: all, or those that never were."""
     for group in routers:
         for slot in group.slots:
-            slot.measure()
+            if all_of_them or not slot.is_measured:
+                slot.measure(n_sharing=machine.n_sharing(slot))
 
 
 def _interval_s(reports: Collection[RouterReport], may_run: frozenset[str]) -> float | None:

@@ -8,9 +8,9 @@ functions. A router ends only once no gateway has a request of it.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Never
 
@@ -21,11 +21,11 @@ from faasmoe_operator.cli.logs import print_progress
 from faasmoe_operator.cli.supervisor import SupervisedChild
 from faasmoe_operator.control.gateway_links import GatewayLinks
 from faasmoe_operator.control.router_scaler import RouterScaler
-from faasmoe_operator.platforms.memory import pss_bytes
+from faasmoe_operator.plan.router_size import RouterSize, largest_own_bytes
+from faasmoe_operator.platforms.memory import memory_parts
 
 TICK_S = 1.0
 PID_INTERVAL_S = 0.2
-MAX_MEASURED_AGE_S = 60.0  # of a router that ends, and may have run several times within it
 SPARE_IDLE_S = 1e-3  # of each further router of a model: of equally idle ones the last ends first
 
 
@@ -36,7 +36,7 @@ class RouterSlot:
         index: its number among them; lower ones start first and end last.
         start: returns the context in which it runs.
         wait_until_healthy: returns once it answers.
-        size_bytes: about what it will take; later what it takes, or took when it ran last.
+        size: about what it will take; later what it takes, or took when it ran last.
         may_run: whether it may run before a memory limit says so.
 
     Attributes:
@@ -53,19 +53,18 @@ class RouterSlot:
         start: Callable[[], SupervisedContext],
         wait_until_healthy: Callable[[], Awaitable[None]],
         *,
-        size_bytes: int = 0,
+        size: RouterSize | None = None,
         may_run: bool = True,
     ) -> None:
         self.index = index
         self.start = start
         self.wait_until_healthy = wait_until_healthy
-        self.size_bytes = size_bytes
+        self.size = size or RouterSize()
         self.child: SupervisedChild | None = None
         self.is_ready = False
         self.is_leaving = False
         self.is_ending = False
         self.may_run = may_run
-        self._measured_s = -math.inf
 
     @property
     def name(self) -> str:
@@ -77,18 +76,43 @@ class RouterSlot:
         """Process id; None while it does not run."""
         return None if self.child is None else self.child.pid
 
-    def measure(self, *, max_age_s: float = 0.0) -> None:
-        """Measure the memory that it has now, which is less the more routers share with it.
+    @property
+    def is_measured(self) -> bool:
+        """Whether its memory was ever measured."""
+        return self.size.own_bytes is not None
+
+    def measure(self, *, n_sharing: int = 1) -> None:
+        """Measure the memory that it has now; takes some ten milliseconds of a processor.
 
         Args:
-            max_age_s: how old an earlier measurement may be that does as well; one takes some ten
-                milliseconds of a processor.
+            n_sharing: how many routers map the same weights.
         """
-        now_s = time.monotonic()
-        if self.pid is None or not self.is_ready or now_s - self._measured_s < max_age_s:
+        if self.pid is None or not self.is_ready:
             return
-        if measured := pss_bytes(self.pid):
-            self.size_bytes, self._measured_s = measured, now_s
+        if parts := memory_parts(self.pid):
+            self.size = self.size.measured(parts.own_bytes, parts.file_bytes, n_sharing=n_sharing)
+
+
+class MachineRouters:
+    """The routers of all models, of which some map the same weights.
+
+    Args:
+        slots: all routers.
+    """
+
+    def __init__(self, slots: Iterable[RouterSlot]) -> None:
+        slots = list(slots)
+        self._n_running = Counter(slot.size.content for slot in slots if slot.child is not None)
+        self._own_bytes = largest_own_bytes(slot.size for slot in slots)
+
+    def n_sharing(self, slot: RouterSlot) -> int:
+        """Return how many routers map a router's weights, or will when it runs."""
+        return self._n_running[slot.size.content] + (slot.child is None)
+
+    def bytes_of(self, slot: RouterSlot) -> int:
+        """Return the memory that a router counts for."""
+        like_it = self._own_bytes.get(slot.size.content)
+        return slot.size.bytes_among(self.n_sharing(slot), like_it=like_it)
 
 
 RouterState = tuple[bool, int, tuple[tuple[SupervisedChild | None, bool], ...]]
@@ -136,8 +160,12 @@ class ScaledRouters:
         self._waiting_since_s: float | None = None  # for a router that takes requests
         links.add(model, self._take_demand)
 
-    def reports(self) -> list[RouterReport]:
-        """Return the state of all routers, for the memory limit."""
+    def reports(self, machine: MachineRouters) -> list[RouterReport]:
+        """Return the state of all routers, for the memory limit.
+
+        Args:
+            machine: the routers of all models.
+        """
         now_s, idle_s, waiting_s = time.monotonic(), 0.0, 0.0
         if self.has_started.is_set() and not self._links.n_requests(self.model):
             idle_s = now_s - self._last_used_s
@@ -146,7 +174,7 @@ class ScaledRouters:
         return [
             RouterReport(
                 f"{self.model}/{slot.name}",
-                slot.size_bytes,
+                machine.bytes_of(slot),
                 idle_s + slot.index * SPARE_IDLE_S,
                 is_running=slot.child is not None,
                 is_wanted=slot.index < self._scaler.desired,
@@ -221,7 +249,8 @@ class ScaledRouters:
                 tasks += [failure, asyncio.create_task(self._probe(slot, child))]
                 await self._until_ended(slot, tasks)
                 why = "no requests" if slot.may_run else "others need its memory"
-                slot.measure(max_age_s=MAX_MEASURED_AGE_S)  # for the next start
+                if not slot.is_measured:  # for the next start
+                    slot.measure()
                 slot.is_ending, ending_s = True, time.monotonic()
                 self._changed.notify()
             print_progress(f"{name} has ended in {time.monotonic() - ending_s:.2f} s: {why}")

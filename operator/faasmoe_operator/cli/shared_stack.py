@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Never
 
 from faasmoe_contracts.atomic_file import write_atomically
-from faasmoe_contracts.store import Manifest
+from faasmoe_contracts.store import Manifest, StoreError
 from faasmoe_operator.api.v1alpha1.tenants_file import TENANTS_FILE_NAME, build_tenants_file
 from faasmoe_operator.cli import control, gateway, live_page, router
 from faasmoe_operator.cli.child_process import RunChild
@@ -59,13 +59,13 @@ from faasmoe_operator.control.models_file import ModelsFile, ServedModel
 from faasmoe_operator.control.router_scaler import RouterScaler
 from faasmoe_operator.errors import CommandError
 from faasmoe_operator.plan.functions import function_bytes
+from faasmoe_operator.plan.router_size import PROCESS_BYTES, RouterSize
 from faasmoe_operator.plan.router_weights import router_weights_bytes, widest_router_dtype
 
 GATEWAY_FILE_NAME = "gateway.json"
 MODELS_FILE_NAME = "models.json"
 DEMAND_SOCKET_NAME = "demand.sock"
 LEASE_SOCKET_NAME = "leases.sock"
-ROUTER_PROCESS_BYTES = 150_000_000  # beside its weights
 DEFAULT_MODEL_LEN = 8192  # of a router whose model has a longer context
 
 
@@ -364,9 +364,11 @@ async def _router_slots(
             progress=partial(_print_router_progress, model),
             socket_path=path,
         )
-        size_bytes = router_bytes(model_spec.deployment)
+        size = RouterSize(
+            _router_weights(model_spec.deployment), _router_content(model_spec.deployment)
+        )
         may_run = spec.memory_bytes is None
-        slots.append(RouterSlot(index, start, healthy, size_bytes=size_bytes, may_run=may_run))
+        slots.append(RouterSlot(index, start, healthy, size=size, may_run=may_run))
     return slots
 
 
@@ -385,15 +387,28 @@ def _print_router_progress(model: str, message: str) -> None:
 
 def router_bytes(local: LocalModel) -> int:
     """Return about the memory of a model's router, until it is measured."""
+    return _router_weights(local) + PROCESS_BYTES
+
+
+def _router_weights(local: LocalModel) -> int:
     manifest, spec = local.open_store().manifest, local.model.spec.router
     store_dtype = manifest.model.dtype
-    weights = router_weights_bytes(
+    return router_weights_bytes(
         manifest.router_bytes,
         store_dtype=store_dtype,
         dtype=widest_router_dtype(spec.dtype, spec.device, store_dtype=store_dtype),
         quantized_bytes=manifest.router.quantized_bytes,
     )
-    return weights + ROUTER_PROCESS_BYTES
+
+
+def _router_content(local: LocalModel) -> str:
+    """Return a name of the files that a router maps: by inode, of a hard link that of all."""
+    store = local.open_store()
+    try:
+        files = [path.stat() for path in (*store.router_files(), *store.router_reference_paths())]
+    except (StoreError, OSError):  # which the router will report
+        return ""
+    return " ".join(f"{file.st_dev}:{file.st_ino}" for file in files)
 
 
 def _shared_contexts(

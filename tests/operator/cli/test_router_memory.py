@@ -44,7 +44,7 @@ class FakeRouters:
     def state(self) -> Any:
         return self.report
 
-    def reports(self) -> list[RouterReport]:
+    def reports(self, machine: Any) -> list[RouterReport]:
         return [self.report]
 
     def allow(self, may_run: frozenset[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -18,6 +17,7 @@ from faasmoe_contracts.router_demand import RouterDemand, RunningRouters
 from faasmoe_operator.api.v1alpha1.router import RouterScalingSpec
 from faasmoe_operator.cli import router_scaling
 from faasmoe_operator.cli.router_scaling import (
+    MachineRouters,
     RouterSlot,
     ScaledRouters,
     scaled_routers,
@@ -27,6 +27,7 @@ from faasmoe_operator.cli.supervisor import SupervisedChild
 from faasmoe_operator.control.gateway_links import GatewayLinks
 from faasmoe_operator.control.router_scaler import RouterScaler
 from faasmoe_operator.errors import CommandError
+from faasmoe_operator.plan.router_size import RouterSize
 
 TIMEOUT_S = 120.0
 
@@ -283,13 +284,13 @@ def test_router_runs_only_as_the_memory_limit_lets_it() -> None:
         fake, links = FakeRouters(), GatewayLinks()
         routers = fake.routers(spec_of(idleSeconds=3600), links, may_run=False)
         async with scaled_routers(routers) as (scaled, _):
-            (report,) = scaled.reports()
+            (report,) = scaled.reports(MachineRouters(()))
             assert (report.name, report.is_running, report.is_wanted) == ("a/0", False, True)
             scaled.allow(frozenset({"a/0"}))
             await until(lambda: scaled.slots[0].is_ready)
             scaled.allow(frozenset())  # others need the memory: it ends, and is not wanted
             await until(lambda: not fake.running)
-            assert not scaled.reports()[0].is_wanted
+            assert not scaled.reports(MachineRouters(()))[0].is_wanted
 
     asyncio.run(work())
 
@@ -355,25 +356,39 @@ def test_routers_are_told_over_how_many_of_them_concurrency_is_split(tmp_path: P
     assert json.loads(file.read_text()) == {"version": 1, "tenants": [], "routerReplicas": 2}
 
 
-def test_a_router_is_not_measured_again_within_the_age_that_is_given() -> None:
+def slot_of(size: RouterSize, *, pid: int | None = None) -> RouterSlot:
     async def nobody() -> None:
         raise AssertionError("nobody asks for its health")
 
     def start() -> NoReturn:
         raise AssertionError("it runs already")
 
-    slot = RouterSlot(0, start, nobody, size_bytes=1)
+    slot = RouterSlot(0, start, nobody, size=size)
+    if pid is not None:
+        slot.child = SupervisedChild("router")
+        slot.child.pid, slot.is_ready = pid, True
+    return slot
+
+
+def test_a_router_is_measured_once_it_answers() -> None:
+    slot = slot_of(RouterSize(1, "a"))
     slot.child = SupervisedChild("router")
     slot.measure()
-    assert slot.size_bytes == 1  # there is no process
+    assert not slot.is_measured  # there is no process
     slot.child.pid = os.getpid()
-    slot.measure(max_age_s=math.inf)
-    assert slot.size_bytes == 1  # it does not answer yet
-    slot.is_ready = True
-    slot.measure(max_age_s=60.0)
-    assert slot.size_bytes > 1 << 20
-    slot.size_bytes = 2
-    slot.measure(max_age_s=60.0)
-    assert slot.size_bytes == 2
     slot.measure()
-    assert slot.size_bytes > 1 << 20
+    assert not slot.is_measured  # it does not answer yet
+    slot.is_ready = True
+    slot.measure()
+    assert slot.is_measured
+    assert slot.size.bytes_among(1) > 1 << 20
+
+
+def test_routers_of_the_same_weights_count_them_once_together() -> None:
+    sizes = [RouterSize(3_000_000, content) for content in ("a", "a", "b")]
+    running = [slot_of(size.measured(7, 1 << 30, n_sharing=1), pid=1) for size in sizes]
+    stopped = slot_of(RouterSize(3_000_000, "a"))
+    machine = MachineRouters([*running, stopped])
+    assert [machine.bytes_of(slot) for slot in running] == [1_500_007, 1_500_007, 3_000_007]
+    assert machine.bytes_of(stopped) == 1_000_007  # its part, beside what one like it has
+    assert machine.n_sharing(stopped) == 3
