@@ -38,7 +38,8 @@ from faasmoe_operator.platforms.base import (
 from faasmoe_operator.platforms.registry import SandboxRegistry
 
 CREATE_BACKOFF_S = (0.0, 1.0, 5.0, 30.0)
-DETACH_TIMEOUT_S = 5.0  # as a listing: a process that computes a large frame answers late
+DETACH_TIMEOUT_S = 15.0  # as three listings: a process that computes a large frame answers late
+DETACH_AT_ONCE_TIMEOUT_S = 5.0  # where others wait for the memory
 LEARN_INTERVAL_S = 1.0
 SHARED_CAPACITY = 1 << 20
 """Of a process that models share; how many functions a share holds, its model's plan decides."""
@@ -210,20 +211,21 @@ class SandboxPool:
             return
         self._detaching.add((sandbox_id, model))
         await self._sync()
-        self._tasks.start(self._detach(model, sandbox))
+        timeout_s = DETACH_AT_ONCE_TIMEOUT_S if at_once else DETACH_TIMEOUT_S
+        self._tasks.start(self._detach(model, sandbox, timeout_s=timeout_s))
 
     def registry_of(self, model: str) -> SandboxRegistry:
         """Return one model's sandboxes."""
         return self._registries[model]
 
-    async def _detach(self, model: str, sandbox: Sandbox) -> None:
+    async def _detach(self, model: str, sandbox: Sandbox, *, timeout_s: float) -> None:
         """Detach a model's functions, which ends its share; kill a process that does not."""
         try:
-            async with asyncio.timeout(DETACH_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 await self._api.detach_all(sandbox.address, self._models[model].store)
         except (FaasmoeError, TimeoutError) as error:
             if sandbox.id in self._shares:
-                reason = str(error) or f"no answer within {DETACH_TIMEOUT_S:g} s"
+                reason = str(error) or f"no answer within {timeout_s:g} s"
                 text = "sandbox %s did not detach the functions of %s and is killed: %s"
                 logger.warning(text, sandbox.id, model, reason)
                 await self._end(sandbox.id, at_once=True)
@@ -282,9 +284,12 @@ class SandboxPool:
             listing = await self._api.list(sandbox.address)
             stores = {function.store for function in listing.functions}
             owners = [name for name, model in self._models.items() if model.store in stores]
-            unknown = stores - {model.store for model in self._models.values()}
             if self._is_shared and owners:
-                for store in filter(None, unknown):
+                known = {model.store for model in self._models.values()}
+                # What an earlier run was attaching when it was killed does not come any more.
+                for store in filter(
+                    None, (stores | known) - {self._models[m].store for m in owners}
+                ):
                     await self._api.detach_all(sandbox.address, store)
         except FaasmoeError as error:
             logger.warning("sandbox %s is deleted: %s", sandbox.id, error)

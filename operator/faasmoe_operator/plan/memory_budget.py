@@ -46,15 +46,9 @@ class MemoryLimit:
     planned_bytes: int
     claims: tuple[MemoryClaim, ...] = ()
     resident: frozenset[str] = frozenset()
-    _ranks: list[tuple[float, float, str]] = field(init=False)
-    _bytes_from: list[int] = field(init=False)  # of the claims from each rank on
-
-    def __post_init__(self) -> None:
-        """Sort the claims, as each of many that are admitted asks for those before it."""
-        ordered = sorted(self.claims, key=lambda claim: claim.rank)
-        self._ranks = [claim.rank for claim in ordered]
-        sizes = (claim.size_bytes for claim in reversed(ordered))
-        self._bytes_from = list(accumulate(sizes, initial=0))[::-1]
+    _summed: tuple[MemoryClaim, ...] | None = field(default=None, init=False)
+    _ranks: list[tuple[float, float, str]] = field(default_factory=list, init=False)
+    _bytes_from: list[int] = field(default_factory=list, init=False)
 
     def size_of(self, claim: MemoryClaim) -> int:
         """Return the memory that something would take."""
@@ -62,7 +56,17 @@ class MemoryLimit:
 
     def claimed_bytes(self, claim: MemoryClaim) -> int:
         """Return what others wait for that was used more recently."""
+        if self._summed is not self.claims:
+            self._sum_claims()
         return self._bytes_from[bisect_right(self._ranks, claim.rank)]
+
+    def _sum_claims(self) -> None:
+        """Sum the claims from each rank on, as each of many that are admitted asks for that."""
+        ordered = sorted(self.claims, key=lambda claim: claim.rank)
+        self._ranks = [claim.rank for claim in ordered]
+        sizes = (claim.size_bytes for claim in reversed(ordered))
+        self._bytes_from = list(accumulate(sizes, initial=0))[::-1]
+        self._summed = self.claims
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+MAX_MODELS = 32
+"""Of a process, which serves 64 mailboxes: one for each router of each model."""
+
 
 @dataclass(frozen=True, slots=True)
 class SharedProcess:
@@ -22,7 +25,8 @@ class SharedProcess:
 
     def is_open_to(self, model: str) -> bool:
         """Return whether a model may get a share: at most one, so that ids stay unique."""
-        return model not in self.models and model not in self.failed_for
+        has_room = len(self.models) < MAX_MODELS
+        return has_room and model not in self.models and model not in self.failed_for
 
 
 def n_suitable_processes(n_processors: int, threads: int) -> int:

@@ -235,4 +235,7 @@ def test_claims_that_come_first_are_those_that_precede(
     claims = tuple(MemoryClaim(name, size, float(used)) for name, size, used in waiting)
     claim = MemoryClaim(admitted[0], 1, float(admitted[1]))
     expected = sum(other.size_bytes for other in claims if other.precedes(claim))
-    assert MemoryLimit(9, 0, 0, claims).claimed_bytes(claim) == expected
+    limit = MemoryLimit(9, 0, 0, claims)
+    assert limit.claimed_bytes(claim) == expected
+    limit.claims = (*claims, MemoryClaim("z", 5, 9.0))
+    assert limit.claimed_bytes(claim) == expected + 5

@@ -9,10 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from faasmoe_operator.plan.sandbox_sharing import (
+    MAX_MODELS,
     SharedProcess,
     choose_process,
     n_suitable_processes,
 )
+
+MANY = "".join(chr(ord("A") + index) for index in range(MAX_MODELS))
 
 
 def process(name: str, models: str = "", failed_for: str = "") -> SharedProcess:
@@ -32,6 +35,8 @@ def process(name: str, models: str = "", failed_for: str = "") -> SharedProcess:
         pytest.param([process("p", "b", "a"), process("q", "bc")], 2, "q", id="none-that-failed"),
         pytest.param([process("p", "b", "a")], 1, None, id="all-failed"),
         pytest.param([process("p", "b", "c")], 1, "p", id="failed-for-another-model"),
+        pytest.param([process("p", MANY[1:])], 1, "p", id="one-less-than-most"),
+        pytest.param([process("p", MANY)], 1, None, id="as-many-models-as-have-mailboxes"),
     ],
 )
 def test_chooses_a_process(
