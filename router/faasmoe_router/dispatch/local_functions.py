@@ -40,6 +40,7 @@ class LocalFunctions:
     def __init__(self, store: Store, *, find: FindFunction = lambda spec: None) -> None:
         self._store = store
         self._find = find
+        self._unshared: set[FunctionSpec] = set()  # what was found failed verification
         self._lock = threading.Lock()  # guards _functions
         self._functions: OrderedDict[FunctionSpec, ExpertFunction] = OrderedDict()
 
@@ -63,13 +64,16 @@ class LocalFunctions:
         try:
             return compute_function(self.map(spec), request)
         except StoreCorrupted:
+            self._unshared.add(spec)
             with self._lock:  # its file may have been replaced: mapped anew next time
                 self._functions.pop(spec, None)
             raise
 
     def map(self, spec: FunctionSpec, *, until_s: float = math.inf) -> ExpertFunction:
         """Return a function, mapped if it is not yet; raises as `map_function`."""
-        function = self._functions.get(spec) or self._find(spec)
+        function = self._functions.get(spec)
+        if function is None and spec not in self._unshared:
+            function = self._find(spec)
         if function is None:
             function = map_function(spec, self._store, until_s=until_s)
         with self._lock:
