@@ -122,6 +122,7 @@ class Dispatcher:
         colocated = None
         if placement == "auto" and socket_dir is not None and device_transfer is None:
             # Not in unreduced mode: bits depend on the thread count, which functions fix.
+            # What the overflow computes at once is kept for no replacement.
             is_replaced = activation is not None and not computes_overflow
             colocated = (
                 ColocatedFunctions(store, socket_dir, keep_lost_s=LOST_S if is_replaced else 0.0)
