@@ -1,7 +1,8 @@
 """`python -m tests.attack`: storms against a real `faasmoe up` with three keyed tenants.
 
-Writes benchmarks/out/attack.json and exits with status 1 if a figure exceeds its bound. Every
-storm is bounded in time and drawn from a seed.
+Writes benchmarks/out/attack.json and exits with status 1 if a figure exceeds its bound, and with
+status 2 and the reason if nothing was measured. Every storm is bounded in time and drawn from a
+seed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "integration"))
 
+from tests.attack.clients import AttackFailed  # noqa: E402
 from tests.attack.run import BOUNDS, attack  # noqa: E402
 
 
@@ -33,7 +35,11 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="attack-") as folder:
-        figures = attack(Path(folder), seed=arguments.seed, seconds=arguments.seconds)
+        try:
+            figures = attack(Path(folder), seed=arguments.seed, seconds=arguments.seconds)
+        except AttackFailed as error:
+            print(f"attack: {error}", file=sys.stderr)
+            return 2
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import socket
@@ -17,6 +18,12 @@ import httpx
 
 REQUEST_TIMEOUT_S = 60.0
 PROBE_INTERVAL_S = 0.005
+MIN_PROBE_ANSWERS = 100
+"""Answers that a probe needs before its slowest says anything."""
+
+
+class AttackFailed(RuntimeError):
+    """An attack that measures nothing; the message says why."""
 
 
 @dataclass
@@ -72,10 +79,11 @@ class Probe:
         self.n_answers = 0
         self._url = url
         self._stop = threading.Event()
+        self._error: Exception | None = None
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Probe for the lifetime of the context."""
+        """Probe for the lifetime of the context; raises AttackFailed at its end if that failed."""
         thread = threading.Thread(target=self._run)
         thread.start()
         try:
@@ -83,8 +91,41 @@ class Probe:
         finally:
             self._stop.set()
             thread.join()
+        self.check()
+
+    def check(self) -> None:
+        """Raise AttackFailed if the probe has ended early."""
+        if self._error is not None:
+            raise AttackFailed(
+                f"the probe failed after {self.n_answers} answers: {self._error!r}"
+            ) from self._error
+
+    def rounds(self, *, timeout_s: float) -> Iterator[int]:
+        """Number rounds of an attack, one at least, until the probe has answers enough.
+
+        Raises:
+            AttackFailed: the probe has failed, or too few answers after `timeout_s`.
+        """
+        end_s = time.monotonic() + timeout_s
+        for number in itertools.count(1):
+            yield number
+            self.check()
+            if self.n_answers >= MIN_PROBE_ANSWERS:
+                return
+            if time.monotonic() >= end_s:
+                raise AttackFailed(
+                    f"the probe was answered {self.n_answers} times in {timeout_s:g} s and "
+                    f"{number} rounds, expected {MIN_PROBE_ANSWERS}: the front hardly answers, its "
+                    f"slowest answer took {self.max_s:.2f} s, or this machine is too busy"
+                )
 
     def _run(self) -> None:
+        try:
+            self._ask()
+        except Exception as error:
+            self._error = error
+
+    def _ask(self) -> None:
         with connect(self._url) as connection:
             while not self._stop.wait(PROBE_INTERVAL_S):
                 start_s = time.monotonic()
@@ -92,9 +133,11 @@ class Probe:
                 answer = b""
                 while not answer.endswith(b'"ok"}'):
                     part = connection.recv(4096)
-                    assert part, "the connection of the probe was closed"
+                    if not part:
+                        raise AttackFailed("the connection of the probe was closed")
                     answer += part
-                assert answer.startswith(b"HTTP/1.1 200"), answer
+                if not answer.startswith(b"HTTP/1.1 200"):
+                    raise AttackFailed(f"got {answer[:200]!r}, expected status 200")
                 self.max_s = max(self.max_s, time.monotonic() - start_s)
                 self.n_answers += 1
 

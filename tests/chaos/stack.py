@@ -2,7 +2,8 @@
 
 Sandboxes use a copy of the store, so that faults can corrupt it while the router has an intact
 store, as if it were on another node. The router's blocks are verified from the start: with
-`faasmoe up`, sandboxes that attach functions verify the store that the router maps, too.
+`faasmoe up`, sandboxes that attach functions verify the store that the router maps, too. The zygote
+warms up with the sandboxes' store, as it does there.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ async def running_chaos_stack(
             sandbox_socket_dir=private_dir / SANDBOX_SOCKET_DIR,
         )
         proxy.has_remote = has_remote
-        zygote_child = await processes.zygote()
+        zygote_child = await processes.zygote(store_copy)
         await proxy.open()
         stack.push_async_callback(proxy.close)
         control_child = await processes.control(control_model)
@@ -217,13 +218,16 @@ class _ProcessStarter:
     port: ReservedControlPort
     secrets: StackSecrets
 
-    async def zygote(self) -> SupervisedChild:
+    async def zygote(self, store: Path) -> SupervisedChild:
         return await self._supervised(
             "zygote",
             zygote.ZYGOTE_COMMAND,
             {
                 **zygote.zygote_environment(
-                    self.private_dir / "zygote.sock", token=self.secrets.token
+                    self.private_dir / "zygote.sock",
+                    token=self.secrets.token,
+                    store=store,
+                    device="cpu",
                 ),
                 zygote.SOCKET_DIR_VARIABLE: str(self.private_dir / SANDBOX_SOCKET_DIR),
             },

@@ -1,11 +1,11 @@
 """Colocation: computes hot functions of this machine in the router's process if that is faster.
 
-A call to a function costs
-both sides a scheduling turn, about a millisecond of processor time next to matrix products that
-stream weights, by measurement. Computing a function in the router saves that, but takes a core from
-its other work. Which effect wins depends on cores, model and batch, so it is measured in operation:
-paired trials of two consecutive forward passes, one that calls all functions and one that computes
-some in the router (docs/performance-log.md, "hot blocks"). Some are at most half of a layer's
+A call to a function costs both sides a scheduling turn, about a millisecond of processor time next
+to matrix products that stream weights, by measurement. Computing a function in the router saves
+that, but takes a core from its other work. Which effect wins depends on cores, model and batch, so
+it is measured in operation: paired trials of two consecutive forward passes, one that calls all
+functions and one that computes some in the router (colocation_policy.py; docs/performance-log.md,
+"hot blocks"). Some are at most half of a layer's
 functions, or all of them where the model has few: then a layer waits for no other process, and all
 its products share this process's threads.
 
@@ -13,20 +13,21 @@ Only functions whose sandboxes run on this machine qualify. They map the same pa
 nothing is in memory twice, and a function that scales to zero is released here too. The sandboxes
 stay, and the load that the autoscaler sees does not change: any colocated function can be called
 again at any time.
+
+A function whose last sandbox is gone may be at zero, or about to be replaced, which nothing here
+can tell apart. While passes run it stays colocated for a while, so that a lost sandbox interrupts
+no pass of which it computed nothing. An idle router releases it at once.
 """
 
 from __future__ import annotations
 
 import logging
-import statistics
+import math
 import threading
-from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from faasmoe_contracts.routing_table import FunctionEndpoints, FunctionSpec
@@ -34,6 +35,7 @@ from faasmoe_contracts.store import Store
 from faasmoe_contracts.unix_socket import LOOPBACK_HOSTS, unix_socket_path
 from faasmoe_contracts.wire import ExpertRequest
 from faasmoe_expert.functions import ExpertFunction
+from faasmoe_router.dispatch.colocation_policy import ColocationPolicy, FunctionRanking
 from faasmoe_router.dispatch.layer_batch import Group
 from faasmoe_router.dispatch.local_functions import compute_function, map_function
 from faasmoe_router.dispatch.routing import RoutingIndex
@@ -41,61 +43,38 @@ from faasmoe_router.errors import StoreCorrupted, StoreUnreadable
 
 logger = logging.getLogger(__name__)
 
-
-MAX_COLOCATED_FUNCTIONS = 4
-"""Of a layer, if not all of them are."""
-
-MAX_MODEL_FUNCTIONS = 256
-"""Of all layers, if all of them are colocated. Each costs objects, address space and page
-tables, whether it is computed here or not."""
-
-MAX_COLOCATED_ROWS = 64
-"""Larger batches colocate nothing: products of many rows occupy all cores."""
-
 PASSES_BEFORE_MAPPING = 16
 """Forward passes with the same routing, before functions are mapped for it: what maps them takes
 time from a first token, and from a model that answers one short request and goes to zero."""
-
-MIN_TRIALS = 5
-"""Trials of a choice before its result counts."""
-
-MAX_KEPT_TRIALS = 9
-PASSES_BETWEEN_TRIALS = 64
-PASSES_BETWEEN_FIRST_TRIALS = 4
-"""The same while a choice of another batch size is assumed. Prompts are few passes, so that they
-would otherwise be trials for long."""
-
-MIN_GAIN = 0.02
-"""Fraction of the baseline's time by which a choice must beat the current one to replace it."""
-
-DECAY = 0.99
-PASSES_BETWEEN_RANKINGS = 64
-MIN_LEAD = 1.25
-"""Factor by which another function must exceed a hot one's pairs to take its place."""
 
 
 class ColocatedFunctions:
     """The functions that are computed in the router's process.
 
-    Belongs to the engine's thread, except for `release_unassigned`. A background thread maps
-    functions from the store.
+    Belongs to the engine's thread, except for `release_unassigned` and `release_lost`. A background
+    thread maps functions from the store.
 
     Args:
         store: the prepared model.
         socket_dir: folder of the Unix sockets of sandboxes on this machine.
+        keep_lost_s: how long a function stays colocated without a sandbox while passes run.
     """
 
-    def __init__(self, store: Store, socket_dir: Path) -> None:
+    def __init__(self, store: Store, socket_dir: Path, *, keep_lost_s: float = 0.0) -> None:
         self._store = store
         self._socket_dir = socket_dir
+        self._keep_lost_s = keep_lost_s
         self._routing: RoutingIndex | None = None
         self._specs_by_layer: tuple[tuple[FunctionSpec, ...], ...] = ()
-        self._same_node: list[frozenset[int]] = []  # by layer: functions with a sandbox here
+        # By layer: functions with a sandbox here, and the lost ones.
+        self._same_node: list[frozenset[int]] = []
         self._mapped: dict[FunctionSpec, ExpertFunction] = {}
         self._layer_functions: Mapping[FunctionSpec, ExpertFunction] = {}  # of the current layer
         self._wanted: frozenset[FunctionSpec] = frozenset()
         self._corrupted: set[FunctionSpec] = set()  # failed verification in this process
-        self._lock = threading.Lock()  # guards _mapped, _wanted and _selection
+        self._lost_at_s: dict[FunctionSpec, float] = {}  # mapped, without a sandbox since then
+        self._is_idle = True
+        self._lock = threading.Lock()  # guards _mapped, _wanted, _selection, _lost_at_s, _is_idle
         self._mapping_executor = ThreadPoolExecutor(1, thread_name_prefix="colocation")
         self._selection: Mapping[tuple[int, FunctionSpec], ExpertFunction] = {}
         self._selection_state: object = None  # what the selection was made from
@@ -117,10 +96,25 @@ class ColocatedFunctions:
         with self._lock:
             return self._wanted
 
-    def start_pass(self, routing: RoutingIndex, n_rows: int) -> None:
-        """Start a forward pass with this routing."""
+    @property
+    def lost(self) -> Collection[FunctionSpec]:
+        """Functions that are colocated although no sandbox has them; safe from any thread."""
+        with self._lock:
+            return frozenset(self._lost_at_s)
+
+    def find(self, spec: FunctionSpec) -> ExpertFunction | None:
+        """Return a function if it is mapped; safe from any thread."""
+        with self._lock:
+            return self._mapped.get(spec)
+
+    def start_pass(self, routing: RoutingIndex, n_rows: int, now_s: float) -> None:
+        """Start a forward pass with this routing, at a monotonic time."""
+        with self._lock:
+            self._is_idle = False
         if routing is not self._routing:
-            self._apply_routing(routing)
+            self._apply_routing(routing, now_s)
+        if self._release_lost_before(now_s - self._keep_lost_s):
+            self._same_node = self._find_same_node(routing)
         self._n_rows, self._elapsed_s, self._is_valid_sample = n_rows, 0.0, True
 
     def select_positions(
@@ -206,12 +200,38 @@ class ColocatedFunctions:
             self._set_wanted(self._find_hottest())
         self._is_valid_sample = False
 
-    def release_unassigned(self, routing: RoutingIndex) -> None:
-        """Release functions that no sandbox holds any more; from any thread, also when idle."""
+    def release_unassigned(self, routing: RoutingIndex, now_s: float) -> None:
+        """Release functions that no sandbox holds any more; from any thread, also when idle.
+
+        What is mapped stays so until it was lost for `keep_lost_s`, or the router is idle.
+        """
         unassigned = {entry.spec for entry in routing.entries.values() if not entry.addresses}
         with self._lock:
-            self._wanted -= unassigned
-            for spec in unassigned:
+            is_kept = self._keep_lost_s > 0 and not self._is_idle
+            lost = unassigned & self._mapped.keys() if is_kept else frozenset[FunctionSpec]()
+            self._lost_at_s = {spec: self._lost_at_s.get(spec, now_s) for spec in lost}
+            self._release(unassigned - lost)
+
+    def release_lost(self) -> None:
+        """Release what no sandbox holds, now and until a pass runs; when idle, from any thread."""
+        with self._lock:
+            self._is_idle = True
+        self._release_lost_before(math.inf)
+
+    def _release_lost_before(self, end_s: float) -> bool:
+        """Release what was lost before a monotonic time; return whether there was anything."""
+        with self._lock:
+            released = {s for s, lost_at_s in self._lost_at_s.items() if lost_at_s < end_s}
+            for spec in released:
+                del self._lost_at_s[spec]
+            self._release(released)
+        return bool(released)
+
+    def _release(self, specs: Set[FunctionSpec]) -> None:
+        """Release functions; under the lock."""
+        if specs & (self._mapped.keys() | self._wanted):
+            self._wanted -= specs
+            for spec in specs:
                 self._mapped.pop(spec, None)
             self._selection, self._selection_state = {}, None
 
@@ -219,7 +239,8 @@ class ColocatedFunctions:
         """Stop the mapping thread."""
         self._mapping_executor.shutdown(wait=False, cancel_futures=True)
 
-    def _apply_routing(self, routing: RoutingIndex) -> None:
+    def _apply_routing(self, routing: RoutingIndex, now_s: float) -> None:
+        self.release_unassigned(routing, now_s)
         specs_by_layer = tuple(tuple(f.spec for f in layer.functions) for layer in routing.layers)
         if specs_by_layer != self._specs_by_layer:  # the first table, or other blocks
             self._specs_by_layer = specs_by_layer
@@ -229,17 +250,23 @@ class ColocatedFunctions:
             self._ranking = FunctionRanking([len(layer) for layer in specs_by_layer], n_hot)
             self._corrupted = set()
         self._routing = routing
-        is_same_node = self._find_same_node(routing.addresses())
-        self._same_node = [
-            frozenset(
-                i for i, f in enumerate(layer.functions) if any(map(is_same_node.get, f.addresses))
-            )
-            for layer in routing.layers
-        ]
+        self._same_node = self._find_same_node(routing)
         self._n_passes = 0
         self._set_wanted(self._wanted & self._find_hottest())
 
-    def _find_same_node(self, addresses: Collection[str]) -> Mapping[str, bool]:
+    def _find_same_node(self, routing: RoutingIndex) -> list[frozenset[int]]:
+        """Return the functions of each layer with a sandbox on this machine, and the lost ones."""
+        is_same_node, lost = self._are_on_this_machine(routing.addresses()), self.lost
+        return [
+            frozenset(
+                i
+                for i, f in enumerate(layer.functions)
+                if f.spec in lost or any(map(is_same_node.get, f.addresses))
+            )
+            for layer in routing.layers
+        ]
+
+    def _are_on_this_machine(self, addresses: Collection[str]) -> Mapping[str, bool]:
         """Return for each address whether its sandbox runs on this machine."""
         is_same_node = {}
         for address in addresses:
@@ -265,6 +292,11 @@ class ColocatedFunctions:
             new, self._wanted = specs - self._wanted, specs
             for spec in self._mapped.keys() - specs:
                 self._mapped.pop(spec, None)
+            released = self._lost_at_s.keys() - specs
+            for spec in released:
+                del self._lost_at_s[spec]
+        if released and self._routing is not None:  # no sandbox could have them mapped again
+            self._same_node = self._find_same_node(self._routing)
         for spec in new:
             self._mapping_executor.submit(self._map_wanted, spec)
 
@@ -279,172 +311,3 @@ class ColocatedFunctions:
         with self._lock:
             if spec in self._wanted:  # may have changed while mapping
                 self._mapped[spec] = function
-
-
-class ColocationPolicy:
-    """Decides how many of each layer's functions to colocate, by batch size.
-
-    Args:
-        n_functions: number of functions in the layer with the most.
-        n_layers: number of layers.
-    """
-
-    def __init__(self, n_functions: int, n_layers: int) -> None:
-        self.choices = colocation_choices(n_functions, n_layers)
-        self._trials: dict[int, PairedTrials] = {}
-
-    def n_colocated(self, n_rows: int) -> int:
-        """Return how many of each layer's functions to colocate in a pass of `n_rows` rows."""
-        return self.choices[self._trials_for(n_rows).choice] if n_rows <= MAX_COLOCATED_ROWS else 0
-
-    def record_pass(self, n_rows: int, elapsed_s: float) -> None:
-        """Record the total time of such a pass's layers."""
-        if n_rows <= MAX_COLOCATED_ROWS:
-            self._trials_for(n_rows).record_pass(elapsed_s)
-
-    def _trials_for(self, n_rows: int) -> PairedTrials:
-        size = n_rows.bit_length()
-        trials = self._trials.get(size)
-        if trials is None:
-            trials = self._trials[size] = PairedTrials(len(self.choices))
-        if not trials.is_decided:
-            decided = [other for other, known in self._trials.items() if known.is_decided]
-            if decided:
-                nearest = min(decided, key=lambda other: abs(other - size))
-                trials.assume(self._trials[nearest].best)
-        return trials
-
-
-def colocation_choices(n_functions: int, n_layers: int) -> tuple[int, ...]:
-    """Return how many of a layer's functions may be colocated, ascending from 0.
-
-    Args:
-        n_functions: number of functions in the layer with the most.
-        n_layers: number of layers.
-    """
-    half = min(n_functions // 2, MAX_COLOCATED_FUNCTIONS)
-    some = (0, *(n for n in (1, 2, 4) if n <= half))
-    return (*some, n_functions) if 0 < n_functions * n_layers <= MAX_MODEL_FUNCTIONS else some
-
-
-class PairedTrials:
-    """Finds the fastest of several choices by trials that pair each with the first.
-
-    A trial is two consecutive passes, the baseline's and the candidate's. Their ratio is robust
-    against a machine that slows down over time, and the median of ratios against outliers.
-
-    Args:
-        n_choices: number of choices; the first is the baseline.
-
-    Attributes:
-        best: the fastest choice so far.
-        is_decided: whether there were enough trials of every choice.
-    """
-
-    def __init__(self, n_choices: int) -> None:
-        self.best = 0
-        self.is_decided = n_choices < 2
-        self._ratios = [deque[float](maxlen=MAX_KEPT_TRIALS) for _ in range(n_choices)]
-        self._is_assumed = False
-        self._n_passes = 0
-        self._candidate = 0  # 0: no trial is running
-        self._baseline_s: float | None = None  # of the running trial
-        self._rotation = 0
-
-    def assume(self, best: int) -> None:
-        """Use this choice until the trials decide, which are rarer then."""
-        if not self._is_assumed:
-            self._is_assumed, self._candidate, self._baseline_s = True, 0, None
-        self.best = best
-
-    @property
-    def choice(self) -> int:
-        """The choice for the next pass; constant until `record_pass`."""
-        if not self._candidate:
-            return self.best
-        return 0 if self._baseline_s is None else self._candidate
-
-    def record_pass(self, elapsed_s: float) -> None:
-        """Record the time of a pass that used `choice`."""
-        if not self._candidate:
-            self._n_passes += 1
-            self._candidate = self._next_candidate()
-        elif self._baseline_s is None:
-            self._baseline_s = elapsed_s
-        else:
-            self._ratios[self._candidate].append(elapsed_s / self._baseline_s)
-            self._candidate, self._baseline_s, self._n_passes = 0, None, 0
-            self.is_decided = not self._undersampled()
-            self.best = self._find_best()
-            self._candidate = self._next_candidate()
-
-    def _next_candidate(self) -> int:
-        candidates = range(1, len(self._ratios))
-        if not self.is_decided:
-            if self._is_assumed and self._n_passes < PASSES_BETWEEN_FIRST_TRIALS:
-                return 0
-            return min(self._undersampled(), key=lambda i: len(self._ratios[i]))
-        if not candidates or self._n_passes < PASSES_BETWEEN_TRIALS:
-            return 0
-        self._rotation = self._rotation % len(candidates) + 1
-        return self._rotation
-
-    def _undersampled(self) -> list[int]:
-        return [i for i in range(1, len(self._ratios)) if len(self._ratios[i]) < MIN_TRIALS]
-
-    def _find_best(self) -> int:
-        if not self.is_decided:
-            return self.best
-        ratios = [1.0, *(self._median_ratio(i) for i in range(1, len(self._ratios)))]
-        fastest = min(range(len(ratios)), key=ratios.__getitem__)
-        return fastest if ratios[fastest] < ratios[self.best] - MIN_GAIN else self.best
-
-    def _median_ratio(self, choice: int) -> float:
-        ratios = self._ratios[choice]
-        return statistics.median(ratios) if len(ratios) >= MIN_TRIALS else float("inf")
-
-
-class FunctionRanking:
-    """Ranks each layer's functions by their recent number of pairs, with hysteresis.
-
-    Args:
-        n_functions: number of functions of each layer.
-        n_hot: number of functions of each layer that are hot.
-
-    Attributes:
-        version: increases whenever the functions are ranked anew.
-    """
-
-    def __init__(self, n_functions: Sequence[int], n_hot: int) -> None:
-        self.version = 0
-        self._n_hot = n_hot
-        self._pairs: list[NDArray[np.float64]] = [np.zeros(n) for n in n_functions]
-        self._ranked: list[tuple[int, ...]] = [tuple(range(n)) for n in n_functions]
-        self._n_passes = 0
-
-    def record_pairs(self, layer: int, function_index: int, n_pairs: int) -> None:
-        """Count pairs of a layer's function."""
-        self._pairs[layer][function_index] += n_pairs
-
-    @property
-    def ranks_next(self) -> bool:
-        """Whether the next `finish_pass` ranks the functions."""
-        return self._n_passes % PASSES_BETWEEN_RANKINGS == 0
-
-    def finish_pass(self) -> bool:
-        """Finish a pass; now and then rank the functions anew, decay the counts and return True."""
-        is_due = self.ranks_next
-        self._n_passes += 1
-        if not is_due:
-            return False
-        for layer, pairs in enumerate(self._pairs):
-            lead = np.ones(len(pairs))
-            lead[list(self._ranked[layer][: self._n_hot])] = MIN_LEAD
-            self._ranked[layer] = tuple(int(i) for i in np.argsort(-pairs * lead, kind="stable"))
-            pairs *= DECAY**PASSES_BETWEEN_RANKINGS
-        self.version += 1
-        return True
-
-    def hottest(self, layer: int, n: int, candidates: Collection[int]) -> tuple[int, ...]:
-        """Return the positions of the at most `n` hottest of a layer's candidates."""
-        return tuple(i for i in self._ranked[layer] if i in candidates)[:n]

@@ -25,7 +25,7 @@ from faasmoe_contracts.store import Store
 from faasmoe_contracts.tls import TlsPeer
 from faasmoe_contracts.wire import OutputMode, max_rows_per_frame
 from faasmoe_kernels import KernelsUnavailable, load
-from faasmoe_router.dispatch.cold_start import ActivationSettings
+from faasmoe_router.dispatch.cold_start import LOST_S, ActivationSettings
 from faasmoe_router.dispatch.colocation import ColocatedFunctions
 from faasmoe_router.dispatch.device_transfer import BufferedTransfer
 from faasmoe_router.dispatch.endpoint_health import ResilienceSettings
@@ -122,8 +122,12 @@ class Dispatcher:
         colocated = None
         if placement == "auto" and socket_dir is not None and device_transfer is None:
             # Not in unreduced mode: bits depend on the thread count, which functions fix.
+            # What the overflow computes at once is kept for no replacement.
+            is_replaced = activation is not None and not computes_overflow
             colocated = (
-                ColocatedFunctions(store, socket_dir) if mode is OutputMode.REDUCED else None
+                ColocatedFunctions(store, socket_dir, keep_lost_s=LOST_S if is_replaced else 0.0)
+                if mode is OutputMode.REDUCED
+                else None
             )
         overflow = OverflowFunctions(store) if computes_overflow else None
         self._executor = LayerExecutor(

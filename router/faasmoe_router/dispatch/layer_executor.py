@@ -82,6 +82,8 @@ class LayerExecutor:
         self._fanout = fanout
         self._metrics = metrics
         self._local_functions = LocalFunctions(store)
+        if colocated is not None:
+            self._local_functions = LocalFunctions(store, find=colocated.find)
         self._colocated = colocated
         self._overflow = overflow
         self._round_robin_indices: dict[int, int] = defaultdict(int)  # by layer
@@ -97,16 +99,15 @@ class LayerExecutor:
                 activation, health=self.health, load=self.load, metrics=metrics
             )
         waiter = self._activation_waiter
+        self._request = (
+            _request_none if waiter is None or overflow is not None else waiter.request_replacements
+        )
         self.taken_over = TakenOverFunctions(
             self._local_functions,
             health=self.health,
             was_lost=_never_lost if waiter is None else waiter.was_lost,
             wait_s=0.0 if activation is None else activation.replacement_timeout_s,
-            request=(
-                _request_none
-                if waiter is None or overflow is not None
-                else waiter.request_replacements
-            ),
+            request=self._request,
         )
         self._layer_timeout_s = (timeouts or DispatchTimeouts()).layer_timeout_s
         self._failure_logger = RateLimitedLogger()
@@ -120,10 +121,12 @@ class LayerExecutor:
     def start_pass(self, n_rows: int) -> None:
         """Start a forward pass of `n_rows` rows, before its first layer."""
         self.apply_routing()
-        self.health.run_health_checks(time.monotonic())
+        now_s = time.monotonic()
+        self.health.run_health_checks(now_s)
         self.load.forward_passes += 1
         if self._colocated is not None:
-            self._colocated.start_pass(self.routing, n_rows)
+            self._colocated.start_pass(self.routing, n_rows, now_s)
+            self._request(self.routing, [spec.id for spec in self._colocated.lost], now_s)
         if self._overflow is not None:
             self._overflow.start_pass(self.routing)
 
@@ -182,14 +185,18 @@ class LayerExecutor:
                     batch, retried, in_flight, round_robin_index, deadline_s
                 )
             for i in self._wait_for_activation(batch, entries, failures, in_flight, deadline_s):
-                self._metrics.local.inc()
-                self.load.local_calls += 1
+                self._count_local()
                 batch.compute_locally(i, self._local_functions, entries[i].spec)
         if self._colocated is not None:
             elapsed_s = time.monotonic() - started_s
             self._colocated.finish_layer(
                 layer, elapsed_s, is_valid_sample=not failures and not corrupted
             )
+
+    def _count_local(self) -> None:
+        """Count a computation in place of a sandbox."""
+        self._metrics.local.inc()
+        self.load.local_calls += 1
 
     def _select_colocated(
         self, batch: LayerBatch, layer: int, functions: Sequence[FunctionEndpoints]
@@ -234,7 +241,12 @@ class LayerExecutor:
             except StoreCorrupted:  # a sandbox may still hold intact bytes
                 corrupted.append(i)
                 continue
-            self._metrics.colocated.inc()
+            if entries[i].addresses:
+                self._metrics.colocated.inc()
+                if self.absences is not None:
+                    self.absences.record_found(entries[i].spec.id)
+            else:
+                self._count_local()
             in_flight.finish(i)
         return corrupted
 
@@ -304,7 +316,7 @@ class LayerExecutor:
         self.routing = routing
         self._fanout.retain(routing.addresses())
         if self._colocated is not None:
-            self._colocated.release_unassigned(routing)
+            self._colocated.release_unassigned(routing, time.monotonic())
         if self._overflow is not None:
             self._overflow.release(routing)
         if self._activation_waiter is not None:
@@ -313,6 +325,8 @@ class LayerExecutor:
     def release_memory(self) -> None:
         """Unmap what was computed in place of sandboxes, when idle; safe from any thread."""
         self._local_functions.release()
+        if self._colocated is not None:
+            self._colocated.release_lost()
 
     def apply_routing(self) -> None:
         """Drop the state of addresses and functions that left the routing, if that changed."""

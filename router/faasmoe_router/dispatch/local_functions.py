@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -23,14 +23,24 @@ from faasmoe_router.errors import StoreCorrupted, StoreUnreadable
 MAX_MAPPED_FUNCTIONS = 128  # mapped, not copied: an entry costs address space and a few kB
 
 
+FindFunction = Callable[[FunctionSpec], ExpertFunction | None]
+"""Returns a function that another part of this process has mapped, None if it has not."""
+
+
 class LocalFunctions:
     """LRU cache of functions that are mapped from the store on first use.
 
     Belongs to the engine's thread, except for `mapped` and `release`.
+
+    Args:
+        store: the prepared model.
+        find: finds a function that is mapped already, to be shared.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, find: FindFunction = lambda spec: None) -> None:
         self._store = store
+        self._find = find
+        self._unshared: set[FunctionSpec] = set()  # what was found failed verification
         self._lock = threading.Lock()  # guards _functions
         self._functions: OrderedDict[FunctionSpec, ExpertFunction] = OrderedDict()
 
@@ -54,6 +64,7 @@ class LocalFunctions:
         try:
             return compute_function(self.map(spec), request)
         except StoreCorrupted:
+            self._unshared.add(spec)
             with self._lock:  # its file may have been replaced: mapped anew next time
                 self._functions.pop(spec, None)
             raise
@@ -61,6 +72,8 @@ class LocalFunctions:
     def map(self, spec: FunctionSpec, *, until_s: float = math.inf) -> ExpertFunction:
         """Return a function, mapped if it is not yet; raises as `map_function`."""
         function = self._functions.get(spec)
+        if function is None and spec not in self._unshared:
+            function = self._find(spec)
         if function is None:
             function = map_function(spec, self._store, until_s=until_s)
         with self._lock:

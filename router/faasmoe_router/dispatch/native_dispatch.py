@@ -20,12 +20,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from faasmoe_contracts.routing_table import FunctionSpec
 from faasmoe_contracts.store import Store
 from faasmoe_contracts.wire import HEADER_BYTES, MAX_FRAME_BYTES, PAIR_BYTES
 from faasmoe_expert.functions.native_kernel import (
@@ -192,6 +194,7 @@ class NativeDispatch:
         self._settle_if_due(left)  # what layers left that took the general path after `begin`
         self._suspensions.expire(time.monotonic())
         self._select_taken_over(self._routing, time.monotonic())
+        self._record_colocated_found(self._routing)
         self._publish_routes(self._routing)
         self._configure()
 
@@ -217,7 +220,17 @@ class NativeDispatch:
         taken_over = self._taken_over.selection(routing, now_s, self.connector.opening())
         self._taken_over.request_replacements(routing, now_s)
         self._locals.update(self._select_local(taken_over))
-        self._watch_taken_over(taken_over)
+        lost = () if self._colocated is None else self._colocated.lost
+        self._watch_taken_over({spec for _, spec in taken_over}.union(lost))
+
+    def _record_colocated_found(self, routing: RoutingIndex) -> None:
+        """Clear the absences of colocated functions that have sandboxes: no call will find them."""
+        absences, colocated = self._absences, self._colocated
+        if absences is None or colocated is None or not absences.is_any_missing:
+            return
+        for _, spec in colocated.selection():
+            if (entry := routing.entries.get(spec.id)) is not None and entry.addresses:
+                absences.record_found(spec.id)
 
     def begin(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weight: Tensor) -> bool:
         """Send a layer's calls; return False if it takes the general path.
@@ -342,9 +355,9 @@ class NativeDispatch:
                 self._local_selection = merged
         return self._local_selection
 
-    def _watch_taken_over(self, taken_over: Selection) -> None:
-        """Count from now on the calls of these functions."""
-        numbers = frozenset(self._numbers.number(spec.id) for _, spec in taken_over)
+    def _watch_taken_over(self, specs: Set[FunctionSpec]) -> None:
+        """Count from now on the calls of these functions, which no sandbox has."""
+        numbers = frozenset(self._numbers.number(spec.id) for spec in specs)
         if numbers != self._taken_numbers:
             with self._metrics_lock:
                 self._taken_numbers = numbers

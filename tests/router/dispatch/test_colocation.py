@@ -23,15 +23,17 @@ from faasmoe_contracts.store import Store
 from faasmoe_contracts.wire import OutputMode
 from faasmoe_expert.functions import ExpertFunction
 from faasmoe_router.dispatch import Dispatcher
-from faasmoe_router.dispatch.colocation import (
+from faasmoe_router.dispatch.cold_start import LOST_S, ActivationSettings
+from faasmoe_router.dispatch.colocation import PASSES_BEFORE_MAPPING, ColocatedFunctions
+from faasmoe_router.dispatch.colocation_policy import (
     MAX_COLOCATED_ROWS,
-    PASSES_BEFORE_MAPPING,
-    ColocatedFunctions,
+    PASSES_BETWEEN_RANKINGS,
     ColocationPolicy,
 )
 from faasmoe_router.dispatch.fanout import DispatchTimeouts
 from faasmoe_router.dispatch.local_functions import map_function
 from faasmoe_router.dispatch.metrics import DispatchMetrics
+from faasmoe_router.dispatch.routing import RoutingIndex
 
 TOKEN = "a-token"
 N_LAYERS = 3
@@ -90,6 +92,8 @@ class Router:
         monkeypatch: pytest.MonkeyPatch,
         placement: Any = "auto",
         mode: OutputMode = OutputMode.REDUCED,
+        activation: ActivationSettings | None = None,
+        mailbox: bool = True,
     ) -> None:
         self.metrics = DispatchMetrics()
         self.colocated: ColocatedFunctions | None = None
@@ -105,10 +109,12 @@ class Router:
             socket_dir=folder,
             placement=placement,
             mode=mode,
+            activation=activation,
+            mailbox=mailbox,
         )
 
-    def _create_colocated(self, *args: Any) -> ColocatedFunctions:
-        self.colocated = ColocatedFunctions(*args)
+    def _create_colocated(self, *args: Any, **options: Any) -> ColocatedFunctions:
+        self.colocated = ColocatedFunctions(*args, **options)
         return self.colocated
 
     @property
@@ -382,3 +388,121 @@ def test_function_released_while_it_is_being_mapped_is_not_kept(
     hot.dispatcher.replace_table(table)
     hot.warm()
     assert len(mapped) == 1 + N_FUNCTIONS  # those still queued at the release were not mapped then
+
+
+@pytest.fixture
+def all_colocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Colocates all functions of each layer."""
+    monkeypatch.setattr(ColocationPolicy, "n_colocated", lambda self, n_rows: 3)
+    monkeypatch.setattr(ColocationPolicy, "record_pass", lambda self, n_rows, elapsed_s: None)
+
+
+def without_sandboxes(table: RoutingTable) -> RoutingTable:
+    return replace(table, functions=tuple(replace(f, addresses=()) for f in table.functions))
+
+
+@pytest.mark.usefixtures("all_colocated")
+@pytest.mark.parametrize("is_native", [True, False])
+def test_lost_sandbox_interrupts_no_pass_whose_functions_are_colocated(
+    is_native: bool, router: OpenRouter, table: RoutingTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requested: list[str] = []
+    hot = router(activation=ActivationSettings(requested.extend), mailbox=is_native)
+    hot.warm()
+    expected = hot.run(40)
+    colocated = hot.colocated
+    assert colocated is not None
+    specs = [f.spec for f in table.functions]
+    mapped = [colocated.find(spec) for spec in specs]
+    hidden, index, weight = (
+        torch.ones(1, 32),
+        torch.zeros(1, 1, dtype=torch.int64),
+        torch.ones(1, 1),
+    )
+
+    def map_again(*_: Any, **__: Any) -> ExpertFunction:
+        raise AssertionError("a function is mapped again")
+
+    def compute_generally(*_: Any, **__: Any) -> Tensor:
+        raise AssertionError("a layer is computed over the general path")
+
+    for module in ("colocation", "local_functions"):
+        monkeypatch.setattr(f"faasmoe_router.dispatch.{module}.map_function", map_again)
+    if is_native:
+        monkeypatch.setattr(hot.dispatcher, "compute_general", compute_generally)
+    hot.dispatcher.compute(0, hidden, index, weight)
+    hot.dispatcher.replace_table(replace(without_sandboxes(table), version=1))
+    for layer in range(1, N_LAYERS):  # of the pass that runs
+        hot.dispatcher.compute(layer, hidden, index, weight)
+    before = hot.counted()[1]
+    for got, right in zip(hot.run(40), expected, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
+    assert sorted(requested) == sorted(spec.id for spec in specs)
+    assert hot.counted()[1] == before  # they count as computed in place of sandboxes
+    assert read_metric(hot.metrics, "local") == hot.dispatcher.load.local_calls >= N_FUNCTIONS
+    hot.dispatcher.replace_table(replace(table, version=2))
+    hot.run(40)
+    assert hot.counted()[1] >= before + N_FUNCTIONS
+    assert [colocated.find(spec) for spec in specs] == mapped
+
+
+@pytest.mark.usefixtures("all_colocated")
+@pytest.mark.parametrize("is_idle_first", [True, False])
+def test_idle_router_keeps_no_function_without_a_sandbox(
+    is_idle_first: bool, router: OpenRouter, table: RoutingTable
+) -> None:
+    hot = router(activation=ActivationSettings(lambda names: None))
+    hot.warm()
+    if is_idle_first:
+        hot.dispatcher.release_memory()
+        assert hot.n_mapped == N_FUNCTIONS  # sandboxes have them
+        hot.dispatcher.replace_table(replace(without_sandboxes(table), version=1))
+    else:
+        hot.dispatcher.replace_table(replace(without_sandboxes(table), version=1))
+        assert hot.n_mapped == N_FUNCTIONS
+        hot.dispatcher.release_memory()
+    assert hot.n_mapped == 0
+
+
+@pytest.mark.usefixtures("all_colocated")
+@pytest.mark.parametrize("is_native", [True, False])
+def test_colocated_function_that_was_requested_ahead_is_found(
+    is_native: bool, router: OpenRouter, table: RoutingTable
+) -> None:
+    hot = router(activation=ActivationSettings(lambda names: None), mailbox=is_native)
+    hot.warm()
+    absences = hot.dispatcher._executor.absences
+    assert absences is not None
+    absences.record_missing([f.spec.id for f in table.functions], time.monotonic())
+    hot.run(40)  # calls no sandbox
+    assert not absences.is_any_missing
+
+
+def test_function_that_is_not_replaced_is_released_while_passes_run(
+    store: Store, table: RoutingTable, folder: Path
+) -> None:
+    colocated = ColocatedFunctions(store, folder, keep_lost_s=LOST_S)
+    served = RoutingIndex.from_table(table, store)
+    lost = RoutingIndex.from_table(replace(without_sandboxes(table), version=1), store)
+    try:
+        for _ in range(PASSES_BEFORE_MAPPING):
+            run_pass(colocated, served, now_s=0.0)
+        wait_until(lambda: len(colocated.mapped) == N_FUNCTIONS)
+        colocated.release_unassigned(lost, 1.0)
+        run_pass(colocated, lost, now_s=1.0 + LOST_S)
+        assert len(colocated.mapped) == len(colocated.lost) == N_FUNCTIONS
+        run_pass(colocated, lost, now_s=1.1 + LOST_S)
+        for _ in range(2 * PASSES_BETWEEN_RANKINGS):  # nothing maps them again
+            run_pass(colocated, lost, now_s=2.0 + LOST_S)
+        assert not colocated.mapped
+        assert not colocated.wanted
+        assert not colocated.lost
+    finally:
+        colocated.close()
+
+
+def run_pass(colocated: ColocatedFunctions, routing: RoutingIndex, *, now_s: float) -> None:
+    """Start and finish a pass of one row that takes a millisecond per layer."""
+    colocated.start_pass(routing, 1, now_s)
+    for layer in range(N_LAYERS):
+        colocated.finish_layer(layer, 0.001, is_valid_sample=True)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faasmoe_router.dispatch.colocation import (
+from faasmoe_router.dispatch.colocation_policy import (
     MAX_COLOCATED_FUNCTIONS,
     MAX_COLOCATED_ROWS,
     MAX_MODEL_FUNCTIONS,

@@ -12,6 +12,7 @@ from sandbox_processes import PreparedStore, block_specs
 from faasmoe_contracts.routing_table import FunctionEndpoints, RoutingTable
 from faasmoe_contracts.store import Store
 from faasmoe_router.dispatch import Dispatcher
+from faasmoe_router.dispatch.local_functions import LocalFunctions, map_function
 from faasmoe_router.errors import StoreUnreadable
 
 
@@ -53,6 +54,18 @@ def test_idle_router_maps_nothing_that_it_has_computed(prepared_store: PreparedS
     dispatcher.release_memory()
     assert _mapped_parts(store.path / layer.file) == before
     assert torch.equal(dispatcher.compute(0, hidden, index, weight), output)
+
+
+def test_function_that_is_mapped_for_something_else_is_shared(
+    prepared_store: PreparedStore,
+) -> None:
+    store = prepared_store("mixtral")
+    spec, other = block_specs(store, 3)[:2]
+    mapped = {spec: map_function(spec, store)}
+    functions = LocalFunctions(store, find=mapped.get)
+    assert functions.map(spec) is mapped[spec]
+    assert functions.map(other) is functions.map(other)
+    assert list(functions.mapped()) == [spec, other]
 
 
 @pytest.mark.parametrize("lost", ["file", "store"])
