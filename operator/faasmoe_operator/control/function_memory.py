@@ -41,6 +41,8 @@ class FunctionMemory:
     n_sharing: Callable[[], int] = lambda: 1
     _versions: tuple[int, int, int] = (-1, -1, -1)
     _holders: tuple[MemoryHolder, ...] = ()
+    _held_state: tuple[int, int] = (-1, -1)
+    _held_bytes: int = 0
 
     def functions_to_warm(self) -> Collection[str]:
         """Return the functions that a router that starts will call: those that were used lately."""
@@ -88,8 +90,17 @@ class FunctionMemory:
         return sandbox_bytes // self.model.template.capacity
 
     def held_bytes(self) -> int:
-        """Return the memory of the functions in sandboxes, whether others map the same or not."""
-        functions, private_bytes = self.model.functions, self.private_bytes
+        """Return the memory of the functions in sandboxes, whether others map the same or not.
+
+        Summed once for each state, as others ask for it often.
+        """
+        state = (self.fleet.version, self.private_bytes)
+        if state != self._held_state:
+            self._held_state, self._held_bytes = state, self._sum_held(self.private_bytes)
+        return self._held_bytes
+
+    def _sum_held(self, private_bytes: int) -> int:
+        functions = self.model.functions
         return sum(
             functions[name].size_bytes + private_bytes
             for record in self.fleet.sandboxes

@@ -204,12 +204,15 @@ def joined_holders(
 
     Its functions make room with that router: without it nobody would call them.
     """
-    functions = list(functions)
     if len(routers) != 1 or not routers[0].is_idle or not _may_leave(routers[0]):
         return [*routers, *functions]
-    joined_bytes = sum(f.size_bytes for f in functions if _may_leave(f))
-    router = routers[0].changed(size_bytes=routers[0].size_bytes + joined_bytes)
-    return [router, *(f for f in functions if not _may_leave(f))]
+    joined_bytes, others = routers[0].size_bytes, []
+    for function in functions:
+        if _may_leave(function):
+            joined_bytes += function.size_bytes
+        else:
+            others.append(function)
+    return [routers[0].changed(size_bytes=joined_bytes), *others]
 
 
 def _may_leave(holder: MemoryHolder) -> bool:
