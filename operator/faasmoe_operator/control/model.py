@@ -20,7 +20,7 @@ from faasmoe_operator.platforms.base import SandboxTemplate
 
 SANDBOX_PROCESS_BYTES = 16_000_000
 """What a sandbox of `faasmoe up` does not share with its zygote, beside its functions."""
-SANDBOX_SHARE_BYTES = 4_000_000
+SANDBOX_SHARE_BYTES = 2_000_000
 """Of that, what each model adds to a process that models share; measured 1 MB."""
 
 

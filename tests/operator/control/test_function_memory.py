@@ -40,10 +40,10 @@ def functions_memory(n_sharing: list[int], *, sandbox_bytes: int) -> FunctionMem
     ("n_sharing", "sandbox_bytes"),
     [
         pytest.param(1, 16_000_000, id="its-own"),
-        pytest.param(2, 10_000_000, id="half-of-the-process"),
-        pytest.param(3, 10_000_000, id="at-least-its-part"),
-        pytest.param(4, 7_000_000, id="a-quarter"),
-        pytest.param(20, 4_750_000, id="many"),
+        pytest.param(2, 9_000_000, id="half-of-the-process"),
+        pytest.param(3, 9_000_000, id="at-least-its-part"),
+        pytest.param(4, 5_500_000, id="a-quarter"),
+        pytest.param(20, 2_875_000, id="many"),
     ],
 )
 def test_functions_count_their_part_of_a_process_that_models_share(
