@@ -108,6 +108,7 @@ _Origins = Annotated[
 ]
 _HttpURL = Annotated[str, AfterValidator(_check_http_url)]
 _Port = Annotated[int, BeforeValidator(integer_between(0, 65535))]
+_Niceness = Annotated[int, BeforeValidator(integer_between(0, 19))]
 _MinTokens = Annotated[int, BeforeValidator(integer_between(1, 1 << 20))]
 _MetricsPort = Annotated[int, BeforeValidator(integer_between(1, 65535))]
 _ModelLength = Annotated[int, BeforeValidator(integer_between(1, 1 << 24))]
@@ -196,6 +197,8 @@ class RouterConfig(BaseSettings):
             machine.
         front_token: what a gateway shows, whose streams go on if this router dies; empty without
             one.
+        niceness: niceness of its threads once it has listened for some seconds, 0 to 19, so that
+            other routers of the machine start sooner.
         metrics_min_tokens: tokens that sums over calls of functions hold at least before /metrics
             shows them, since calls follow the gates' choices; 1 shows them at once.
         metrics_port: port of /metrics alone, which tenants need not reach; by default it is on
@@ -251,6 +254,7 @@ class RouterConfig(BaseSettings):
     listen_path: Path | None = None
     front_token: str = Field(default="", repr=False)
     metrics_port: _MetricsPort | None = None
+    niceness: _Niceness = 0
     metrics_min_tokens: _MinTokens = 256
     drain_timeout_s: _DrainSeconds = 20.0
     tls_folder: Path | None = None

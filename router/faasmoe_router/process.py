@@ -38,6 +38,7 @@ from faasmoe_router.errors import RouterConfigError
 from faasmoe_router.metrics import EngineMetrics, new_registry
 from faasmoe_router.model_loader import ModelLoadError, load_router_model
 from faasmoe_router.tenants.usage import FunctionCost, FunctionCostMeter
+from faasmoe_router.thread_priority import lower_priority_later
 from faasmoe_router.version import system_fingerprint
 from faasmoe_tracing import create_tracer
 
@@ -126,7 +127,7 @@ class RouterProcess:
             if config.metrics_port is None
             else MetricsServer(registry, host=config.host, port=config.metrics_port),
         )
-        self._phases = phases
+        self._phases, self._niceness = phases, config.niceness
         self._server, self._listeners = create_http_server(
             app, config, on_started=self._log_start, on_drain_timeout=self._abort_running
         )
@@ -158,6 +159,8 @@ class RouterProcess:
     def _log_start(self) -> None:
         self._phases.end("engine")
         logger.info("%s", self._phases.describe())
+        if self._niceness:
+            lower_priority_later(self._niceness)
 
     def _abort_running(self) -> None:
         if self._link is not None:

@@ -99,6 +99,8 @@ def test_unset_and_empty_variables_use_the_defaults() -> None:
         ("FAASMOE_MAX_ACTIVATION_QUEUE_BYTES", "64Mi"),
         ("FAASMOE_PLACEMENT", "router"),
         ("FAASMOE_MAILBOX", "false"),
+        ("FAASMOE_NICENESS", "-1"),
+        ("FAASMOE_NICENESS", "20"),
     ],
 )
 def test_error_names_the_invalid_variable(name: str, value: str) -> None:

@@ -66,6 +66,7 @@ GATEWAY_FILE_NAME = "gateway.json"
 MODELS_FILE_NAME = "models.json"
 DEMAND_SOCKET_NAME = "demand.sock"
 LEASE_SOCKET_NAME = "leases.sock"
+ROUTER_NICENESS = 10  # of one that has started, which leaves processors to those that start
 DEFAULT_MODEL_LEN = 8192  # of a router whose model has a longer context
 
 
@@ -350,6 +351,8 @@ async def _router_slots(
     for index, path in enumerate(spec.router_sockets(model)):
         behind = router.RouterSocket(path, front_token, index)
         environment = router_environment(model_spec, tenants_file, behind)
+        if len(spec.specs) > 1:
+            environment.setdefault("FAASMOE_NICENESS", str(ROUTER_NICENESS))
         suffix = f"-{index}" if index else ""
         start = partial(
             supervised_router,

@@ -133,7 +133,7 @@ class MemoryPool:
     Args:
         limit_bytes: memory of all functions and routers together.
         clock: monotonic time in seconds.
-        max_starting: how many routers start at a time; by default one more than processors.
+        max_starting: how many routers start at a time; by default as many as processors.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class MemoryPool:
     ) -> None:
         self.limit_bytes = limit_bytes
         self._clock = clock
-        self._max_starting = max_starting or len(os.sched_getaffinity(0)) + 1
+        self._max_starting = max_starting or len(os.sched_getaffinity(0))
         self._members: dict[str, MemoryMember] = {}
         self._claims: dict[str, tuple[MemoryClaim, ...]] = {}
         self._routers: dict[str, RouterMemory] = {}

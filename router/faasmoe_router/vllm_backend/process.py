@@ -43,6 +43,7 @@ from faasmoe_router.errors import RouterConfigError
 from faasmoe_router.tenants.registry import TenantRegistry
 from faasmoe_router.tenants.service import NoTenants, TenantService
 from faasmoe_router.tenants.usage import FunctionCost
+from faasmoe_router.thread_priority import lower_priority_later
 from faasmoe_router.version import system_fingerprint_of
 from faasmoe_router.vllm_backend.app import EngineState, create_app
 from faasmoe_router.vllm_backend.engine_arguments import parse_engine_arguments
@@ -86,7 +87,7 @@ class VllmRouterProcess:
     def __init__(self, config: RouterConfig, phases: StartPhases) -> None:
         os.environ.update({k: v for k, v in VLLM_ENVIRONMENT.items() if k not in os.environ})
         _check_libraries()
-        self._phases = phases
+        self._phases, self._niceness = phases, config.niceness
         self._has_given_up = False
         self._registry = JoinedRegistry()
         store = open_store(config.store)
@@ -282,6 +283,8 @@ class VllmRouterProcess:
     def _log_start(self) -> None:
         self._phases.end("engine")
         logger.info("%s", self._phases.describe())
+        if self._niceness:
+            lower_priority_later(self._niceness)
 
     def _abort_running(self) -> None:
         if self._link is not None:
