@@ -33,6 +33,10 @@ CORRUPTED_CODE = "corrupted"  # a sandbox's error code for damaged weights in th
 OUT_OF_MEMORY_CODE = "out_of_memory"  # its error code for a function that exceeds its memory limit
 
 MAX_ATTACHES = 16  # of one call; so that the first layers need not wait for the last
+MAX_REPLACED_ATTACHES = 4
+"""Of functions that were lost: routers compute these meanwhile, and need the same processors."""
+REPLACED_PAUSE_S = 0.03  # between such calls: a forward pass or two
+LOST_S = 10.0  # for which routers compute what was lost
 CREATE_BACKOFF_DELAYS_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 CREATE_BACKOFF_RESET_S = 120.0
 CORRUPTED_INITIAL_BACKOFF_S = 1.0
@@ -91,6 +95,7 @@ class ActionExecutor:
         self._pending_detaches: dict[AssignmentKey, asyncio.Event] = {}
         self._attach_queues: dict[str, deque[str]] = {}
         self._n_attaching = 0
+        self._lost_at: dict[str, float] = {}  # functions of sandboxes that were lost
         self._create_backoff = Backoff(
             CREATE_BACKOFF_DELAYS_S, reset_after_s=CREATE_BACKOFF_RESET_S, coalesce=True
         )
@@ -182,6 +187,7 @@ class ActionExecutor:
                 sandbox, state = record.sandbox.id, record.state.value
                 logger.log(level, "sandbox %s was %s while %s", sandbox, how, state)
                 self._count_failure("lost", was_ready=record.was_ready)
+                self._lost_at.update(dict.fromkeys(record.attached, self._context.clock()))
         if self._fleet.version != version:
             self._context.on_change()
 
@@ -259,15 +265,27 @@ class ActionExecutor:
         queue, is_done = self._attach_queues[sandbox], False
         try:
             while queue:
-                await self._attach_some(
-                    sandbox, [queue.popleft() for _ in range(min(len(queue), MAX_ATTACHES))]
+                is_replaced = self._was_lost(queue[0])
+                n_functions = min(
+                    len(queue), MAX_REPLACED_ATTACHES if is_replaced else MAX_ATTACHES
                 )
+                await self._attach_some(sandbox, [queue.popleft() for _ in range(n_functions)])
+                if is_replaced and queue:
+                    await asyncio.sleep(REPLACED_PAUSE_S)
             is_done = True
         finally:
             del self._attach_queues[sandbox]
             self._n_attaching -= len(queue)
             if not is_done:  # its functions would be on their way for ever
                 self.mark_sandbox_failed(sandbox, cause="attach", message="attach was cancelled")
+
+    def _was_lost(self, function: str) -> bool:
+        """Return whether a function has just lost a sandbox, so that routers compute it."""
+        lost_at = self._lost_at.get(function, -math.inf)
+        if self._context.clock() - lost_at <= LOST_S:
+            return True
+        self._lost_at.pop(function, None)
+        return False
 
     async def _attach_some(self, sandbox: str, functions: Sequence[str]) -> None:
         record, started = self._fleet.get(sandbox), self._context.clock()

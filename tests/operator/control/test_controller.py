@@ -28,7 +28,7 @@ from fake_platform import (
 from faasmoe_contracts.control_messages import FunctionLoad, LoadReport
 from faasmoe_operator.control.api.status import controller_status
 from faasmoe_operator.control.controller import Controller
-from faasmoe_operator.control.executor import MAX_ATTACHES
+from faasmoe_operator.control.executor import MAX_ATTACHES, MAX_REPLACED_ATTACHES
 from faasmoe_operator.control.routing_table import RoutingTablePublisher
 from faasmoe_operator.control.sandbox_client import SandboxClient
 
@@ -363,6 +363,34 @@ def test_functions_of_a_sandbox_are_attached_in_few_calls() -> None:
             assert sorted(server.calls) == sorted(f"PUT f{index}" for index in range(n_functions))
             last = server.calls[-1].removeprefix("PUT ")
             assert calls == ["/v1/functions", "/v1/functions", f"/v1/functions/{last}"]
+
+    asyncio.run(scenario())
+
+
+def test_lost_functions_are_attached_again_a_few_at_a_time() -> None:
+    """Routers compute them meanwhile, and need the processors."""
+    n_functions, sizes = MAX_REPLACED_ATTACHES + 2, []
+
+    async def count(request: web.Request) -> web.Response | None:
+        if request.method == "PUT":
+            is_one = not request.path.endswith("/functions")
+            sizes.append(1 if is_one else len((await request.json())["functions"]))
+        return None
+
+    async def scenario() -> None:
+        model = make_model(n_functions, capacity=n_functions, warm_pool=0)
+        async with controller_and_platform(model) as (controller, platform):
+            platform.fault_handlers = [count, count]
+            names = [f"f{index}" for index in range(n_functions)]
+            controller.activate(names)
+            await eventually(lambda: len(routable_functions(controller)) == n_functions)
+            assert sizes == [n_functions]
+            (lost,) = platform.servers
+            await platform.kill(lost)
+            await eventually(lambda: not routable_functions(controller))
+            controller.activate(names)
+            await eventually(lambda: len(routable_functions(controller)) == n_functions)
+            assert sizes[1:] == [MAX_REPLACED_ATTACHES, 2]
 
     asyncio.run(scenario())
 
