@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Collection, Coroutine, Iterable
 from typing import Any, Never
@@ -35,14 +34,10 @@ async def limit_routers(routers: Collection[ScaledRouters], url: str, token: str
 
     timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
     headers = {"Authorization": f"Bearer {token}"}
-    measured_s = -math.inf
     async with aiohttp.ClientSession(timeout=timeout, headers=headers) as http:
         while True:
             machine = MachineRouters(slot for group in routers for slot in group.slots)
-            is_due = time.monotonic() - measured_s >= MEASURE_INTERVAL_S
-            _measure(routers, machine, all_of_them=is_due)
-            if is_due:
-                measured_s = time.monotonic()
+            await _measure_one(routers, machine)
             states = [group.state for group in routers]
             reports = [report for group in routers for report in group.reports(machine)]
             may_run = frozenset[str]()
@@ -60,14 +55,17 @@ async def limit_routers(routers: Collection[ScaledRouters], url: str, token: str
             await _first_within(_interval_s(reports, may_run), changes)
 
 
-def _measure(
-    routers: Collection[ScaledRouters], machine: MachineRouters, *, all_of_them: bool
-) -> None:
-    """Measure routers that answer: all, or those that never were."""
-    for group in routers:
-        for slot in group.slots:
-            if all_of_them or not slot.is_measured:
-                slot.measure(n_sharing=machine.n_sharing(slot))
+async def _measure_one(routers: Collection[ScaledRouters], machine: MachineRouters) -> None:
+    """Measure the router that was not for the longest time, if that is due.
+
+    One at a time: all of them would keep the launcher from what starts for half a second.
+    """
+    due_s = time.monotonic() - MEASURE_INTERVAL_S
+    slots = (slot for group in routers for slot in group.slots)
+    due = [s for s in slots if s.is_ready and (not s.is_measured or s.measured_s <= due_s)]
+    if due:
+        slot = min(due, key=lambda slot: slot.measured_s)
+        await slot.measure(n_sharing=machine.n_sharing(slot))
 
 
 def _interval_s(reports: Collection[RouterReport], may_run: frozenset[str]) -> float | None:

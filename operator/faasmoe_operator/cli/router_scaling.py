@@ -8,6 +8,7 @@ functions. A router ends only once no gateway has a request of it.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
@@ -45,6 +46,7 @@ class RouterSlot:
         is_leaving: whether it gets no more requests, because it is to end.
         is_ending: whether it has had its last request.
         may_run: whether the memory limit lets it run.
+        measured_s: when its memory was measured last, in monotonic seconds.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class RouterSlot:
         self.is_leaving = False
         self.is_ending = False
         self.may_run = may_run
+        self.measured_s = -math.inf
 
     @property
     def name(self) -> str:
@@ -81,15 +84,16 @@ class RouterSlot:
         """Whether its memory was ever measured."""
         return self.size.own_bytes is not None
 
-    def measure(self, *, n_sharing: int = 1) -> None:
-        """Measure the memory that it has now; takes some ten milliseconds of a processor.
+    async def measure(self, *, n_sharing: int = 1) -> None:
+        """Measure the memory that it has now, on a thread: it takes ten milliseconds and more.
 
         Args:
             n_sharing: how many routers map the same weights.
         """
         if self.pid is None or not self.is_ready:
             return
-        if parts := memory_parts(self.pid):
+        self.measured_s = time.monotonic()
+        if parts := await asyncio.to_thread(memory_parts, self.pid):
             self.size = self.size.measured(parts.own_bytes, parts.file_bytes, n_sharing=n_sharing)
 
 
@@ -250,7 +254,7 @@ class ScaledRouters:
                 await self._until_ended(slot, tasks)
                 why = "no requests" if slot.may_run else "others need its memory"
                 if not slot.is_measured:  # for the next start
-                    slot.measure()
+                    await slot.measure()
                 slot.is_ending, ending_s = True, time.monotonic()
                 self._changed.notify()
             print_progress(f"{name} has ended in {time.monotonic() - ending_s:.2f} s: {why}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ from faasmoe_contracts.router_demand import RouterReport
 from faasmoe_operator.aio import ChangeNotifier
 from faasmoe_operator.cli import router_memory
 from faasmoe_operator.cli.router_memory import limit_routers
+from faasmoe_operator.plan.router_size import RouterSize
 
 TIMEOUT_S = 120.0
 
@@ -137,5 +139,32 @@ def test_answer_that_does_not_come_changes_nothing() -> None:
         async with control.limiting(routers):
             await until(lambda: control.n_requests > 2)
             assert routers.allowed is None
+
+    asyncio.run(work())
+
+
+class MeasuredSlot:
+    """A router whose measurements are counted."""
+
+    def __init__(self) -> None:
+        self.size, self.child, self.is_ready = RouterSize(), None, True
+        self.is_measured, self.measured_s, self.n_measured = False, -math.inf, 0
+
+    async def measure(self, *, n_sharing: int) -> None:
+        assert n_sharing == 1
+        self.is_measured, self.measured_s = True, time.monotonic()
+        self.n_measured += 1
+
+
+def test_one_router_is_measured_at_a_time() -> None:
+    async def work() -> None:
+        routers, control = FakeRouters(is_wanted=True), Control()
+        slots = routers.slots = tuple(MeasuredSlot() for _ in range(3))
+        slots[0].is_ready = False
+        async with control.limiting(routers):
+            await until(lambda: control.n_requests == 1)
+            assert sum(slot.n_measured for slot in slots) <= 2
+            await until(lambda: control.n_requests > 8)
+        assert [slot.n_measured for slot in slots] == [0, 1, 1]
 
     asyncio.run(work())
