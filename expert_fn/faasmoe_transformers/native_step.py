@@ -160,7 +160,7 @@ def _compare(model: Any, decoder: Any, batch_processor: Any) -> ModelProgram:
     """Return the program of a model whose modules were seen to compute the same."""
     experts = FixedExperts()
     cache = batch_processor.cache
-    with substituted_computer(model, experts), _one_thread():
+    with substituted_computer(model, experts), one_thread():
         for i, seen in enumerate(observe_passes(model, decoder, batch_processor, experts)):
             if i == 0:
                 describer = LayerDescriber(cache)
@@ -171,8 +171,12 @@ def _compare(model: Any, decoder: Any, batch_processor: Any) -> ModelProgram:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on this thread alone: of a few rows, waking others takes longer than computing."""
+def one_thread() -> Iterator[None]:
+    """Compute on this thread alone.
+
+    Of a few rows, waking others takes longer than computing; and a process that has run a parallel
+    region must not fork.
+    """
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

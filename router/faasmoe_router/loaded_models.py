@@ -19,8 +19,8 @@ from faasmoe_expert.functions.verification import file_identity
 from faasmoe_kernels.function_layers import FileIdentity
 from faasmoe_router.referenced_tensors import RouterWeightsWatch, digest_of_router
 from faasmoe_router.skeletons import Key as SkeletonKey
-from faasmoe_router.skeletons import key_of, on_one_thread
-from faasmoe_transformers.native_step import ComputeMode
+from faasmoe_router.skeletons import key_of
+from faasmoe_transformers.native_step import ComputeMode, one_thread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,7 +87,7 @@ class LoadedModelCache:
             if self._first_users.setdefault(key, user) == user:
                 self._forget_users()
                 return False
-            with on_one_thread():
+            with one_thread():
                 loaded = load()
         self._loaded[key] = loaded
         while len(self._loaded) > self._size:

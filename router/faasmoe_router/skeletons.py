@@ -7,8 +7,7 @@ as it was built.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ import torch
 
 from faasmoe_contracts.store import Store
 from faasmoe_router.file_contents import CONTENTS
+from faasmoe_transformers.native_step import one_thread
 from faasmoe_transformers.tensor_places import TensorPlaces
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class SkeletonCache:
         key = key_of(store, dtype)
         skeleton = self._skeletons.pop(key, None)
         if skeleton is None:
-            with on_one_thread():
+            with one_thread():
                 skeleton = build(store, dtype)
         self._skeletons[key] = skeleton
         while len(self._skeletons) > self._size:
@@ -81,17 +81,6 @@ def key_of(store: Store, dtype: torch.dtype) -> Key:
     files = (folder / name for name in CONFIG_NAMES)
     digests = tuple(CONTENTS.digest(path) if path.exists() else "" for path in files)
     return store.manifest.model.architecture, dtype, digests
-
-
-@contextmanager
-def on_one_thread() -> Iterator[None]:
-    """Have torch run no parallel region, after whose threads a process must not fork."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(n_threads)
 
 
 SKELETONS = SkeletonCache()

@@ -27,7 +27,7 @@ def test_returns_free_heap_pages_to_the_system() -> None:
     assert int(run.stdout) > 20 << 20
 
 
-FILL = """
+HOLE_BYTES = """
 import ctypes
 from faasmoe_expert.malloc import HOLES, MAX_FILLED_BYTES, _Mallinfo
 
@@ -39,7 +39,9 @@ libc.mallinfo2.restype = _Mallinfo
 def hole_bytes():
     info = libc.mallinfo2()
     return info.fordblks - info.keepcost
+"""
 
+FILL = """
 def make_holes():
     blocks = [libc.malloc(2000) for _ in range(4000)]
     for block in blocks[::2]:
@@ -58,7 +60,7 @@ print(hole_bytes(), HOLES.filled_bytes, MAX_FILLED_BYTES)
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc 2.33 only")
 def test_fills_holes_up_to_a_limit() -> None:
-    command = [sys.executable, "-c", FILL]
+    command = [sys.executable, "-c", HOLE_BYTES + FILL]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     before, after, filled = map(int, lines[0].split())
     assert before > 3_000_000
@@ -70,18 +72,6 @@ def test_fills_holes_up_to_a_limit() -> None:
 
 
 LARGE_HOLES = """
-import ctypes
-from faasmoe_expert.malloc import HOLES, MAX_FILLED_BYTES, _Mallinfo
-
-libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
-libc.mallinfo2.restype = _Mallinfo
-
-def hole_bytes():
-    info = libc.mallinfo2()
-    return info.fordblks - info.keepcost
-
 def make_holes(size, number):
     blocks = [libc.malloc(size) for _ in range(2 * number)]
     for block in blocks[::2]:
@@ -97,7 +87,7 @@ print(hole_bytes(), HOLES.filled_bytes, MAX_FILLED_BYTES)
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc 2.33 only")
 def test_large_holes_leave_enough_of_the_limit_for_small_ones() -> None:
-    command = [sys.executable, "-c", LARGE_HOLES]
+    command = [sys.executable, "-c", HOLE_BYTES + LARGE_HOLES]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert int(lines[0]) > 50_000_000
     left, filled, limit = map(int, lines[1].split())

@@ -84,7 +84,7 @@ class RouterSlot:
         """Whether its memory was ever measured."""
         return self.size.own_bytes is not None
 
-    async def measure(self, *, n_sharing: int = 1) -> None:
+    async def measure(self, *, n_sharing: int) -> None:
         """Measure the memory that it has now, on a thread: it takes ten milliseconds and more.
 
         Args:
@@ -253,8 +253,6 @@ class ScaledRouters:
                 tasks += [failure, asyncio.create_task(self._probe(slot, child))]
                 await self._until_ended(slot, tasks)
                 why = "no requests" if slot.may_run else "others need its memory"
-                if not slot.is_measured:  # for the next start
-                    await slot.measure()
                 slot.is_ending, ending_s = True, time.monotonic()
                 self._changed.notify()
             print_progress(f"{name} has ended in {time.monotonic() - ending_s:.2f} s: {why}")

@@ -144,27 +144,29 @@ def test_answer_that_does_not_come_changes_nothing() -> None:
 
 
 class MeasuredSlot:
-    """A router whose measurements are counted."""
+    """A router that says before which request it was measured."""
 
-    def __init__(self) -> None:
-        self.size, self.child, self.is_ready = RouterSize(), None, True
-        self.is_measured, self.measured_s, self.n_measured = False, -math.inf, 0
+    def __init__(self, control: Control, *, is_ready: bool = True) -> None:
+        self.size, self.child, self.is_ready = RouterSize(), None, is_ready
+        self.is_measured, self.measured_s = False, -math.inf
+        self.measured_before: list[int] = []
+        self._control = control
 
     async def measure(self, *, n_sharing: int) -> None:
         assert n_sharing == 1
         self.is_measured, self.measured_s = True, time.monotonic()
-        self.n_measured += 1
+        self.measured_before.append(self._control.n_requests)
 
 
-def test_one_router_is_measured_at_a_time() -> None:
+def test_one_router_is_measured_before_each_request() -> None:
     async def work() -> None:
         routers, control = FakeRouters(is_wanted=True), Control()
-        slots = routers.slots = tuple(MeasuredSlot() for _ in range(3))
-        slots[0].is_ready = False
+        slots = [MeasuredSlot(control) for _ in range(3)]
+        starting = MeasuredSlot(control, is_ready=False)
+        routers.slots = (starting, *slots)
         async with control.limiting(routers):
-            await until(lambda: control.n_requests == 1)
-            assert sum(slot.n_measured for slot in slots) <= 2
             await until(lambda: control.n_requests > 8)
-        assert [slot.n_measured for slot in slots] == [0, 1, 1]
+        assert [slot.measured_before for slot in slots] == [[0], [1], [2]]
+        assert not starting.measured_before
 
     asyncio.run(work())

@@ -373,13 +373,13 @@ def slot_of(size: RouterSize, *, pid: int | None = None) -> RouterSlot:
 def test_a_router_is_measured_once_it_answers() -> None:
     slot = slot_of(RouterSize(1, "a"))
     slot.child = SupervisedChild("router")
-    asyncio.run(slot.measure())
+    asyncio.run(slot.measure(n_sharing=1))
     assert not slot.is_measured  # there is no process
     slot.child.pid = os.getpid()
-    asyncio.run(slot.measure())
+    asyncio.run(slot.measure(n_sharing=1))
     assert not slot.is_measured  # it does not answer yet
     slot.is_ready = True
-    asyncio.run(slot.measure())
+    asyncio.run(slot.measure(n_sharing=1))
     assert slot.is_measured
     assert slot.size.bytes_among(1) > 1 << 20
 
